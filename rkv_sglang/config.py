@@ -1,0 +1,66 @@
+"""The settings of a policy, validated once and frozen. Everything below reads them from here."""
+
+import math
+from dataclasses import dataclass
+
+POLICY_NAMES = ("none", "rkv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """What to keep and when to compact. All counts are integer tokens.
+
+    Attributes:
+        policy: Name of the policy; ``"none"`` leaves SGLang as it is.
+        budget: Generated tokens kept per layer and KV head after a compaction, the window included.
+        buffer: Generated tokens that may gather above the budget before the next compaction.
+        window: The most recent tokens; their queries observe the cache and they are always kept.
+        mix_lambda: Weight of importance against redundancy in the R-KV score, in [0, 1] (arXiv 2505.24133).
+        kernel_size: Width of the max-pool over importance, odd, stride 1.
+        similarity_threshold: Cosine above which two keys count as near-duplicates, in [-1, 1].
+
+    Raises:
+        ValueError: A value is out of range; the message is one line that names the flag and the mend.
+    """
+
+    policy: str = "rkv"
+    budget: int = 1024
+    buffer: int = 128
+    window: int = 8
+    mix_lambda: float = 0.1
+    kernel_size: int = 7
+    similarity_threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICY_NAMES:
+            raise ValueError(f"--kv-policy {self.policy!r} is unknown: choose one of {', '.join(POLICY_NAMES)}")
+        for flag, value, least in (
+            ("--rkv-window", self.window, 1),
+            ("--rkv-buffer", self.buffer, 1),
+            ("--rkv-budget", self.budget, 2),
+            ("--rkv-kernel-size", self.kernel_size, 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{flag} {value!r} is not an integer of at least {least}: set {flag} {least} or more")
+        if self.budget <= self.window:
+            raise ValueError(
+                f"--rkv-budget {self.budget} must be greater than --rkv-window {self.window}, because the window is "
+                f"kept inside the budget: set --rkv-budget {self.window + 1} or more"
+            )
+        if self.kernel_size % 2 == 0:
+            raise ValueError(
+                f"--rkv-kernel-size {self.kernel_size} is even, so its max-pool has no centre: "
+                f"set --rkv-kernel-size {self.kernel_size + 1}"
+            )
+        for flag, number, low in (
+            ("--rkv-mix-lambda", self.mix_lambda, 0.0),
+            ("--rkv-similarity-threshold", self.similarity_threshold, -1.0),
+        ):
+            is_number = isinstance(number, int | float) and not isinstance(number, bool)
+            if not is_number or not math.isfinite(number) or not low <= number <= 1.0:
+                raise ValueError(f"{flag} {number!r} is not a number in [{low:g}, 1]: set {flag} between {low:g} and 1")
+
+    @property
+    def capacity(self) -> int:
+        """Most generated tokens a request holds: at this many it is compacted before its next decode step."""
+        return self.budget + self.buffer
