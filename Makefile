@@ -1,0 +1,40 @@
+# All targets work on a fresh machine, with or without a GPU: each sets up .venv first (quick when nothing changed).
+#   make demo                                  the same question with and without R-KV, and one table
+#   make test                                  set-up, checks and every test
+#   make serve [MODEL=...] [ARGS="..."]        an SGLang server with --kv-policy rkv, in the foreground
+# Variables: PYTHON (3.11 or newer), DEVICE=cpu|gpu, TORCH_INDEX_URL, MODEL, PORT, ARGS.
+
+PYTHON ?= python3
+PORT ?= 30000
+SMALL_MODEL := .cache/models/SmolLM2-135M-Instruct
+BIN := .venv/bin
+
+.PHONY: setup demo test check serve clean distclean
+
+setup:
+	@$(PYTHON) tests/env/setup.py $(if $(DEVICE),--device $(DEVICE))
+
+demo: setup
+	@$(BIN)/python -m benchmarks.demo --model $(or $(MODEL),$(SMALL_MODEL)) $(ARGS)
+
+serve: setup
+	@exec $(BIN)/python -m benchmarks.launch --model-path $(or $(MODEL),$(SMALL_MODEL)) --port $(PORT) --kv-policy rkv $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layering.py
+
+test: check
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+	then set -x; $(BIN)/python -m pytest --durations=15 $(ARGS); \
+	else set -x; $(BIN)/python -m pytest --durations=15 -m "not gpu" $(ARGS); fi
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf tests/env/sgl_kernel_standin/build tests/env/sgl_kernel_standin/*.egg-info
+	find rkv_sglang tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv .cache

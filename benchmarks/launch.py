@@ -1,0 +1,178 @@
+"""Start real SGLang servers, with or without a GPU, and end them with all their processes.
+
+As a command (``python -m benchmarks.launch --model-path M --kv-policy rkv ...``) it becomes one server in the
+foreground, with the flags a machine without a GPU needs put in front of the given ones.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+# The default attention backend on x86 needs AMX kernels; without a GPU SGLang would size its pool by all free memory.
+CPU_FLAGS = (
+    *("--device", "cpu", "--attention-backend", "torch_native", "--dtype", "float32"),
+    *("--max-total-tokens", "16384", "--max-running-requests", "64"),
+)
+CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1"}
+
+
+class ServerError(RuntimeError):
+    """A server did not start or died; one line, with the place of its log."""
+
+
+@functools.cache
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def server_environment(model: str) -> dict[str, str]:
+    """Return the environment of a server; a model in a folder needs no hub."""
+    offline = {"HF_HUB_OFFLINE": "1"} if Path(model).is_dir() else {}
+    return {**offline, **({} if has_gpu() else CPU_ENVIRONMENT), **os.environ}
+
+
+def server_command(*flags: str) -> list[str]:
+    """Return the command line of a server. Of a flag that is given twice SGLang takes the last, so ``flags`` win."""
+    return [sys.executable, "-m", "sglang.launch_server", *(() if has_gpu() else CPU_FLAGS), *flags]
+
+
+def free_port() -> int:
+    """Return a TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """A running server: its address, its main process and the file with everything it printed."""
+
+    url: str
+    process: psutil.Popen
+    log_path: Path
+
+    def get_json(self, path: str, timeout_s: float = 60) -> Any:
+        """Return the decoded answer of ``GET path``."""
+        with urllib.request.urlopen(self.url + path, timeout=timeout_s) as response:
+            return json.load(response)
+
+    def stream_generate(self, payload: Mapping[str, Any], timeout_s: float = 600) -> Iterator[dict[str, Any]]:
+        """Yield the events of a streaming ``POST /generate``; ``text`` and ``output_ids`` grow from event to event.
+
+        Raises:
+            ServerError: The server answered with an error or stopped answering.
+        """
+        body = json.dumps({**payload, "stream": True}).encode()
+        request = urllib.request.Request(self.url + "/generate", body, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+                for line in response:
+                    data = line.decode().strip().removeprefix("data:").strip()
+                    if data == "[DONE]":
+                        return
+                    if data:
+                        event = json.loads(data)
+                        if "error" in event:
+                            raise ServerError(f"the server answered {event['error']}; its log: {self.log_path}")
+                        yield event
+        except OSError as error:
+            raise ServerError(f"the request failed ({error}); the server's log: {self.log_path}") from error
+        raise ServerError(f"the answer ended early; the server's log: {self.log_path}")
+
+
+def end_process_tree(process: psutil.Process, grace_s: float = 15) -> None:
+    """End a process and its descendants: first ask, then kill what is left."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = [*process.children(recursive=True), process]
+        for send in (psutil.Process.terminate, psutil.Process.kill):
+            for member in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    send(member)
+            _, family = psutil.wait_procs(family, timeout=grace_s)
+
+
+def _wait_until_ready(server: Server, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        status = server.process.poll()
+        if status is not None:
+            lines = server.log_path.read_text(errors="replace").strip().splitlines() or ["(no output)"]
+            raise ServerError(f"the server ended with status {status}: {lines[-1]} (its log: {server.log_path})")
+        with contextlib.suppress(OSError), urllib.request.urlopen(server.url + "/health", timeout=30):
+            return
+        time.sleep(0.5)
+    raise ServerError(f"the server was not ready after {timeout_s:.0f} s; its log: {server.log_path}")
+
+
+@contextlib.contextmanager
+def launched_server(
+    model: str,
+    *flags: str,
+    log_path: Path,
+    environment: Mapping[str, str] | None = None,
+    startup_timeout_s: float = 300,
+) -> Iterator[Server]:
+    """Run a server on 127.0.0.1 and a free port for the length of a ``with`` block.
+
+    Args:
+        model: Folder or hub name of the model.
+        flags: Further flags of the server, such as ``"--kv-policy", "rkv"``.
+        log_path: File for what the server prints; its folder is made, its old content lost.
+        environment: Variables on top of this process's own.
+        startup_timeout_s: How long it may take until ``GET /health`` succeeds.
+
+    Raises:
+        ServerError: It ended before it was ready, or was not ready in time.
+    """
+    port = free_port()
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    command = server_command("--model-path", model, "--host", "127.0.0.1", "--port", str(port), *flags)
+    with log_path.open("wb") as log:
+        process = psutil.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**server_environment(model), **(environment or {})},
+            # Ctrl-C must reach only this process, which then ends the server in order.
+            start_new_session=True,
+        )
+    server = Server(url=f"http://127.0.0.1:{port}", process=process, log_path=log_path)
+    try:
+        _wait_until_ready(server, startup_timeout_s)
+        yield server
+    finally:
+        end_process_tree(process)
+
+
+def exit_on_sigterm() -> None:
+    """Turn SIGTERM into ``SystemExit``, so that ``with`` blocks end their servers."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Replace this process by a server in the foreground."""
+    model = next((after for flag, after in zip(arguments, arguments[1:], strict=False) if flag == "--model-path"), "")
+    command = server_command("--host", "127.0.0.1", *arguments)
+    print(" ".join(command[1:]), flush=True)
+    os.execve(command[0], command, server_environment(model))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,145 @@
+"""The last ``window`` queries of the requests that are about to be compacted.
+
+A request needs a row only while it is within ``window`` decode steps of its next compaction. It then holds at least
+``capacity - window`` slots of its own, so ``pool slots / (capacity - window)`` rows are enough even if every request
+comes due in the same step. Row 0 takes the queries of all others and is never read.
+"""
+
+from collections.abc import Callable, Hashable
+
+import torch
+
+from rkv_sglang.config import PolicyConfig
+
+
+def num_query_rows(config: PolicyConfig, num_slots: int, max_running_requests: int) -> int:
+    """Return how many rows suffice for a pool of ``num_slots`` tokens, the unread row 0 not counted."""
+    return max(1, min(max_running_requests, num_slots // (config.capacity - config.window)))
+
+
+def query_bytes_per_slot(
+    config: PolicyConfig, num_layers: int, num_qo_heads: int, head_dim: int, itemsize: int
+) -> float:
+    """Return the bytes of query window per token slot of the KV pool: what sizing the pool must leave over."""
+    row_bytes = num_layers * config.window * num_qo_heads * head_dim * itemsize
+    return row_bytes / (config.capacity - config.window)
+
+
+class QueryWindow:
+    """A ring of queries per row, and which request has which row.
+
+    Rows are assigned on the CPU; ``flush`` brings the assignment to the device. ``capture`` runs inside the decode
+    forward: it makes no sync, allocates no lasting memory and its shapes depend on nothing but the batch size, so a
+    CUDA graph can hold it.
+
+    Attributes:
+        buffer: ``[num_layers, num_rows + 1, window, num_qo_heads, head_dim]``, the model's dtype.
+        row_of_request: Row of each ``req_to_token`` row, ``[max_requests]``, int64; 0 where none is needed.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_rows: int,
+        window: int,
+        num_qo_heads: int,
+        head_dim: int,
+        max_requests: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.buffer = torch.zeros(num_layers, num_rows + 1, window, num_qo_heads, head_dim, dtype=dtype, device=device)
+        self.row_of_request = torch.zeros(max_requests, dtype=torch.int64, device=device)
+        self.window = window
+        # A graph is captured once and replayed whatever is active later, so on a GPU the capture always runs.
+        self.always_capture = self.buffer.is_cuda
+        self._free_rows = list(range(num_rows, 0, -1))
+        self._row_of: dict[int, int] = {}
+        self._owner_of: dict[int, Hashable] = {}
+        self._changed: dict[int, int] = {}
+        self._targets: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether any request has a row."""
+        return bool(self._row_of)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of device memory held."""
+        return self.buffer.nbytes + self.row_of_request.nbytes
+
+    def has_row(self, req_pool_idx: int, owner: Hashable) -> bool:
+        """Return whether ``owner`` has a row under ``req_pool_idx``."""
+        return self._owner_of.get(req_pool_idx) is owner
+
+    def acquire(self, req_pool_idx: int, owner: Hashable, is_alive: Callable[[int, Hashable], bool]) -> None:
+        """Give ``owner`` a row from its next decode step on.
+
+        Args:
+            is_alive: Tells whether the owner of a ``req_pool_idx`` still runs under it; rows of those that do not are
+                taken back when none is free, so nobody needs to say when a request ends.
+
+        Raises:
+            RuntimeError: Every row belongs to a living request.
+        """
+        self.release(req_pool_idx)
+        if not self._free_rows:
+            for other, other_owner in list(self._owner_of.items()):
+                if not is_alive(other, other_owner):
+                    self.release(other)
+        if not self._free_rows:
+            raise RuntimeError(
+                f"all {self.buffer.shape[1] - 1} query rows are taken by running requests; please report this with the "
+                "server's flags"
+            )
+        row = self._free_rows.pop()
+        self._row_of[req_pool_idx] = row
+        self._owner_of[req_pool_idx] = owner
+        self._changed[req_pool_idx] = row
+
+    def release(self, req_pool_idx: int) -> None:
+        """Take the row of ``req_pool_idx`` back, if it has one."""
+        row = self._row_of.pop(req_pool_idx, None)
+        if row is not None:
+            del self._owner_of[req_pool_idx]
+            self._free_rows.append(row)
+            self._changed[req_pool_idx] = 0
+
+    def flush(self) -> None:
+        """Bring changed assignments to the device. Call on the stream of the forward passes, before the next one."""
+        if not self._changed:
+            return
+        pin = self.row_of_request.is_cuda
+        indices = torch.tensor(list(self._changed.keys()), dtype=torch.int64, pin_memory=pin)
+        rows = torch.tensor(list(self._changed.values()), dtype=torch.int64, pin_memory=pin)
+        device = self.row_of_request.device
+        self.row_of_request[indices.to(device, non_blocking=True)] = rows.to(device, non_blocking=True)
+        self._changed.clear()
+
+    def capture(
+        self, layer: int, queries: torch.Tensor, req_pool_indices: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        """Store one decode step's queries of one layer.
+
+        Args:
+            layer: Index of the layer on this rank; layers come in ascending order within a forward.
+            queries: After RoPE, ``[bs, num_qo_heads * head_dim]`` or ``[bs, num_qo_heads, head_dim]``.
+            req_pool_indices: ``[bs]``; padded rows have index 0, the engine's reserved row.
+            positions: Logical positions, ``[bs]``, int64.
+        """
+        if layer == 0 or self._targets is None:
+            self._targets = (self.row_of_request[req_pool_indices], positions % self.window)
+        rows, offsets = self._targets
+        self.buffer[layer][rows, offsets] = queries.view(-1, *self.buffer.shape[3:]).to(self.buffer.dtype)
+
+    def read(self, req_pool_idx: int, logical_len: int) -> torch.Tensor:
+        """Return a request's last queries, oldest first, ``[num_layers, window, num_qo_heads, head_dim]``. A copy.
+
+        Args:
+            logical_len: Tokens seen; the newest query was captured at position ``logical_len - 1``. Known on the CPU,
+                so reading makes no sync.
+        """
+        ring = self.buffer[:, self._row_of[req_pool_idx]]
+        return torch.roll(ring, shifts=-(logical_len % self.window), dims=1)

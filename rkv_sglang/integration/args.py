@@ -1,0 +1,108 @@
+"""The plugin's flags: SGLang's server arguments with ``--kv-policy`` and its settings added."""
+
+import argparse
+from dataclasses import fields
+from typing import Any
+
+from sglang.srt import server_args as sglang_args
+
+from rkv_sglang.config import POLICY_NAMES, PolicyConfig
+from rkv_sglang.integration.hook import Hook
+
+GROUP_TITLE = "KV policy (rkv_sglang)"
+NO_POLICY = "none"
+
+_POLICY_FIELD = "kv_policy"
+_SETTING_OF_FIELD = {f"rkv_{setting.name}": setting for setting in fields(PolicyConfig) if setting.name != "policy"}
+_DEFAULTS = {_POLICY_FIELD: NO_POLICY, **{name: setting.default for name, setting in _SETTING_OF_FIELD.items()}}
+_HELP = {
+    _POLICY_FIELD: "How the private KV cache of a decoding request is bounded. 'none' leaves SGLang as it is; 'rkv' "
+    "keeps the prompt and at most --rkv-budget plus --rkv-buffer generated tokens per layer and KV head (R-KV, "
+    "arXiv 2505.24133).",
+    "rkv_budget": "Generated tokens kept per layer and KV head after a compaction, the window included. More keeps "
+    "more of the reasoning and takes more memory. Unit: tokens.",
+    "rkv_buffer": "Generated tokens that may gather above the budget before the next compaction. Fewer take less "
+    "memory and compact more often. Unit: tokens.",
+    "rkv_window": "Most recent generated tokens: always kept, and their queries judge the others. Must be smaller than "
+    "the budget. Unit: tokens.",
+    "rkv_mix_lambda": "Weight of importance (attention received) against redundancy (likeness to other keys), from 0, "
+    "redundancy alone, to 1, importance alone.",
+    "rkv_kernel_size": "Width of the max-pool that spreads importance to neighbouring tokens. Odd; 1 turns it off. "
+    "Unit: tokens.",
+    "rkv_similarity_threshold": "Cosine similarity, from -1 to 1, above which two keys count as near-duplicates.",
+}
+
+
+class RKVServerArgs(sglang_args.ServerArgs, dict=True):  # type: ignore[misc, call-arg]  # SGLang is checked as Any
+    """SGLang's ``ServerArgs`` with the policy's fields; child processes unpickle it by this name.
+
+    The annotations are plain on purpose: SGLang makes flags of annotated fields only, so these stay out of its flat
+    list and come in their own group of ``--help``.
+    """
+
+    kv_policy: str = NO_POLICY
+    rkv_budget: int = PolicyConfig.budget
+    rkv_buffer: int = PolicyConfig.buffer
+    rkv_window: int = PolicyConfig.window
+    rkv_mix_lambda: float = PolicyConfig.mix_lambda
+    rkv_kernel_size: int = PolicyConfig.kernel_size
+    rkv_similarity_threshold: float = PolicyConfig.similarity_threshold
+
+    # Where SGLang publishes the fields: get_memory().kv_policy and so on.
+    _NS_BY_FIELD = {**sglang_args.ServerArgs._NS_BY_FIELD, **dict.fromkeys(_DEFAULTS, "memory")}  # noqa: RUF012
+
+    @staticmethod
+    def add_cli_args(parser: argparse.ArgumentParser) -> None:
+        """Add SGLang's flags to ``parser`` and, in a group of their own, the policy's."""
+        # Not by SGLang's name for it: there and wherever it was imported, the plugin loader puts this class.
+        super(RKVServerArgs, RKVServerArgs).add_cli_args(parser)
+        group = parser.add_argument_group(GROUP_TITLE)
+        for name, default in _DEFAULTS.items():
+            group.add_argument(
+                "--" + name.replace("_", "-"),
+                type=type(default),
+                choices=POLICY_NAMES if name == _POLICY_FIELD else None,
+                default=default,
+                help=f"{_HELP[name]} Default: {default}.",
+            )
+
+
+def policy_name(server_args: Any) -> str:
+    """Return the policy asked for, ``"none"`` for a record of SGLang's own class."""
+    return str(getattr(server_args, _POLICY_FIELD, NO_POLICY))
+
+
+def config_from_args(server_args: Any) -> PolicyConfig:
+    """Return the validated settings of the policy; without one, the defaults, whatever the other flags say.
+
+    Args:
+        server_args: An ``RKVServerArgs``, SGLang's view of one, or the published ``get_memory()``.
+
+    Raises:
+        ValueError: A value is out of range; one line that names the flag and the mend.
+    """
+    if policy_name(server_args) == NO_POLICY:
+        return PolicyConfig(policy=NO_POLICY)
+    settings = {setting.name: getattr(server_args, name) for name, setting in _SETTING_OF_FIELD.items()}
+    return PolicyConfig(policy=server_args.kv_policy, **settings)
+
+
+# A record's signature is its list of fields, hundreds of them; rows that replace the class compare no signature.
+ARGS_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="sglang.srt.server_args.ServerArgs",
+        kind="REPLACE",
+        function=RKVServerArgs,
+        signature="",
+        why="There would be no --kv-policy, neither in argv nor in a --config file.",
+        upstream="Fields kv_policy and rkv_* in arg_groups/fields/memory.py.",
+    ),
+    Hook(
+        target="sglang.srt.entrypoints.engine.Engine.server_args_class",
+        kind="REPLACE",
+        function=RKVServerArgs,
+        signature="",
+        why="sglang.Engine keeps the class it was defined with, so Engine(kv_policy=...) would be an unknown argument.",
+        upstream="Engine looks the class up when it is made; not needed once the fields are SGLang's own.",
+    ),
+)

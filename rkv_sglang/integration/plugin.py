@@ -1,0 +1,47 @@
+"""The entry point that SGLang calls in every process it starts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from rkv_sglang.integration.args import ARGS_HOOKS, NO_POLICY, policy_name
+from rkv_sglang.integration.errors import stop
+from rkv_sglang.integration.hooks import HOOKS
+from rkv_sglang.integration.process_hooks import LAUNCHER_HOOKS, PROCESS_HOOKS
+from rkv_sglang.integration.refusals import LAST_STEP, register_refusal
+from rkv_sglang.integration.verify import install, register_hooks, require_targets
+
+
+def register() -> None:
+    """Add the flags, and see that a policy, once asked for, is either wholly in place or refused.
+
+    Without a policy nothing else of SGLang is touched: the two process hooks only look at the flag.
+    """
+    register_hooks(ARGS_HOOKS)
+    # A hook makes its target's module import; only processes that already have it need it.
+    register_hooks(hook for hook in PROCESS_HOOKS if _module_of(hook.target) in sys.modules)
+    register_refusal()
+    _register_launch_check()
+
+
+def _module_of(method: str) -> str:
+    return method.rsplit(".", 2)[0]
+
+
+def _register_launch_check() -> None:
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+
+    @register_resolution_hook(LAST_STEP)  # type: ignore[untyped-decorator]  # SGLang is checked as Any
+    def check_before_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
+        previous(server_args)
+        if policy_name(server_args) == NO_POLICY:
+            return
+        try:
+            require_targets(HOOKS)
+            install(LAUNCHER_HOOKS)
+            return
+        except RuntimeError as error:
+            problem = str(error)
+        stop(problem)

@@ -1,0 +1,70 @@
+"""The requests of the oracle tests, and what the dense oracle answers to them (worked out once a process)."""
+
+import random
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from tests.harness.scheduler import Request
+from tests.oracle.dense import DenseResult, dense_generate
+from tests.tiny_models import VOCAB_SIZE
+
+SHARED_PREFIX_LEN = 71
+# Below this a choice between two tokens, or between two cached tokens, is a matter of summation order.
+NEAR_TIE = 1e-4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Flags of the policy."""
+
+    budget: int
+    buffer: int
+    window: int = 8
+
+    @property
+    def flags(self) -> list[str]:
+        return [
+            *("--kv-policy", "rkv", "--rkv-budget", str(self.budget)),
+            *("--rkv-buffer", str(self.buffer), "--rkv-window", str(self.window)),
+        ]
+
+
+def random_ids(rng: random.Random, length: int, vocab_size: int = VOCAB_SIZE) -> list[int]:
+    """Return token ids without the special ones."""
+    return [rng.randrange(3, vocab_size) for _ in range(length)]
+
+
+@cache
+def six_prompts(seed: int = 5) -> tuple[tuple[int, ...], ...]:
+    """Return six prompts of mixed lengths, the first four of which share a prefix of 71 tokens."""
+    rng = random.Random(seed)
+    shared = random_ids(rng, SHARED_PREFIX_LEN)
+    prompts = [shared + random_ids(rng, length) for length in (3, 9, 26, 60)]
+    prompts += [random_ids(rng, length) for length in (5, 47)]
+    return tuple(tuple(prompt) for prompt in prompts)
+
+
+@cache
+def oracle(model: Path, prompt: tuple[int, ...], max_new_tokens: int, setting: Setting) -> DenseResult:
+    """Return what a request must answer."""
+    return dense_generate(
+        model, prompt, max_new_tokens, budget=setting.budget, buffer=setting.buffer, window=setting.window
+    )
+
+
+def greedy(prompt: tuple[int, ...] | list[int], max_new_tokens: int, **fields: object) -> Request:
+    """Return a request that decodes exactly that many tokens, greedily."""
+    sampling_params = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
+    return Request(input_ids=list(prompt), sampling_params=sampling_params, **fields)  # type: ignore[arg-type]
+
+
+def assert_same_tokens(found: list[int], expected: DenseResult, name: str) -> None:
+    """Assert equal answers. They may part only where the oracle itself was at a near-tie, which is then shown."""
+    for i, (token, right) in enumerate(zip(found, expected.output_ids, strict=True)):
+        if token != right:
+            margins = [float(c.margins.min()) for c in expected.compactions if c.num_outputs <= i]
+            raise AssertionError(
+                f"{name}: token {i} is {token} instead of {right}; logit gap there {expected.logit_gaps[i]:.2e}, "
+                f"smallest score margins of the compactions before: {[f'{m:.1e}' for m in margins]}"
+            )

@@ -1,0 +1,141 @@
+"""A Llama or Qwen3 decoder over one dense cache per layer, in which every KV head has kept tokens of its own."""
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+
+@cache
+def load_model(path: Path) -> PreTrainedModel:
+    """Read a checkpoint as fp32 on the CPU; the same object for the same path."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+class LayerCache:
+    """Resident keys and values of one layer, temporal order, with the logical position of every entry.
+
+    The buffers are ``[num_kv_heads, capacity, head_dim]`` and ``[num_kv_heads, capacity]``; the first ``length``
+    entries are valid. ``queries`` holds the last ``window`` decode queries, each ``[num_qo_heads, head_dim]``.
+    """
+
+    def __init__(self, num_kv_heads: int, head_dim: int, capacity: int, window: int) -> None:
+        self._keys = torch.full((num_kv_heads, capacity, head_dim), float("nan"))
+        self._values = torch.full((num_kv_heads, capacity, head_dim), float("nan"))
+        self._positions = torch.full((num_kv_heads, capacity), -1, dtype=torch.int64)
+        self.length = 0
+        self.queries: deque[torch.Tensor] = deque(maxlen=window)
+
+    @property
+    def keys(self) -> torch.Tensor:
+        return self._keys[:, : self.length]
+
+    @property
+    def values(self) -> torch.Tensor:
+        return self._values[:, : self.length]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        return self._positions[:, : self.length]
+
+    def clear(self) -> None:
+        """Forget all tokens and queries."""
+        self.length = 0
+        self.queries.clear()
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> None:
+        """Add ``n`` tokens: keys and values ``[num_kv_heads, n, head_dim]``, positions ``[n]``."""
+        end = self.length + keys.shape[1]
+        self._keys[:, self.length : end] = keys
+        self._values[:, self.length : end] = values
+        self._positions[:, self.length : end] = positions
+        self.length = end
+
+    def keep(self, kept_indices: torch.Tensor) -> None:
+        """Drop all entries but ``kept_indices``, ``[num_kv_heads, n]``, sorted; they count resident entries."""
+        rows = kept_indices.unsqueeze(-1)
+        new_len = kept_indices.shape[1]
+        self._keys[:, :new_len] = self.keys.take_along_dim(rows, dim=1)
+        self._values[:, :new_len] = self.values.take_along_dim(rows, dim=1)
+        self._positions[:, :new_len] = self.positions.take_along_dim(kept_indices, dim=1)
+        self.length = new_len
+
+
+class Decoder:
+    """Runs the modules of a transformers model over caches of our own.
+
+    Raises:
+        ValueError: The model is neither Llama nor Qwen3, or does not attend to all earlier tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config: Any = model.config
+        if config.model_type not in ("llama", "qwen3") or getattr(config, "use_sliding_window", False):
+            raise ValueError(f"the dense oracle knows Llama and Qwen3 with full attention, not {config.model_type!r}")
+        self.model: Any = model
+        self.num_kv_heads: int = config.num_key_value_heads
+        self.head_dim: int = config.head_dim
+
+    def new_caches(self, capacity: int, window: int) -> list[LayerCache]:
+        """Return one empty cache per layer."""
+        layers = range(self.model.config.num_hidden_layers)
+        return [LayerCache(self.num_kv_heads, self.head_dim, capacity, window) for _ in layers]
+
+    def forward(self, token_ids: list[int], first_position: int, caches: list[LayerCache]) -> torch.Tensor:
+        """Feed tokens at consecutive logical positions and return the logits after the last, ``[vocab_size]``, fp32.
+
+        Either the caches are empty (prefill: full causal attention), or there is one token (decode: it sees all
+        resident ones, and its query is remembered). Appends to the caches.
+        """
+        num_tokens = len(token_ids)
+        is_prefill = caches[0].length == 0
+        if not is_prefill and num_tokens != 1:
+            raise ValueError(f"{num_tokens} tokens cannot be fed at once to a cache that is not empty: feed one")
+        decoder = self.model.model
+        hidden = decoder.embed_tokens(torch.tensor(token_ids))
+        positions = torch.arange(first_position, first_position + num_tokens)
+        cos, sin = (table[0] for table in decoder.rotary_emb(hidden.unsqueeze(0), positions.unsqueeze(0)))
+        for layer, layer_cache in zip(decoder.layers, caches, strict=True):
+            attention = layer.self_attn
+            normed = layer.input_layernorm(hidden)
+            queries = _split_heads(attention.q_proj(normed), self.head_dim, getattr(attention, "q_norm", None))
+            keys = _split_heads(attention.k_proj(normed), self.head_dim, getattr(attention, "k_norm", None))
+            values = _split_heads(attention.v_proj(normed), self.head_dim, None)
+            queries, keys = apply_rotary_pos_emb(queries, keys, cos, sin, unsqueeze_dim=0)
+            layer_cache.append(keys, values, positions)
+            if not is_prefill:
+                layer_cache.queries.append(queries[:, 0])
+            attended = F.scaled_dot_product_attention(
+                queries.unsqueeze(0),
+                layer_cache.keys.unsqueeze(0),
+                layer_cache.values.unsqueeze(0),
+                is_causal=is_prefill,
+                enable_gqa=True,
+            )
+            hidden = hidden + attention.o_proj(attended[0].transpose(0, 1).reshape(num_tokens, -1))
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return self.model.lm_head(decoder.norm(hidden[-1:]))[0]
+
+
+def _split_heads(projected: torch.Tensor, head_dim: int, norm: torch.nn.Module | None) -> torch.Tensor:
+    """``[n, num_heads * head_dim]`` to ``[num_heads, n, head_dim]``, each head normed if the model does that."""
+    heads = projected.view(projected.shape[0], -1, head_dim)
+    return (heads if norm is None else norm(heads)).transpose(0, 1)
+
+
+@contextmanager
+def suitable_threads(model: PreTrainedModel) -> Iterator[None]:
+    """Run a tiny model on one thread: waiting for a second one costs it ten times its work on a busy machine."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1 if model.config.hidden_size < 512 else num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)

@@ -1,0 +1,51 @@
+"""One pass of a transformers model over a whole sequence, with a visibility mask per layer and KV head."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+
+_ATTENTION_NAME = "masked_per_kv_head"
+
+
+@dataclass(frozen=True)
+class MaskedForward:
+    """Logits ``[T, vocab_size]``; per layer, post-RoPE queries and keys ``[num_heads, T, head_dim]``; all fp32."""
+
+    logits: torch.Tensor
+    queries: list[torch.Tensor]
+    keys: list[torch.Tensor]
+
+
+@torch.inference_mode()
+def masked_forward(model: PreTrainedModel, token_ids: Sequence[int], visible: torch.Tensor) -> MaskedForward:
+    """Run ``token_ids`` at once; token ``t`` attends to ``visible[layer, kv_head, t]``.
+
+    Args:
+        visible: ``[num_layers, num_kv_heads, T, T]``, bool; every token must see at least itself.
+    """
+    queries: list[torch.Tensor] = []
+    keys: list[torch.Tensor] = []
+
+    def attention(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scaling: float, **_: Any
+    ) -> tuple[torch.Tensor, None]:
+        queries.append(query[0])
+        keys.append(key[0])
+        groups = query.shape[1] // key.shape[1]
+        logits = scaling * query[0] @ key[0].repeat_interleave(groups, dim=0).mT
+        hidden = ~visible[module.layer_idx].repeat_interleave(groups, dim=0)
+        weights = logits.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+        attended = weights @ value[0].repeat_interleave(groups, dim=0)
+        return attended.transpose(0, 1).unsqueeze(0), None
+
+    AttentionInterface.register(_ATTENTION_NAME, attention)
+    usual = model.config._attn_implementation
+    model.config._attn_implementation = _ATTENTION_NAME
+    try:
+        logits = model(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
+    finally:
+        model.config._attn_implementation = usual
+    return MaskedForward(logits, queries, keys)

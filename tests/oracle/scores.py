@@ -1,0 +1,57 @@
+"""The R-KV score (arXiv 2505.24133), with the similarity matrix written out in full."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class ScoreInputs:
+    """What a policy may look at: one request, one layer, all KV heads, ``L`` resident tokens in temporal order.
+
+    Attributes:
+        keys: As cached (after RoPE and any key norm), ``[num_kv_heads, L, head_dim]``, fp32.
+        values: ``[num_kv_heads, L, head_dim]``, fp32.
+        window_queries: Queries (after RoPE and any query norm) of the last ``window`` tokens,
+            ``[num_qo_heads, window, head_dim]``, fp32; query heads of one KV head are neighbours.
+        positions: Logical position of each resident token, ``[num_kv_heads, L]``, int64.
+        prompt_len: Leading tokens that cannot be dropped.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    window_queries: torch.Tensor
+    positions: torch.Tensor
+    prompt_len: int
+
+
+# Returns a score for every token before the window, [num_kv_heads, L - window], higher = keep.
+ScoreFunction = Callable[[ScoreInputs], torch.Tensor]
+
+
+def rkv_scores(
+    inputs: ScoreInputs, *, mix_lambda: float, kernel_size: int, similarity_threshold: float
+) -> torch.Tensor:
+    """Return ``mix_lambda * importance - (1 - mix_lambda) * redundancy``, ``[num_kv_heads, L - window]``, fp32."""
+    keys, queries = inputs.keys.float(), inputs.window_queries.float()
+    num_kv_heads, resident_len, head_dim = keys.shape
+    window = queries.shape[1]
+
+    grouped_queries = queries.view(num_kv_heads, -1, window, head_dim)
+    logits = (grouped_queries @ keys.mT.unsqueeze(1)) / head_dim**0.5
+    # The maximum over the group is taken on logits, and the window's own columns take no part in the softmax.
+    attention = logits.amax(dim=1)[..., : resident_len - window].softmax(dim=-1)
+    importance = F.max_pool1d(attention.mean(dim=1), kernel_size, stride=1, padding=kernel_size // 2)
+
+    unit_keys = keys / (keys.norm(dim=-1, keepdim=True) + 1e-8)
+    similarity = unit_keys @ unit_keys.mT
+    similarity.diagonal(dim1=-2, dim2=-1).zero_()
+    columns = torch.arange(resident_len)
+    # The most recent near-duplicate of each row's token is exempt; column 0 where there is none.
+    most_recent = torch.where(similarity > similarity_threshold, columns, 0).amax(dim=-1, keepdim=True)
+    similarity.scatter_(-1, most_recent, 0.0)
+    redundancy = similarity.mean(dim=-2).softmax(dim=-1)
+
+    return mix_lambda * importance - (1 - mix_lambda) * redundancy[:, : resident_len - window]

@@ -1,0 +1,343 @@
+"""A plugin of the tests: watches the scheduler of a real SGLang and writes what it sees to a JSON-lines file.
+
+SGLang's own strict checks count slots; they cannot see contents. This one keeps a bitwise copy of them. Active only in
+a scheduler process, and only when ``RKV_PROBE_FILE`` names the file to append to (``.rank1`` and so on is added for the
+other tensor-parallel ranks). Further settings, all optional:
+
+``RKV_PROBE_MAX_PRIVATE``  most slots a request may hold past its prompt
+``RKV_PROBE_FAULT``        a fault to inject on purpose, so that tests can see it found: ``flip_tree@N``,
+                           ``flip_private@N`` or ``leak@N``, at the first scheduler step >= N where it is possible
+
+Lines are objects with a key ``event`` (``start``, ``step``, ``compaction``, ``idle``, ``fault``) or ``violation``.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+from typing import Any
+
+# How many changed slots one violation lists.
+_MAX_LISTED = 8
+
+
+def register() -> None:
+    """Entry point, called by SGLang in every process it starts."""
+    if not os.environ.get("RKV_PROBE_FILE"):
+        return
+    is_scheduler = multiprocessing.parent_process() is not None and "sglang.srt.managers.scheduler" in sys.modules
+    if not is_scheduler:
+        # Hooking the scheduler imports it, which takes many seconds in a process that has no use for it.
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    scheduler = "sglang.srt.managers.scheduler.Scheduler"
+    HookRegistry.register(f"{scheduler}.__init__", _after_init, HookType.AFTER)
+    HookRegistry.register(f"{scheduler}.get_next_batch_to_run", _around_get_next_batch, HookType.AROUND)
+    HookRegistry.register(f"{scheduler}.on_idle", _after_idle, HookType.AFTER)
+    HookRegistry.register(
+        "sglang.srt.managers.schedule_batch.Req.reset_for_retract", _after_reset_for_retract, HookType.AFTER
+    )
+
+
+_probe: "Probe | None" = None
+
+
+def _after_init(result: object, scheduler: Any, *args: object, **kwargs: object) -> None:
+    global _probe
+    _probe = Probe(scheduler)
+
+
+def _around_get_next_batch(original: Any, scheduler: Any, *args: object, **kwargs: object) -> Any:
+    if _probe is None:
+        return original(scheduler, *args, **kwargs)
+    _probe.before_scheduling()
+    plan = original(scheduler, *args, **kwargs)
+    _probe.after_scheduling(plan)
+    return plan
+
+
+def _after_idle(result: object, *args: object, **kwargs: object) -> None:
+    if _probe is not None:
+        _probe.idle()
+
+
+def _after_reset_for_retract(result: object, *args: object, **kwargs: object) -> None:
+    if _probe is not None:
+        _probe.num_retractions += 1
+
+
+class _Held:
+    """What the probe last saw of a request that holds KV."""
+
+    def __init__(self, serial: int, req: Any) -> None:
+        self.serial = serial
+        self.num_compactions = 0
+        self.update(req)
+
+    def update(self, req: Any) -> None:
+        self.allocated_len = req.kv.kv_allocated_len
+        self.decode_batch_idx = req.decode_batch_idx
+
+
+class Probe:
+    """The watcher of one scheduler. Called before and after each scheduling decision, and when idle."""
+
+    def __init__(self, scheduler: Any) -> None:
+        import torch
+        from rkv_shadow import PoolShadow
+
+        self._scheduler = scheduler
+        self._allocator = scheduler.token_to_kv_pool_allocator
+        self._rows = scheduler.req_to_token_pool
+        self._tree = scheduler.tree_cache
+        self._page_size: int = self._allocator.page_size
+        self._total: int = self._allocator.size
+        kv_pool = self._allocator.get_kvcache()
+        self._device = torch.device(kv_pool.device)
+        self._shadow = PoolShadow([*kv_pool.k_buffer, *kv_pool.v_buffer])
+        self._num_slots: int = kv_pool.k_buffer[0].shape[0]
+        # id(req) -> the request itself too, so that the id stays its own.
+        self._held: dict[int, tuple[Any, _Held]] = {}
+        self._last_serial = 0
+        self._step = 0
+        self._is_idle = False
+        self.num_retractions = 0
+        self._rows_at_start = self._rows.available_size()
+        max_private = os.environ.get("RKV_PROBE_MAX_PRIVATE")
+        self._max_private = int(max_private) if max_private else None
+        self._fault, _, fault_step = os.environ.get("RKV_PROBE_FAULT", "").partition("@")
+        self._fault_step = int(fault_step or 0)
+        rank = getattr(scheduler, "tp_rank", None) or getattr(getattr(scheduler, "ps", None), "tp_rank", 0) or 0
+        path = os.environ["RKV_PROBE_FILE"] + (f".rank{rank}" if rank else "")
+        # Line-buffered: a scheduler that dies takes no line with it.
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - lives as long as the process
+        self._write(
+            event="start",
+            total=self._total,
+            page_size=self._page_size,
+            num_layers=len(kv_pool.k_buffer),
+            rows=self._rows_at_start,
+            tree=type(getattr(self._tree, "tree_core", self._tree)).__name__,
+        )
+
+    def _write(self, **line: Any) -> None:
+        self._file.write(json.dumps(line) + "\n")
+
+    def _violation(self, kind: str, **detail: Any) -> None:
+        self._write(violation=kind, step=self._step, forward_ct=self._scheduler.forward_ct, **detail)
+
+    def before_scheduling(self) -> None:
+        """All forwards up to now have run (on a CPU; a GPU is waited for): every held slot is written."""
+        scheduler = self._scheduler
+        self._step += 1
+        if self._is_idle and not scheduler.waiting_queue and self._tree_size() == self._idle_tree_size:
+            return
+        self._check([scheduler.running_batch, scheduler.last_batch], is_after_scheduling=False)
+
+    def after_scheduling(self, plan: Any) -> None:
+        """Compactions, evictions, retractions and allocations of this step are done; its forward has not begun."""
+        scheduler = self._scheduler
+        if self._is_idle and plan.batch_to_run is None and not scheduler.waiting_queue:
+            return
+        self._is_idle = False
+        batches = [plan.running_batch, plan.batch_to_run, scheduler.last_batch]
+        reqs, pages_of = self._check(batches, is_after_scheduling=True)
+        if plan.batch_to_run is None:
+            return
+        self._write(
+            event="step",
+            step=self._step,
+            forward_ct=scheduler.forward_ct,
+            mode=plan.batch_to_run.forward_mode.name,
+            batch=[req.rid for req in plan.batch_to_run.reqs],
+            running=[
+                {
+                    "rid": req.rid,
+                    "prompt_len": len(req.origin_input_ids),
+                    "output_len": len(req.output_ids),
+                    "allocated_len": req.kv.kv_allocated_len,
+                    "committed_len": req.kv.kv_committed_len,
+                    "protected_len": req.kv.cache_protected_len,
+                    "private_slots": pages_of[id(req)].numel() * self._page_size,
+                    "decode_batch_idx": req.decode_batch_idx,
+                    "compactions": self._held[id(req)][1].num_compactions,
+                    "retractions": req.retraction_count,
+                }
+                for req in reqs
+            ],
+            waiting=len(scheduler.waiting_queue),
+            available=self._allocator.available_size(),
+            evictable=self._tree.evictable_size(),
+            protected=self._tree.protected_size(),
+            total=self._total,
+            retractions=self.num_retractions,
+        )
+        if self._fault and self._step >= self._fault_step:
+            self._inject_fault(reqs)
+
+    def _requests(self, batches: list[Any]) -> list[Any]:
+        # Under overlap a request whose last token is in flight has left every batch but the one in this queue.
+        in_flight = [batch for batch, _ in getattr(self._scheduler, "result_queue", ())]
+        candidates = [req for batch in [*batches, *in_flight] if batch is not None for req in batch.reqs]
+        if self._scheduler.chunked_req is not None:
+            candidates.append(self._scheduler.chunked_req)
+        return list({id(req): req for req in candidates if req.kv.holds_kv}.values())
+
+    def _private_slots(self, req: Any) -> Any:
+        row = self._rows.req_to_token[req.kv.req_pool_idx]
+        return row[req.kv.cache_protected_len : req.kv.kv_allocated_len].cpu().long()
+
+    def _check(self, batches: list[Any], *, is_after_scheduling: bool) -> tuple[list[Any], dict[int, Any]]:
+        import torch
+        from rkv_shadow import TREE, private_holder
+
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        reqs = self._requests(batches)
+        self._note_holders(reqs, is_after_scheduling)
+        holder = torch.zeros(self._num_slots, dtype=torch.int64)
+        tree_slots = self._tree.all_values_flatten().cpu().long()
+        holder[tree_slots] = TREE
+        pages_of = {}
+        for req in reqs:
+            slots = self._private_slots(req)
+            serial = self._held[id(req)][1].serial
+            holder[slots] = private_holder(serial, req.kv.cache_protected_len, req.kv.kv_allocated_len)
+            pages_of[id(req)] = slots[:: self._page_size] // self._page_size
+        self._check_ownership(tree_slots, pages_of, reqs)
+        changed = self._shadow.compare(holder)
+        if changed:
+            names = {f"#{held.serial} ": f"{req.rid} " for req, held in self._held.values()}
+            for entry in changed[:_MAX_LISTED]:
+                for serial, rid in names.items():
+                    entry["holder"] = entry["holder"].replace(serial, rid)
+            self._violation(
+                "contents",
+                during="scheduling" if is_after_scheduling else "forward",
+                num_slots=len(changed),
+                slots=changed[:_MAX_LISTED],
+            )
+        if not is_after_scheduling:
+            self._shadow.record(holder)
+        return reqs, pages_of
+
+    def _note_holders(self, reqs: list[Any], is_after_scheduling: bool) -> None:
+        held_now: dict[int, tuple[Any, _Held]] = {}
+        for req in reqs:
+            if id(req) not in self._held:
+                self._last_serial += 1
+                held_now[id(req)] = (req, _Held(self._last_serial, req))
+                continue
+            held = self._held[id(req)][1]
+            held_now[id(req)] = (req, held)
+            num_decodes = req.decode_batch_idx - held.decode_batch_idx
+            if req.kv.kv_allocated_len < held.allocated_len + num_decodes:
+                self._note_compaction(req, held, num_decodes, is_after_scheduling)
+            held.update(req)
+        self._held = held_now
+        if is_after_scheduling and self._max_private is not None:
+            self._check_max_private()
+
+    def _note_compaction(self, req: Any, held: _Held, num_decodes: int, is_after_scheduling: bool) -> None:
+        prompt_len = len(req.origin_input_ids)
+        held.num_compactions += 1
+        line = {
+            "rid": req.rid,
+            "prompt_len": prompt_len,
+            "output_len": len(req.output_ids),
+            "from_len": held.allocated_len,
+            "to_len": req.kv.kv_allocated_len - num_decodes,
+        }
+        self._write(event="compaction", step=self._step, forward_ct=self._scheduler.forward_ct, **line)
+        if not is_after_scheduling:
+            self._violation("compaction outside scheduling", **line)
+        # The owner may rewrite what it generated; its prompt stays watched.
+        self._shadow.forget_positions(held.serial, prompt_len)
+
+    def _check_max_private(self) -> None:
+        for req, held in self._held.values():
+            # A retracted request is prefilled again at its full length, until its next compaction.
+            is_refilled = req.retraction_count > 0 and held.num_compactions == 0
+            num_private = req.kv.kv_allocated_len - len(req.origin_input_ids)
+            if num_private > self._max_private and not is_refilled:
+                self._violation("private", rid=req.rid, num_private=num_private, allowed=self._max_private)
+
+    def _check_ownership(self, tree_slots: Any, pages_of: dict[int, Any], reqs: list[Any]) -> None:
+        import torch
+        from rkv_shadow import page_claims
+
+        num_pages = self._total // self._page_size
+        tree_pages = torch.unique(tree_slots // self._page_size)
+        if tree_pages.numel() * self._page_size != tree_slots.numel():
+            self._violation("tree pages", slots=tree_slots.numel(), pages=tree_pages.numel())
+        free_pages = self._allocator.get_all_free_pages()
+        claims = page_claims(num_pages, [free_pages, tree_pages, *pages_of.values()])
+        wrong = claims[1:] != 1
+        if claims[0] != 0 or wrong.any() or claims.numel() != num_pages + 1:
+            pages = (wrong.nonzero().flatten() + 1).tolist()
+            self._violation(
+                "ownership",
+                dummy_page_claims=int(claims[0]),
+                num_lost=int((claims[1:] == 0).sum()),
+                num_shared=int((claims[1:] > 1).sum()),
+                pages=[[page, int(claims[page])] for page in pages[:_MAX_LISTED]],
+                free=free_pages.numel(),
+                tree=tree_pages.numel(),
+                private={req.rid: pages_of[id(req)].numel() for req in reqs},
+                total=num_pages,
+            )
+        for req in reqs:
+            head = self._rows.req_to_token[req.kv.req_pool_idx, : req.kv.cache_protected_len].cpu().long()
+            if not torch.isin(head, tree_slots).all():
+                self._violation("protected prefix not in the tree", rid=req.rid, protected_len=head.numel())
+
+    def _tree_size(self) -> int:
+        return self._tree.evictable_size() + self._tree.protected_size()
+
+    def idle(self) -> None:
+        """Once per idle spell: everything but the tree's evictable slots is free again."""
+        scheduler = self._scheduler
+        if self._is_idle or not scheduler.is_fully_idle():
+            return
+        self._check([scheduler.running_batch, scheduler.last_batch], is_after_scheduling=False)
+        self._is_idle = True
+        self._idle_tree_size = self._tree_size()
+        line = {
+            "available": self._allocator.available_size(),
+            "evictable": self._tree.evictable_size(),
+            "protected": self._tree.protected_size(),
+            "total": self._total,
+            "rows": self._rows.available_size(),
+            "rows_at_start": self._rows_at_start,
+            "retractions": self.num_retractions,
+        }
+        is_whole = line["available"] + line["evictable"] == line["total"] and line["rows"] == line["rows_at_start"]
+        self._write(event="idle", step=self._step, forward_ct=scheduler.forward_ct, ok=is_whole, **line)
+        if not is_whole:
+            self._violation("idle pool", **line)
+
+    def _inject_fault(self, reqs: list[Any]) -> None:
+        import torch
+
+        kv_pool = self._allocator.get_kvcache()
+        if self._fault == "leak":
+            done = self._allocator.alloc(self._page_size) is not None
+        else:
+            slots = {"flip_tree": self._shadow.slots_of_tree, "flip_private": lambda: self._first_written(reqs)}
+            candidates = slots[self._fault]()
+            done = candidates.numel() > 0
+            if done:
+                # The last byte of the last layer's V: one mantissa bit of one number.
+                row = kv_pool.v_buffer[-1][candidates[:1].to(self._device)].contiguous().view(torch.uint8)
+                row.view(-1)[0] ^= 1
+                kv_pool.v_buffer[-1][candidates[:1].to(self._device)] = row.view(kv_pool.v_buffer[-1].dtype)
+        if done:
+            self._write(event="fault", step=self._step, fault=self._fault)
+            self._fault = ""
+
+    def _first_written(self, reqs: list[Any]) -> Any:
+        import torch
+
+        written = [self._private_slots(req)[:1] for req in reqs if req.decode_batch_idx > 1]
+        return torch.cat([torch.empty(0, dtype=torch.int64), *written])

@@ -1,0 +1,96 @@
+"""A bitwise copy of every KV slot whose contents nobody may change, and the question who holds which slot."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+# Who holds a slot: nobody, the radix tree, or a request's position (see ``private_holder``).
+NOBODY = 0
+TREE = -1
+_POSITION_BITS = 32
+
+
+def private_holder(serial: int, start: int, end: int) -> torch.Tensor:
+    """Return the holder numbers of positions ``[start, end)`` of the request with this serial (1, 2, ..), int64."""
+    return (serial << _POSITION_BITS) + torch.arange(start, end, dtype=torch.int64) + 1
+
+
+class PoolShadow:
+    """Remembers the bytes of held slots and finds those that changed while their holder stayed the same.
+
+    A slot may change hands from a request to the tree (its tokens are cached): its bytes must stay. Any other change
+    of holder starts afresh. The copies live in buffers as large as the pool, but only slots that were ever held
+    take memory.
+    """
+
+    def __init__(self, buffers: Sequence[torch.Tensor]) -> None:
+        """``buffers``: each layer's K and V pool, first dimension the slot."""
+        self._live = list(buffers)
+        self._copy = [torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu") for buffer in buffers]
+        self._holder = torch.zeros(buffers[0].shape[0], dtype=torch.int64)
+
+    @staticmethod
+    def _bytes(rows: torch.Tensor) -> torch.Tensor:
+        return rows.flatten(1).contiguous().view(torch.uint8)
+
+    def _read(self, layer: int, slots: torch.Tensor) -> torch.Tensor:
+        live = self._live[layer]
+        return live[slots.to(live.device)].cpu()
+
+    def forget_positions(self, serial: int, first: int) -> None:
+        """Stop watching positions ``first`` and later of one request: its owner may rewrite them now."""
+        low = (serial << _POSITION_BITS) + first + 1
+        high = (serial + 1) << _POSITION_BITS
+        self._holder[(self._holder >= low) & (self._holder < high)] = NOBODY
+
+    def compare(self, holder: torch.Tensor) -> list[dict[str, Any]]:
+        """Compare all slots whose holder stayed; stop watching the others. Returns one entry per changed slot."""
+        before = self._holder
+        stayed = (before != NOBODY) & ((before == holder) | ((holder == TREE) & (before > 0)))
+        slots = stayed.nonzero().flatten()
+        changed: dict[int, list[int]] = {}
+        for layer, copy in enumerate(self._copy):
+            now = self._read(layer, slots)
+            now_bytes, old_bytes = self._bytes(now), self._bytes(copy[slots])
+            if torch.equal(now_bytes, old_bytes):
+                continue
+            differs = (now_bytes != old_bytes).any(dim=1)
+            for slot in slots[differs].tolist():
+                changed.setdefault(slot, []).append(layer)
+            # Reported once, not at every later step.
+            copy[slots] = now
+        found = [
+            {"slot": slot, "buffers": buffers, "holder": describe_holder(int(before[slot]))}
+            for slot, buffers in changed.items()
+        ]
+        self._holder = torch.where(stayed, holder, torch.zeros_like(holder))
+        return found
+
+    def record(self, holder: torch.Tensor) -> None:
+        """Start watching every held slot that is not watched yet. Its contents must be written by now."""
+        slots = ((holder != NOBODY) & (self._holder == NOBODY)).nonzero().flatten()
+        if slots.numel() == 0:
+            return
+        for layer, copy in enumerate(self._copy):
+            copy[slots] = self._read(layer, slots)
+        self._holder[slots] = holder[slots]
+
+    def slots_of_tree(self) -> torch.Tensor:
+        """Return the watched slots that the tree owns, int64."""
+        return (self._holder == TREE).nonzero().flatten()
+
+
+def describe_holder(holder: int) -> str:
+    if holder == TREE:
+        return "tree"
+    if holder == NOBODY:
+        return "nobody"
+    serial, position = holder >> _POSITION_BITS, (holder & ((1 << _POSITION_BITS) - 1)) - 1
+    return f"request #{serial} position {position}"
+
+
+def page_claims(num_pages: int, claimed: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Count how often each page is claimed by the given lists of page ids, ``[num_pages + 1]``; 0 is the dummy page."""
+    pages = torch.cat([torch.empty(0, dtype=torch.int64), *(ids.cpu().to(torch.int64) for ids in claimed)])
+    return torch.bincount(pages, minlength=num_pages + 1)

@@ -1,0 +1,146 @@
+"""Models the tests can have without a network: tiny random ones, made on first use, and the real small one.
+
+A tiny model is a fp32 checkpoint with a tokenizer, in ``.cache/models`` under a name that carries a hash of all it was
+made from. Every token of the tokenizer is plain ASCII, so any output is text, and stop strings and grammars can hit.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+from transformers import Qwen3ForCausalLM as _Qwen3
+
+MODELS_DIR = Path(__file__).resolve().parents[1] / ".cache" / "models"
+PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
+VOCAB_SIZE = 512
+# Raise it when what a folder holds changes in a way that neither config nor seed shows.
+_FORMAT = 1
+
+_SHARED: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 32768,
+    # The usual 0.02 makes all logits alike at this size, and greedy output collapses into a loop of one token.
+    "initializer_range": 0.2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": False,
+    "pad_token_id": PAD_ID,
+    "bos_token_id": BOS_ID,
+    "eos_token_id": EOS_ID,
+}
+# name: (config class, model class, own settings, seed)
+_RECIPES: dict[str, tuple[type, type, dict[str, Any], int]] = {
+    "llama-gqa": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
+        0,
+    ),
+    "qwen3": (Qwen3Config, _Qwen3, {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}, 0),
+    "llama-mqa": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32},
+        0,
+    ),
+    "llama-mha-48": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 48},
+        0,
+    ),
+}
+TINY_MODELS = tuple(_RECIPES)
+
+
+def small_model_path() -> Path:
+    """Return the folder of SmolLM2-135M-Instruct (30 layers, 9 query and 3 KV heads, head_dim 64).
+
+    Raises:
+        FileNotFoundError: The folder is missing; the message names the command that makes it.
+    """
+    path = MODELS_DIR / "SmolLM2-135M-Instruct"
+    if not (path / "config.json").exists():
+        raise FileNotFoundError(f"no model in {path}: run `make setup`")
+    return path
+
+
+@cache
+def tiny_model_path(name: str) -> Path:
+    """Return the folder of a tiny random model, one of ``TINY_MODELS``, making it when it is not there yet.
+
+    A folder is complete or absent, whatever other processes do at the same time: it is written under another name and
+    renamed at the end; who comes second uses the folder of who came first.
+
+    Raises:
+        KeyError: The name is none of ``TINY_MODELS``.
+    """
+    config_class, model_class, settings, seed = _RECIPES[name]
+    config = config_class(**_SHARED, **settings)
+    made_from = [_FORMAT, seed, torch.__version__, transformers.__version__, config.to_dict()]
+    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    target = MODELS_DIR / f"tiny-{name}-{digest}"
+    if target.exists():
+        return target
+    MODELS_DIR.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=MODELS_DIR))
+    try:
+        _write_model(model_class, config, seed, partial)
+        partial.chmod(0o755)
+        os.rename(partial, target)
+    except OSError:
+        # A folder cannot be renamed onto one that is not empty: another process was faster.
+        if not target.exists():
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _write_model(model_class: type, config: Any, seed: int, folder: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config).to(torch.float32).eval()
+        with torch.no_grad():
+            # Norms start as ones, and a norm left out or applied twice would go unseen.
+            for parameter_name, parameter in model.named_parameters():
+                if "norm" in parameter_name:
+                    parameter.uniform_(0.5, 2.0)
+    # Without this file a server would take its sampling defaults from elsewhere.
+    model.generation_config = GenerationConfig(
+        do_sample=False, pad_token_id=PAD_ID, bos_token_id=BOS_ID, eos_token_id=EOS_ID
+    )
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer of 512 tokens: 3 special, newline, printable ASCII, then pairs of letters."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    # Byte-level BPE writes newline and space as these two letters.
+    singles = ["\u010a", "\u0120", *(chr(code) for code in range(ord("!"), ord("~") + 1))]
+    tokens = ["<pad>", "<bos>", "<eos>", *singles]
+    pairs = [("\u0120", letter) for letter in letters] + [(left, right) for left in letters for right in letters]
+    merges = pairs[: VOCAB_SIZE - len(tokens)]
+    tokens += [left + right for left, right in merges]
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        chat_template="{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}",
+    )
