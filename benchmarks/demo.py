@@ -59,7 +59,9 @@ def ask(server: Server, policy: str, input_ids: list[int], new_tokens: int) -> R
     output_ids: list[int] = []
     text = ""
     first = last = (0, time.monotonic())
-    with tqdm(total=new_tokens, desc=policy, unit="tok", file=sys.stdout) as progress:
+    # In a file every refresh is one more line, so there they are rare.
+    refresh_s = 0.5 if sys.stdout.isatty() else 20
+    with tqdm(total=new_tokens, desc=policy, unit="tok", file=sys.stdout, mininterval=refresh_s, ncols=80) as progress:
         for event in server.stream_generate({"input_ids": input_ids, "sampling_params": sampling}):
             output_ids, text = event["output_ids"], event["text"]
             last = (len(output_ids), time.monotonic())

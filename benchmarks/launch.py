@@ -6,6 +6,7 @@ foreground, with the flags a machine without a GPU needs put in front of the giv
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import signal
@@ -168,7 +169,7 @@ def exit_on_sigterm() -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Replace this process by a server in the foreground."""
-    model = next((after for flag, after in zip(arguments, arguments[1:], strict=False) if flag == "--model-path"), "")
+    model = next((after for flag, after in itertools.pairwise(arguments) if flag == "--model-path"), "")
     command = server_command("--host", "127.0.0.1", *arguments)
     print(" ".join(command[1:]), flush=True)
     os.execve(command[0], command, server_environment(model))

@@ -109,7 +109,8 @@ def make_keys(
         unit = keys.double().transpose(0, 1)
         unit = unit / (unit.norm(dim=-1, keepdim=True) + 1e-8)
         similarity = unit @ unit.transpose(1, 2)
-        similarity.diagonal(dim1=1, dim2=2).zero_()
+        # The diagonal is an exact 0 for everybody.
+        similarity.diagonal(dim1=1, dim2=2).fill_(torch.inf)
         if not ((similarity - threshold).abs() < CLEAR_OF_THRESHOLD).any():
             return keys.to(device)
     raise AssertionError(f"no {kind} keys of shape {shape} stay clear of the threshold {threshold}")

@@ -1,4 +1,4 @@
-"""The server answers as a dense cache that evicts per layer and head at the same steps, whatever else is switched on."""
+"""The server answers as a dense cache that evicts per layer and head at the same steps, whatever else is on."""
 
 import itertools
 

@@ -1,6 +1,5 @@
 """One run, in a process forked from the zygote: plays the launcher, the tokenizer and the detokenizer of a server."""
 
-import array
 import ctypes
 import multiprocessing
 import os
@@ -16,7 +15,8 @@ from typing import Any
 
 import zmq
 
-from tests.harness.gate import Gate
+from tests.harness.messages import empty_output, generate_message, take
+from tests.harness.processes import launcher_process, scheduler_process
 
 # SGLang reads these when it is imported, that is before the run's environment is known.
 _READ_AT_IMPORT = {
@@ -132,7 +132,7 @@ class _Run:
         pid = os.fork()
         if pid == 0:
             os.close(reader)
-            _launcher_process(self._job["flags"], writer)
+            launcher_process(self._job["flags"], writer)
         os.close(writer)
         data = b""
         while True:
@@ -155,7 +155,7 @@ class _Run:
         readers = []
         for tp_rank in range(tp_size):
             reader, writer = context.Pipe(duplex=False)
-            process = context.Process(target=_scheduler_process, args=(self._job, arguments, tp_rank, writer))
+            process = context.Process(target=scheduler_process, args=(self._job, arguments, tp_rank, writer))
             process.start()
             writer.close()
             readers.append(reader)
@@ -189,13 +189,13 @@ class _Run:
         outputs: dict[str, dict[str, Any]] = {}
         try:
             for rid, request in self._job["requests"]:
-                outputs[rid] = _empty_output(len(request.input_ids))
-                sock_send(to_scheduler, _message(rid, request))
+                outputs[rid] = empty_output(len(request.input_ids))
+                sock_send(to_scheduler, generate_message(rid, request))
             # Held back by the gate until everything is done.
             sock_send(to_scheduler, ShutdownReq())
             while any(output["finish_reason"] is None for output in outputs.values()) or self._is_scheduler_alive():
                 if from_scheduler.poll(100):
-                    _take(outputs, sock_recv(from_scheduler))
+                    take(outputs, sock_recv(from_scheduler))
                 else:
                     self._check_alive()
         finally:
@@ -205,119 +205,3 @@ class _Run:
 
     def _is_scheduler_alive(self) -> bool:
         return any(process.is_alive() for process in self._schedulers)
-
-
-def _launcher_process(flags: list[str], writer: int) -> None:
-    try:
-        from sglang.srt.plugins import load_plugins
-
-        load_plugins()
-        from sglang.srt.entrypoints.engine import _set_envs_and_config
-        from sglang.srt.parser.template_detection import resolve_auto_parsers
-        from sglang.srt.server_args import PortArgs, prepare_server_args
-
-        before = dict(os.environ)
-        server_args = prepare_server_args(flags)
-        server_args.resolve_once()
-        _set_envs_and_config(server_args)
-        server_args.check_server_args()
-        resolve_auto_parsers(server_args)
-        port_args = PortArgs.init_new(server_args)
-        env = {name: value for name, value in os.environ.items() if before.get(name) != value}
-        with os.fdopen(writer, "wb") as pipe:
-            pipe.write(pickle.dumps({"arguments": pickle.dumps((server_args, port_args)), "env": env}))
-        code = 0
-    except SystemExit as error:
-        if isinstance(error.code, str):
-            print(error.code, file=sys.stderr)
-        code = error.code if isinstance(error.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _scheduler_process(job: dict[str, Any], arguments: bytes, tp_rank: int, writer: Any) -> None:
-    import torch
-    from sglang.srt.managers.scheduler import run_scheduler_process
-
-    torch.set_num_threads(job["num_threads"])
-    # As in a spawned child, the arguments are unpickled before the plugins are loaded.
-    server_args, port_args = pickle.loads(arguments)
-    Gate(job["arrivals"]).register()
-    # It swallows its exception after printing it; the parent sees the exit code.
-    failed: list[bool] = []
-    signal.signal(signal.SIGQUIT, lambda signum, frame: None)
-    from sglang.srt.managers import scheduler
-
-    def get_exception_traceback() -> str:
-        failed.append(True)
-        return traceback.format_exc()
-
-    scheduler.get_exception_traceback = get_exception_traceback
-    gpu_id = server_args.base_gpu_id + tp_rank * server_args.gpu_id_step
-    run_scheduler_process(server_args, port_args, gpu_id, tp_rank, 0, None, writer)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # At once: the sockets of a scheduler that failed may wait for a reader for ever.
-    os._exit(1 if failed else 0)
-
-
-def _message(rid: str, request: Any) -> Any:
-    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
-    from sglang.srt.sampling.sampling_params import SamplingParams
-
-    sampling_params = SamplingParams(**{"temperature": 0.0, **request.sampling_params})
-    sampling_params.normalize(None)
-    return TokenizedGenerateReqInput(
-        rid=rid,
-        input_text=None,
-        input_ids=array.array("q", request.input_ids),
-        input_embeds=None,
-        mm_inputs=None,
-        token_type_ids=None,
-        sampling_params=sampling_params,
-        return_logprob=request.return_logprob,
-        logprob_start_len=request.logprob_start_len,
-        top_logprobs_num=0,
-        token_ids_logprob=None,
-        stream=False,
-        **request.extra,
-    )
-
-
-def _empty_output(prompt_tokens: int) -> dict[str, Any]:
-    return {
-        "output_ids": [],
-        "finish_reason": None,
-        "cached_tokens": 0,
-        "prompt_tokens": prompt_tokens,
-        "retractions": 0,
-        "output_logprobs": [],
-        "input_logprobs": [],
-    }
-
-
-def _take(outputs: dict[str, dict[str, Any]], message: Any) -> None:
-    from sglang.srt.managers.io_struct import AbortReq, BatchTokenIDOutput
-
-    if isinstance(message, AbortReq):
-        # Aborted before it ran.
-        outputs[message.rid]["finish_reason"] = message.finished_reason or {"type": "abort", "message": "in the queue"}
-    if not isinstance(message, BatchTokenIDOutput):
-        return
-    for index, rid in enumerate(message.rids):
-        output = outputs[rid]
-        # Each message carries what is new since the last one.
-        output["output_ids"] += list(message.output_ids[index])
-        output["finish_reason"] = message.finished_reasons[index]
-        output["cached_tokens"] = message.cached_tokens[index]
-        output["retractions"] = message.retraction_counts[index]
-        for key, values in (
-            ("output_logprobs", message.output_token_logprobs_val),
-            ("input_logprobs", message.input_token_logprobs_val),
-        ):
-            if values and values[index]:
-                output[key] += list(values[index])

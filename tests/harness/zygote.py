@@ -14,6 +14,18 @@ _PRELOAD = (
     "sglang.srt.entrypoints.engine",
     "sglang.srt.models.registry",
     "sglang.srt.layers.attention.torch_native_backend",
+    "sglang.srt.arg_groups.pipeline",
+    "sglang.srt.arg_groups.model_path_hook",
+    "sglang.srt.arg_groups.resolution_hooks",
+    "sglang.srt.distributed.device_communicators.custom_all_reduce",
+    "sglang.srt.distributed.device_communicators.pymscclpp",
+    "sglang.srt.distributed.device_communicators.shm_broadcast",
+    "sglang.srt.distributed.device_communicators.torch_symm_mem",
+    "sglang.srt.dllm.algorithm",
+    "sglang.srt.layers.attention.qsa.config",
+    "sglang.srt.mem_cache.prefill_budget",
+    "sglang.srt.mem_cache.rust_tree_core.adapter",
+    "sglang.srt.parser.template_detection",
 )
 
 

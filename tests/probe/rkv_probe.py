@@ -85,6 +85,7 @@ class Probe:
 
     def __init__(self, scheduler: Any) -> None:
         import torch
+        from rkv_faults import Fault
         from rkv_shadow import PoolShadow
 
         self._scheduler = scheduler
@@ -106,8 +107,7 @@ class Probe:
         self._rows_at_start = self._rows.available_size()
         max_private = os.environ.get("RKV_PROBE_MAX_PRIVATE")
         self._max_private = int(max_private) if max_private else None
-        self._fault, _, fault_step = os.environ.get("RKV_PROBE_FAULT", "").partition("@")
-        self._fault_step = int(fault_step or 0)
+        self._fault = Fault.from_environment()
         rank = getattr(scheduler, "tp_rank", None) or getattr(getattr(scheduler, "ps", None), "tp_rank", 0) or 0
         path = os.environ["RKV_PROBE_FILE"] + (f".rank{rank}" if rank else "")
         # Line-buffered: a scheduler that dies takes no line with it.
@@ -173,8 +173,11 @@ class Probe:
             total=self._total,
             retractions=self.num_retractions,
         )
-        if self._fault and self._step >= self._fault_step:
-            self._inject_fault(reqs)
+        if self._fault is not None and self._fault.is_due(self._step):
+            written = [self._private_slots(req)[:1] for req in reqs if req.decode_batch_idx > 1]
+            if self._fault.inject(self._allocator, self._shadow.slots_of_tree(), written):
+                self._write(event="fault", step=self._step, fault=self._fault.kind)
+                self._fault = None
 
     def _requests(self, batches: list[Any]) -> list[Any]:
         # Under overlap a request whose last token is in flight has left every batch but the one in this queue.
@@ -190,6 +193,7 @@ class Probe:
 
     def _check(self, batches: list[Any], *, is_after_scheduling: bool) -> tuple[list[Any], dict[int, Any]]:
         import torch
+        from rkv_census import census
         from rkv_shadow import TREE, private_holder
 
         if self._device.type == "cuda":
@@ -205,7 +209,13 @@ class Probe:
             serial = self._held[id(req)][1].serial
             holder[slots] = private_holder(serial, req.kv.cache_protected_len, req.kv.kv_allocated_len)
             pages_of[id(req)] = slots[:: self._page_size] // self._page_size
-        self._check_ownership(tree_slots, pages_of, reqs)
+        private_pages = {req.rid: pages_of[id(req)] for req in reqs}
+        for kind, detail in census(self._allocator, tree_slots, private_pages):
+            self._violation(kind, **detail)
+        for req in reqs:
+            head = self._rows.req_to_token[req.kv.req_pool_idx, : req.kv.cache_protected_len].cpu().long()
+            if not torch.isin(head, tree_slots).all():
+                self._violation("protected prefix not in the tree", rid=req.rid, protected_len=head.numel())
         changed = self._shadow.compare(holder)
         if changed:
             names = {f"#{held.serial} ": f"{req.rid} " for req, held in self._held.values()}
@@ -263,35 +273,6 @@ class Probe:
             if num_private > self._max_private and not is_refilled:
                 self._violation("private", rid=req.rid, num_private=num_private, allowed=self._max_private)
 
-    def _check_ownership(self, tree_slots: Any, pages_of: dict[int, Any], reqs: list[Any]) -> None:
-        import torch
-        from rkv_shadow import page_claims
-
-        num_pages = self._total // self._page_size
-        tree_pages = torch.unique(tree_slots // self._page_size)
-        if tree_pages.numel() * self._page_size != tree_slots.numel():
-            self._violation("tree pages", slots=tree_slots.numel(), pages=tree_pages.numel())
-        free_pages = self._allocator.get_all_free_pages()
-        claims = page_claims(num_pages, [free_pages, tree_pages, *pages_of.values()])
-        wrong = claims[1:] != 1
-        if claims[0] != 0 or wrong.any() or claims.numel() != num_pages + 1:
-            pages = (wrong.nonzero().flatten() + 1).tolist()
-            self._violation(
-                "ownership",
-                dummy_page_claims=int(claims[0]),
-                num_lost=int((claims[1:] == 0).sum()),
-                num_shared=int((claims[1:] > 1).sum()),
-                pages=[[page, int(claims[page])] for page in pages[:_MAX_LISTED]],
-                free=free_pages.numel(),
-                tree=tree_pages.numel(),
-                private={req.rid: pages_of[id(req)].numel() for req in reqs},
-                total=num_pages,
-            )
-        for req in reqs:
-            head = self._rows.req_to_token[req.kv.req_pool_idx, : req.kv.cache_protected_len].cpu().long()
-            if not torch.isin(head, tree_slots).all():
-                self._violation("protected prefix not in the tree", rid=req.rid, protected_len=head.numel())
-
     def _tree_size(self) -> int:
         return self._tree.evictable_size() + self._tree.protected_size()
 
@@ -316,28 +297,3 @@ class Probe:
         self._write(event="idle", step=self._step, forward_ct=scheduler.forward_ct, ok=is_whole, **line)
         if not is_whole:
             self._violation("idle pool", **line)
-
-    def _inject_fault(self, reqs: list[Any]) -> None:
-        import torch
-
-        kv_pool = self._allocator.get_kvcache()
-        if self._fault == "leak":
-            done = self._allocator.alloc(self._page_size) is not None
-        else:
-            slots = {"flip_tree": self._shadow.slots_of_tree, "flip_private": lambda: self._first_written(reqs)}
-            candidates = slots[self._fault]()
-            done = candidates.numel() > 0
-            if done:
-                # The last byte of the last layer's V: one mantissa bit of one number.
-                row = kv_pool.v_buffer[-1][candidates[:1].to(self._device)].contiguous().view(torch.uint8)
-                row.view(-1)[0] ^= 1
-                kv_pool.v_buffer[-1][candidates[:1].to(self._device)] = row.view(kv_pool.v_buffer[-1].dtype)
-        if done:
-            self._write(event="fault", step=self._step, fault=self._fault)
-            self._fault = ""
-
-    def _first_written(self, reqs: list[Any]) -> Any:
-        import torch
-
-        written = [self._private_slots(req)[:1] for req in reqs if req.decode_batch_idx > 1]
-        return torch.cat([torch.empty(0, dtype=torch.int64), *written])

@@ -1,6 +1,6 @@
 """A bitwise copy of every KV slot whose contents nobody may change, and the question who holds which slot."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -88,9 +88,3 @@ def describe_holder(holder: int) -> str:
         return "nobody"
     serial, position = holder >> _POSITION_BITS, (holder & ((1 << _POSITION_BITS) - 1)) - 1
     return f"request #{serial} position {position}"
-
-
-def page_claims(num_pages: int, claimed: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Count how often each page is claimed by the given lists of page ids, ``[num_pages + 1]``; 0 is the dummy page."""
-    pages = torch.cat([torch.empty(0, dtype=torch.int64), *(ids.cpu().to(torch.int64) for ids in claimed)])
-    return torch.bincount(pages, minlength=num_pages + 1)

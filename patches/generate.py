@@ -1,0 +1,87 @@
+"""Write ``README.md`` beside this file: the register of hooks and upstream patches, made from the table of hooks.
+
+Usage: ``python patches/generate.py`` writes it, ``python patches/generate.py --check`` only says whether it is current.
+"""
+
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from rkv_sglang.integration.hook import Hook
+
+FOLDER = Path(__file__).resolve().parent
+REGISTER = FOLDER / "README.md"
+
+_HEAD = """\
+# Where rkv_sglang meets SGLang
+
+Made by `python patches/generate.py` from `rkv_sglang/integration/hooks.py`; do not edit it by hand.
+
+Nothing in the installed SGLang is changed. SGLang's plugin loader applies the hooks below as its processes start, each
+only after its target has been found with the signature it was written against; `rkv-sglang doctor` looks them all up.
+Each says what would be wrong without it, and which change in SGLang would make it unnecessary. Flags and models are
+refused in SGLang's own extension point for that, `register_resolution_hook`.
+
+## Hooks
+"""
+
+_PATCHES_HEAD = """
+## Patches for SGLang
+
+Changes worth having upstream, in the order in which they apply, each in a folder named after the SGLang it applies to.
+The plugin works without them. To try one, in a checkout of SGLang at that version: `git am PATCH`.
+"""
+
+
+def render(hooks: Iterable[Hook], patches: Iterable[Path]) -> str:
+    """Return the register's text.
+
+    Args:
+        hooks: In the order in which they come to pass.
+        patches: Files in the format of ``git format-patch``.
+    """
+    sections = [_HEAD]
+    for number, hook in enumerate(hooks, start=1):
+        function = f"{hook.function.__module__}.{hook.function.__qualname__}"
+        lines = [f"### {number}. `{hook.target}`", "", f"- how: {hook.kind}, `{function}`"]
+        if hook.signature:
+            lines.append(f"- signature: `{hook.signature}`")
+        lines += [f"- why: {hook.why}", f"- unnecessary with: {hook.upstream}"]
+        sections.append("\n".join(lines) + "\n")
+    entries = [f"- `{patch.relative_to(FOLDER)}`: {subject(patch)}" for patch in patches]
+    return "\n".join(sections) + _PATCHES_HEAD + "\n" + "\n".join(entries) + "\n"
+
+
+def subject(patch: Path) -> str:
+    """Return a patch's subject, without its ``[PATCH]``."""
+    header = patch.read_text().split("\n\n", 1)[0]
+    folded = re.search(r"^Subject: (.*(?:\n .*)*)", header, re.MULTILINE)
+    if folded is None:
+        raise ValueError(f"{patch.name} has no Subject: make it with git format-patch")
+    return re.sub(r"^\[PATCH[^]]*\] ", "", folded[1].replace("\n", ""))
+
+
+def current() -> str:
+    """Return what the register should be."""
+    from rkv_sglang.integration.hooks import HOOKS
+
+    return render(HOOKS, sorted(FOLDER.glob("*/*.patch")))
+
+
+def main(argv: list[str]) -> int:
+    """Write or check the register; returns the exit status."""
+    if argv not in ([], ["--check"]):
+        print("usage: python patches/generate.py [--check]", file=sys.stderr)
+        return 2
+    text = current()
+    if not argv:
+        REGISTER.write_text(text)
+    elif not REGISTER.exists() or REGISTER.read_text() != text:
+        print("patches/README.md is out of date: run python patches/generate.py", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,34 @@
+"""Fixtures and reports that all tests share."""
+
+import os
+import random
+from collections.abc import Iterator
+
+import pytest
+
+_SEED_VARIABLE = "RKV_TEST_SEED"
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A fresh seed for this test, printed when it fails; ``RKV_TEST_SEED`` repeats a run."""
+    given = os.environ.get(_SEED_VARIABLE)
+    value = int(given) if given else random.SystemRandom().randrange(2**31)
+    request.node.user_properties.append(("seed", value))
+    return value
+
+
+@pytest.fixture
+def rng(seed: int) -> random.Random:
+    """A random generator on a fresh seed; see ``seed``."""
+    return random.Random(seed)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    if report.failed:
+        for name, value in item.user_properties:
+            if name == "seed":
+                report.sections.append(("seed", f"repeat with {_SEED_VARIABLE}={value}"))
+    return report

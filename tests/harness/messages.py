@@ -1,0 +1,62 @@
+"""What goes to a scheduler and what comes back, in SGLang's own messages."""
+
+import array
+from typing import Any
+
+
+def generate_message(rid: str, request: Any) -> Any:
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    sampling_params = SamplingParams(**{"temperature": 0.0, **request.sampling_params})
+    sampling_params.normalize(None)
+    return TokenizedGenerateReqInput(
+        rid=rid,
+        input_text=None,
+        input_ids=array.array("q", request.input_ids),
+        input_embeds=None,
+        mm_inputs=None,
+        token_type_ids=None,
+        sampling_params=sampling_params,
+        return_logprob=request.return_logprob,
+        logprob_start_len=request.logprob_start_len,
+        top_logprobs_num=0,
+        token_ids_logprob=None,
+        stream=False,
+        **request.extra,
+    )
+
+
+def empty_output(prompt_tokens: int) -> dict[str, Any]:
+    return {
+        "output_ids": [],
+        "finish_reason": None,
+        "cached_tokens": 0,
+        "prompt_tokens": prompt_tokens,
+        "retractions": 0,
+        "output_logprobs": [],
+        "input_logprobs": [],
+    }
+
+
+def take(outputs: dict[str, dict[str, Any]], message: Any) -> None:
+    from sglang.srt.managers.io_struct import AbortReq, BatchTokenIDOutput
+
+    if isinstance(message, AbortReq):
+        # Aborted before it ran.
+        outputs[message.rid]["finish_reason"] = message.finished_reason or {"type": "abort", "message": "in the queue"}
+    if not isinstance(message, BatchTokenIDOutput):
+        return
+    for index, rid in enumerate(message.rids):
+        output = outputs[rid]
+        # Each message carries what is new since the last one.
+        output["output_ids"] += list(message.output_ids[index])
+        output["finish_reason"] = message.finished_reasons[index]
+        output["cached_tokens"] = message.cached_tokens[index]
+        output["retractions"] = message.retraction_counts[index]
+        for key, values in (
+            ("output_logprobs", message.output_token_logprobs_val),
+            ("input_logprobs", message.input_token_logprobs_val),
+        ):
+            if values and values[index]:
+                output[key] += list(values[index])

@@ -1,0 +1,189 @@
+"""Imports point down, only the integration knows SGLang, names are public on purpose, modules stay small."""
+
+import ast
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+PACKAGE = "rkv_sglang"
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS = ("config", "algorithm", "policies", "kernels", "cache", "integration", "cli")
+# The package itself re-exports settings only, so it may be imported from everywhere but from them.
+RANKS = {layer: 2 * rank for rank, layer in enumerate(LAYERS)} | {"": 1}
+SGLANG_LAYER = "integration"
+MOST_LINES = 300
+IMPORT_FUNCTIONS = {"import_module", "__import__", "find_spec", "resolve_name"}
+
+
+def package_sources() -> dict[str, str]:
+    """Return every module of the package by its dotted name; packages end with ``.__init__``."""
+    files = sorted((ROOT / PACKAGE).rglob("*.py"))
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text() for path in files}
+
+
+def layer_of(module: str) -> str:
+    """Return the layer of a dotted name; ``""`` is the package's own ``__init__``."""
+    parts = module.removesuffix(".__init__").split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+def imported_modules(module: str, source: str) -> list[tuple[int, str]]:
+    """Return (line, dotted name) of every import, at any depth, relative ones resolved, literal dynamic ones included.
+
+    ``from a import b`` gives ``a.b``, since b may be a module.
+    """
+    package = module.split(".")[:-1]
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            prefix = ".".join([*base, *([node.module] if node.module else [])])
+            found += [(node.lineno, f"{prefix}.{alias.name}") for alias in node.names]
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in IMPORT_FUNCTIONS and isinstance(node.args[0].value, str):
+                found.append((node.lineno, node.args[0].value.replace(":", ".")))
+    return found
+
+
+def layer_violations(sources: dict[str, str]) -> list[str]:
+    """Return one line for every import that points up, and for every import of SGLang outside its layer."""
+    wrong = []
+    for module, source in sources.items():
+        layer = layer_of(module)
+        if layer not in RANKS:
+            wrong.append(f"{module}: the layer {layer!r} is not in {LAYERS}")
+            continue
+        for line, target in imported_modules(module, source):
+            top, *rest = target.split(".")
+            if top == "sglang" and layer != SGLANG_LAYER:
+                wrong.append(f"{module}:{line}: imports {target}; only {SGLANG_LAYER} may")
+            if top != PACKAGE:
+                continue
+            # A name of the package that is no layer is one of its own names, such as __version__.
+            target_layer = rest[0] if rest and rest[0] in RANKS else ""
+            if RANKS[target_layer] > RANKS[layer]:
+                wrong.append(
+                    f"{module}:{line}: {layer or 'the package'} imports up from {target_layer or 'the package'}"
+                )
+    return wrong
+
+
+def public_names(source: str) -> tuple[set[str], set[str] | None]:
+    """Return the public names a module binds at its top level, and what its ``__all__`` lists (None without one)."""
+    bound: set[str] = set()
+    listed: set[str] | None = None
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            bound |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = {target.id for target in targets if isinstance(target, ast.Name)}
+            if "__all__" in names and node.value is not None:
+                listed = set(ast.literal_eval(node.value))
+            bound |= names
+    return {name for name in bound if not name.startswith("_")}, listed
+
+
+def unlisted_names(sources: dict[str, str]) -> list[str]:
+    """Return one line for every package whose ``__all__`` differs from the public names its ``__init__`` binds."""
+    wrong = []
+    for module, source in sources.items():
+        if module.endswith(".__init__"):
+            bound, listed = public_names(source)
+            expected = {name for name in listed or () if not name.startswith("_")}
+            if bound != expected:
+                wrong.append(f"{module}: __all__ and the public names differ in {sorted(bound ^ expected)}")
+    return wrong
+
+
+def test_imports_point_down_and_only_the_integration_imports_sglang():
+    assert layer_violations(package_sources()) == []
+
+
+def test_all_holds_exactly_the_public_names():
+    assert unlisted_names(package_sources()) == []
+
+
+def test_every_listed_name_exists():
+    import rkv_sglang
+
+    assert [name for name in rkv_sglang.__all__ if not hasattr(rkv_sglang, name)] == []
+
+
+def test_modules_are_small():
+    sizes = {module: len(source.splitlines()) for module, source in package_sources().items()}
+    assert {module: size for module, size in sizes.items() if size > MOST_LINES} == {}
+
+
+def test_importing_the_package_imports_no_engine_and_no_gpu_code():
+    code = "import sys, rkv_sglang; print(sorted({'sglang', 'torch', 'triton'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+
+
+IMPORT_STYLES = (
+    "import rkv_sglang.{layer}.part",
+    "import rkv_sglang.{layer}.part as other",
+    "from rkv_sglang import {layer}",
+    "from rkv_sglang.{layer} import part",
+    "from rkv_sglang.{layer}.part import name as other",
+    "from .. import {layer}",
+    "from ..{layer} import part",
+    "def later():\n    from rkv_sglang.{layer} import part",
+    "if TYPE_CHECKING:\n    import rkv_sglang.{layer}",
+    "importlib.import_module('rkv_sglang.{layer}.part')",
+)
+
+
+@given(st.sampled_from(LAYERS), st.sampled_from(LAYERS), st.sampled_from(IMPORT_STYLES))
+def test_the_check_finds_exactly_the_imports_that_point_up(importer: str, imported: str, style: str):
+    sources = {f"{PACKAGE}.{importer}.some_module": style.format(layer=imported)}
+    points_up = LAYERS.index(imported) > LAYERS.index(importer)
+    assert len(layer_violations(sources)) == points_up
+
+
+@given(
+    st.sampled_from(LAYERS),
+    st.sampled_from(
+        [
+            "import sglang",
+            "import sglang.srt.utils as utils",
+            "from sglang.srt import server_args",
+            "def later():\n    import sglang",
+            "importlib.import_module('sglang.srt')",
+            "pkgutil.resolve_name('sglang.srt.server_args:ServerArgs')",
+        ]
+    ),
+)
+def test_the_check_finds_sglang_everywhere_but_in_the_integration(layer: str, statement: str):
+    assert len(layer_violations({f"{PACKAGE}.{layer}.some_module": statement})) == (layer != SGLANG_LAYER)
+
+
+@pytest.mark.parametrize("innocent", ["import rkv_sglang_tools", "import sglangish", "import torch", "'sglang.srt'"])
+def test_the_check_leaves_other_names_alone(innocent: str):
+    assert layer_violations({f"{PACKAGE}.config": innocent}) == []
+
+
+def test_the_checks_report_a_new_layer_an_unlisted_name_and_the_package_in_its_own_settings():
+    assert "not in" in layer_violations({f"{PACKAGE}.extras.tool": ""})[0]
+    assert layer_violations({f"{PACKAGE}.config": "from rkv_sglang import __version__"}) != []
+    source = textwrap.dedent(
+        """
+        from rkv_sglang.config import PolicyConfig
+        import os as _os
+        __all__ = ["PolicyConfig", "Missing", "__version__"]
+        def helper(): ...
+        """
+    )
+    (line,) = unlisted_names({f"{PACKAGE}.__init__": source})
+    assert "['Missing', 'helper']" in line
