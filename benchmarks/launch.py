@@ -127,7 +127,7 @@ def launched_server(
     *flags: str,
     log_path: Path,
     environment: Mapping[str, str] | None = None,
-    startup_timeout_s: float = 300,
+    startup_timeout_s: float = 600,
 ) -> Iterator[Server]:
     """Run a server on 127.0.0.1 and a free port for the length of a ``with`` block.
 

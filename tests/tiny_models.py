@@ -16,8 +16,14 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config
-from transformers import Qwen3ForCausalLM as _Qwen3
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 MODELS_DIR = Path(__file__).resolve().parents[1] / ".cache" / "models"
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
@@ -47,7 +53,7 @@ _RECIPES: dict[str, tuple[type, type, dict[str, Any], int]] = {
         {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
         0,
     ),
-    "qwen3": (Qwen3Config, _Qwen3, {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}, 0),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}, 0),
     "llama-mqa": (
         LlamaConfig,
         LlamaForCausalLM,

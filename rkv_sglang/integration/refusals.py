@@ -127,7 +127,7 @@ def _pool_problem(scheduler: Any) -> str | None:
     ):
         if type(part) not in expected:
             names = " or ".join(kind.__name__ for kind in expected)
-            return f"SGLang built a {type(part).__name__}, and the policy knows {names}"
+            return f"SGLang built {type(part).__name__}, and the policy knows {names}"
     if scheduler.is_hybrid_swa or scheduler.is_hybrid_ssm:
         return "the scheduler keeps a second cache, of sliding windows or of recurrent states"
     if pool.kv_cache_layout != "nhd":

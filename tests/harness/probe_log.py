@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,28 @@ _BAD_LOG = re.compile(
 )
 
 
+def _lines(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
 class ProbeLog:
     """The probe's lines of one run, in order.
 
     Attributes:
-        events: All lines, parsed.
+        events: All lines of rank 0, parsed.
         steps: One line per scheduled batch: lengths and slots of every request that holds KV, pool sizes.
         compactions: One line per request and compaction.
         idles: One line per time the scheduler fell idle.
-        violations: What must never happen; see ``tests/probe/rkv_probe.py``.
+        violations: What must never happen, on any rank; see ``tests/probe/rkv_probe.py``.
+        other_ranks: The logs of the other tensor-parallel ranks.
     """
 
-    def __init__(self, events: list[dict[str, Any]]) -> None:
+    def __init__(self, events: list[dict[str, Any]], other_ranks: "Sequence[ProbeLog]" = ()) -> None:
         self.events = events
+        self.other_ranks = list(other_ranks)
         self.violations = [event for event in events if "violation" in event]
+        self.violations += [violation for rank in other_ranks for violation in rank.violations]
         self.steps = self._of_kind("step")
         self.compactions = self._of_kind("compaction")
         self.idles = self._of_kind("idle")
@@ -37,11 +46,8 @@ class ProbeLog:
     @classmethod
     def read(cls, path: Path) -> "ProbeLog":
         """Read the file of rank 0 and those of the other ranks beside it. A last line cut short is left out."""
-        events: list[dict[str, Any]] = []
-        for part in [path, *sorted(path.parent.glob(path.name + ".rank*"))]:
-            text = part.read_text() if part.exists() else ""
-            events += [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        return cls(events)
+        others = [cls(_lines(part)) for part in sorted(path.parent.glob(path.name + ".rank*"))]
+        return cls(_lines(path), others)
 
     @property
     def total(self) -> int:
@@ -68,6 +74,15 @@ class ProbeLog:
 
     def assert_clean(self, log: str = "") -> None:
         """Assert that the probe watched, saw no violation, ended idle with a whole pool, and that the log is clean."""
+        self._assert_clean_rank()
+        for rank in self.other_ranks:
+            rank._assert_clean_rank()
+        # What Python's resource tracker tidies up when a tensor-parallel scheduler exits is no leak of KV.
+        lines = [line for line in log.splitlines() if "server_args" not in line and "resource_tracker" not in line]
+        bad = [line for line in lines if _BAD_LOG.search(line)]
+        assert not bad, "the log has:\n" + "\n".join(bad[:10])
+
+    def _assert_clean_rank(self) -> None:
         assert self._of_kind("start"), "the probe never started: is tests/probe on PYTHONPATH and RKV_PROBE_FILE set?"
         assert not self.violations, "the probe saw:\n" + "\n".join(json.dumps(line) for line in self.violations[:10])
         assert self.steps, "the probe saw no step"
@@ -75,5 +90,3 @@ class ProbeLog:
         last = self.idles[-1]
         assert last["step"] >= self.steps[-1]["step"], "the scheduler was not idle at the end"
         assert last["ok"], f"the pool is not as at start: {last}"
-        bad = [line for line in log.splitlines() if _BAD_LOG.search(line) and "server_args" not in line]
-        assert not bad, "the log has:\n" + "\n".join(bad[:10])

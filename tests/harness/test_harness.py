@@ -124,6 +124,17 @@ def test_forced_retraction_is_seen_and_harmless(rng: random.Random) -> None:
     assert result.output_ids == [reference(prompt, 30)[0] for prompt in prompts]
 
 
+def test_every_tensor_parallel_rank_is_watched(rng: random.Random) -> None:
+    prompts = [random_prompt(rng, 20) for _ in range(2)]
+    requests = [Request(input_ids=prompt, sampling_params=greedy(12), at_step=2) for prompt in prompts]
+    # One NUMA node has to be told how two ranks share it.
+    result = run_scheduler(flags("--tp", "2"), requests, env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}, timeout=300)
+    result.assert_clean()
+    assert len(result.probe.other_ranks) == 1
+    assert result.probe.other_ranks[0].steps == result.probe.steps
+    assert result.output_ids == [reference(prompt, 12)[0] for prompt in prompts]
+
+
 def test_the_probe_finds_one_flipped_bit_in_a_slot_of_the_tree(rng: random.Random) -> None:
     request = Request(input_ids=random_prompt(rng, 30), sampling_params=greedy(20))
     result = run_scheduler(flags(), [request], env={"RKV_PROBE_FAULT": "flip_tree@1"})

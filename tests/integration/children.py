@@ -1,5 +1,6 @@
 """Python processes that a test module starts all at once, so that their imports of SGLang (15 s each) overlap."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -35,8 +36,6 @@ class Child:
 
     def kill(self) -> None:
         """End it and all it started."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()

@@ -13,7 +13,7 @@ from tests.oracle.dense import Compaction, DenseResult, dense_generate
 from tests.oracle.loop_scores import loop_rkv_scores
 from tests.oracle.masked_forward import MaskedForward, masked_forward
 from tests.oracle.scores import ScoreInputs
-from tests.tiny_models import TINY_MODELS, VOCAB_SIZE, tiny_model_path
+from tests.tiny_models import EOS_ID, PAD_ID, TINY_MODELS, VOCAB_SIZE, tiny_model_path
 
 NEVER = 10**9
 
@@ -51,15 +51,16 @@ def certain(result: DenseResult) -> int:
 
 def test_equals_hf_generate_below_the_budget(model: PreTrainedModel, rng: random.Random) -> None:
     prompt = random_prompt(rng, rng.randrange(1, 40))
-    result = dense_generate(model, prompt, 64, budget=NEVER, buffer=1)
-    generated = model.generate(
-        torch.tensor([prompt]),
-        generation_config=GenerationConfig(max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0),
-    )
+    result = dense_generate(model, prompt, 64, budget=NEVER, buffer=1, eos_token_ids={EOS_ID})
+    until_end = GenerationConfig(max_new_tokens=64, do_sample=False, eos_token_id=EOS_ID, pad_token_id=PAD_ID)
+    generated = model.generate(torch.tensor([prompt]), generation_config=until_end)
     num_compared = certain(result)
-    assert result.output_ids[:num_compared] == generated[0, len(prompt) :].tolist()[:num_compared]
+    expected_ids = generated[0, len(prompt) :].tolist()
+    assert result.output_ids[:num_compared] == expected_ids[:num_compared]
+    if num_compared == len(result.output_ids):
+        assert len(expected_ids) == num_compared
     assert result.compactions == []
-    assert result.resident_lens == list(range(len(prompt), len(prompt) + 64))
+    assert result.resident_lens == list(range(len(prompt), len(prompt) + len(result.output_ids)))
 
 
 @pytest.mark.parametrize("retractions", [(), (26, 55)], ids=str)

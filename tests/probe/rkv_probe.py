@@ -87,6 +87,7 @@ class Probe:
         import torch
         from rkv_faults import Fault
         from rkv_shadow import PoolShadow
+        from sglang.srt.runtime_context import get_parallel
 
         self._scheduler = scheduler
         self._allocator = scheduler.token_to_kv_pool_allocator
@@ -108,7 +109,7 @@ class Probe:
         max_private = os.environ.get("RKV_PROBE_MAX_PRIVATE")
         self._max_private = int(max_private) if max_private else None
         self._fault = Fault.from_environment()
-        rank = getattr(scheduler, "tp_rank", None) or getattr(getattr(scheduler, "ps", None), "tp_rank", 0) or 0
+        rank = get_parallel().tp_rank
         path = os.environ["RKV_PROBE_FILE"] + (f".rank{rank}" if rank else "")
         # Line-buffered: a scheduler that dies takes no line with it.
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - lives as long as the process
@@ -270,7 +271,7 @@ class Probe:
             # A retracted request is prefilled again at its full length, until its next compaction.
             is_refilled = req.retraction_count > 0 and held.num_compactions == 0
             num_private = req.kv.kv_allocated_len - len(req.origin_input_ids)
-            if num_private > self._max_private and not is_refilled:
+            if num_private > self._max_private + 1 and not is_refilled:
                 self._violation("private", rid=req.rid, num_private=num_private, allowed=self._max_private)
 
     def _tree_size(self) -> int:

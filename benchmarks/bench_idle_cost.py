@@ -1,0 +1,136 @@
+"""What a policy costs while it has nothing to do: decode step time against no policy and against no package.
+
+Three servers run side by side, idle ones asleep. In each round every server decodes the same batch once, in an order
+that changes from round to round, so that noise of the machine hits all alike; ratios are taken within a round.
+
+    python -m benchmarks.bench_idle_cost [--rounds 15] [--batch-size 8] [--num-tokens 256]
+
+Writes ``idle_cost.csv`` (one row per round and server) and ``idle_cost.png`` and prints the ratios with their spread.
+"""
+
+import argparse
+import contextlib
+import csv
+import json
+import random
+import statistics
+import time
+import urllib.request
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks.launch import Server, exit_on_sigterm, launched_server
+from tests.tiny_models import VOCAB_SIZE, tiny_model_path
+
+BASELINE = "no package"
+SETTINGS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    # A name that no plugin has: SGLang then loads none.
+    BASELINE: ((), {"SGLANG_PLUGINS": "no_plugin"}),
+    "policy none": ((), {}),
+    "policy rkv, not due": (("--kv-policy", "rkv", "--rkv-budget", "4096"), {}),
+}
+
+
+def decode_step_ms(server: Server, prompts: list[list[int]], num_tokens: int) -> float:
+    """Decode one batch and return the mean time of a step, prefill and HTTP taken off by a run of one token."""
+
+    def seconds(max_new_tokens: int) -> float:
+        sampling_params = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
+        body = json.dumps({"input_ids": prompts, "sampling_params": sampling_params}).encode()
+        request = urllib.request.Request(server.url + "/generate", body, {"Content-Type": "application/json"})
+        start = time.perf_counter()
+        with urllib.request.urlopen(request, timeout=600) as response:
+            response.read()
+        return time.perf_counter() - start
+
+    return (seconds(num_tokens + 1) - seconds(1)) * 1000 / num_tokens
+
+
+def measure(rounds: int, batch_size: int, num_tokens: int, log_dir: Path) -> list[dict[str, object]]:
+    """Return one row per round and server."""
+    model = str(tiny_model_path("llama-gqa"))
+    rng = random.Random(0)
+    rows: list[dict[str, object]] = []
+    with contextlib.ExitStack() as stack:
+        servers = {
+            name: stack.enter_context(
+                launched_server(
+                    model,
+                    *("--sleep-on-idle", "--disable-radix-cache", *flags),
+                    log_path=log_dir / f"idle_cost_{i}.log",
+                    environment=environment,
+                )
+            )
+            for i, (name, (flags, environment)) in enumerate(SETTINGS.items())
+        }
+        for i in tqdm(range(-1, rounds), desc="rounds", unit="round"):
+            prompts = [[rng.randrange(3, VOCAB_SIZE) for _ in range(16)] for _ in range(batch_size)]
+            for name in rng.sample(list(servers), len(servers)):
+                step_ms = decode_step_ms(servers[name], prompts, num_tokens)
+                # The first round warms up.
+                if i >= 0:
+                    rows.append({"round": i, "setting": name, "batch_size": batch_size, "step_ms": step_ms})
+    return rows
+
+
+def ratios(rows: list[dict[str, object]], setting: str) -> list[float]:
+    """Return the setting's step time over the baseline's, round by round."""
+    by_round: dict[object, dict[object, float]] = {}
+    for row in rows:
+        by_round.setdefault(row["round"], {})[row["setting"]] = float(str(row["step_ms"]))
+    return [steps[setting] / steps[BASELINE] for steps in by_round.values()]
+
+
+def summary(rows: list[dict[str, object]], setting: str) -> str:
+    """Return median, quartiles and range of the ratios in one line."""
+    values = ratios(rows, setting)
+    low, _, high = statistics.quantiles(values, n=4)
+    return (
+        f"{setting} / {BASELINE}: median {statistics.median(values):.3f}, quartiles {low:.3f} to {high:.3f}, "
+        f"range {min(values):.3f} to {max(values):.3f}, {len(values)} rounds"
+    )
+
+
+def plot(rows: list[dict[str, object]], path: Path) -> None:
+    """Draw every round's ratio."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 2.6), layout="constrained")
+    for level, setting in enumerate(name for name in SETTINGS if name != BASELINE):
+        values = ratios(rows, setting)
+        axes.plot(values, [level] * len(values), "o", alpha=0.5)
+        axes.plot([statistics.median(values)], [level], "k|", markersize=22)
+    axes.axvline(1.03, linestyle="--", color="grey")
+    axes.set_yticks(range(len(SETTINGS) - 1), [name for name in SETTINGS if name != BASELINE])
+    axes.set_ylim(-0.5, len(SETTINGS) - 1.5)
+    axes.set_xlabel(f"decode step time over '{BASELINE}' (dots: rounds, bar: median, dashes: 1.03)")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Run the benchmark from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--num-tokens", type=int, default=256)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu"))
+    args = parser.parse_args()
+    exit_on_sigterm()
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = measure(args.rounds, args.batch_size, args.num_tokens, Path(".cache/logs"))
+    with (args.out / "idle_cost.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(rows, args.out / "idle_cost.png")
+    for setting in SETTINGS:
+        if setting != BASELINE:
+            print(summary(rows, setting))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Every way to start SGLang brings the policy, and none serves silently without it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.workload import Setting, assert_same_tokens, greedy, oracle, six_prompts
+from tests.harness.environment import PROBE_DIR, PROJECT_ROOT, child_environment, device_flags
+from tests.harness.scheduler import run_scheduler
+from tests.harness.server import Server
+from tests.tiny_models import tiny_model_path
+
+MODEL = tiny_model_path("llama-gqa")
+SETTING = Setting(budget=21, buffer=12)
+NUM_TOKENS = 90
+PROMPT = six_prompts()[1]
+SABOTEUR_DIR = Path(__file__).parent / "saboteur"
+
+ENGINE_SCRIPT = """
+import json, sys
+import sglang
+
+if __name__ == "__main__":
+    model, prompt, device_options = json.loads(sys.argv[1])
+    engine = sglang.Engine(
+        model_path=model, kv_policy="rkv", rkv_budget=21, rkv_buffer=12, max_total_tokens=4096,
+        max_running_requests=8, **device_options
+    )
+    params = {"temperature": 0, "max_new_tokens": 90, "ignore_eos": True}
+    answer = engine.generate(input_ids=prompt, sampling_params=params)
+    info = engine.get_server_info()
+    engine.shutdown()
+    print("RESULT" + json.dumps([answer["output_ids"], info["internal_states"][0]["kv_policy_stats"]]))
+"""
+
+
+@pytest.mark.server
+def test_sglang_serve_with_a_config_file(tmp_path):
+    config = tmp_path / "server.yaml"
+    config.write_text("kv-policy: rkv\nrkv-budget: 21\nrkv-buffer: 12\n")
+    command = [str(Path(sys.executable).parent / "sglang"), "serve"]
+    with Server(["--model-path", str(MODEL), "--config", str(config)], command=command) as server:
+        answer = server.generate(list(PROMPT), {"max_new_tokens": NUM_TOKENS, "ignore_eos": True})
+        server.assert_clean()
+    assert_same_tokens(answer["output_ids"], oracle(MODEL, PROMPT, NUM_TOKENS, SETTING), "served")
+
+
+@pytest.mark.server
+def test_engine_with_keyword_arguments(tmp_path):
+    script = tmp_path / "engine.py"
+    script.write_text(ENGINE_SCRIPT)
+    flags = device_flags()
+    options = {
+        name.removeprefix("--").replace("-", "_"): value for name, value in zip(flags[::2], flags[1::2], strict=True)
+    }
+    argument = json.dumps([str(MODEL), list(PROMPT), options])
+    run = subprocess.run(
+        [sys.executable, str(script), argument],
+        env=child_environment(),
+        cwd=PROJECT_ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    result = next(line for line in run.stdout.splitlines() if line.startswith("RESULT"))
+    output_ids, stats = json.loads(result.removeprefix("RESULT"))
+    expected = oracle(MODEL, PROMPT, NUM_TOKENS, SETTING)
+    assert_same_tokens(output_ids, expected, "engine")
+    assert stats["compactions"] == len(expected.compactions)
+
+
+@pytest.mark.server
+def test_a_plugin_that_fails_to_load_in_the_scheduler_stops_the_server():
+    """SGLang itself logs such a failure and would serve uncompressed."""
+    flags = ["--model-path", str(MODEL), *SETTING.flags]
+    path = f"{SABOTEUR_DIR}:{PROBE_DIR}:{PROJECT_ROOT}"
+    exit_code, log = Server(flags, env={"PYTHONPATH": path}, with_probe=False).start_and_expect_exit()
+    assert exit_code != 0
+    assert "--kv-policy is set but a scheduler process runs without it" in log
+    assert "ready to roll" not in log
+
+
+def test_tensor_parallel_ranks_compact_alike():
+    flags = ["--model-path", str(MODEL), "--tp-size", "2", "--page-size", "16", *SETTING.flags]
+    prompts = six_prompts()[:3]
+    result = run_scheduler(
+        flags,
+        [greedy(prompt, NUM_TOKENS) for prompt in prompts],
+        env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"},
+        timeout=240,
+    )
+    result.assert_clean()
+    for prompt, output in zip(prompts, result.outputs, strict=True):
+        assert_same_tokens(output.output_ids, oracle(MODEL, prompt, NUM_TOKENS, SETTING), "two ranks")

@@ -1,0 +1,182 @@
+"""What a user does with a server, on one that compacts: everything answers as it should, and nothing is lost."""
+
+import json
+import random
+import re
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import requests
+
+from tests.e2e.workload import Setting, assert_same_tokens, oracle, random_ids, six_prompts
+from tests.harness.server import Server
+from tests.oracle.dense import dense_generate
+from tests.tiny_models import EOS_ID, tiny_model_path
+
+pytestmark = pytest.mark.server
+
+MODEL = tiny_model_path("qwen3")
+SETTING = Setting(budget=30, buffer=18)
+NUM_TOKENS = 150
+IGNORE_EOS = {"max_new_tokens": NUM_TOKENS, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    flags = ["--model-path", str(MODEL), "--page-size", "16", "--max-total-tokens", "8192", "--enable-metrics"]
+    env = {"RKV_PROBE_MAX_PRIVATE": str(SETTING.budget + SETTING.buffer)}
+    with Server([*flags, *SETTING.flags], env=env) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def nothing_lost(server: Server) -> Iterator[None]:
+    """After every test the pool is as at start and the probe saw no shared byte change."""
+    yield
+    server.assert_clean()
+
+
+def expected_text_ids(prompt: tuple[int, ...]) -> list[int]:
+    return oracle(MODEL, prompt, NUM_TOKENS, SETTING).output_ids
+
+
+def test_concurrent_requests_answer_as_the_oracle(server):
+    prompts = six_prompts()
+    answers = server.generate_many([list(prompt) for prompt in prompts], IGNORE_EOS)
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        assert_same_tokens(answer["output_ids"], oracle(MODEL, prompt, NUM_TOKENS, SETTING), f"request {i}")
+
+
+def test_logprobs_are_those_of_the_compacted_cache(server):
+    prompt = six_prompts()[1]
+    answer = server.generate(list(prompt), IGNORE_EOS, return_logprob=True, logprob_start_len=0, top_logprobs_num=2)
+    expected = oracle(MODEL, prompt, NUM_TOKENS, SETTING)
+    found = [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
+    assert found == pytest.approx(expected.logprobs, abs=2e-3)
+    assert len(answer["meta_info"]["input_token_logprobs"]) == len(prompt)
+
+
+def test_streaming_gives_the_same_tokens_piece_by_piece(server):
+    prompt = six_prompts()[2]
+    chunks = list(server.stream(list(prompt), IGNORE_EOS))
+    assert len(chunks) > 50
+    assert_same_tokens(chunks[-1]["output_ids"], oracle(MODEL, prompt, NUM_TOKENS, SETTING), "streamed")
+
+
+def test_parallel_samples_of_one_prompt_share_it_and_answer_alike(server):
+    prompt = six_prompts()[4]
+    answers = server.generate(list(prompt), {**IGNORE_EOS, "n": 3})
+    assert len(answers) == 3
+    for answer in answers:
+        assert_same_tokens(answer["output_ids"], oracle(MODEL, prompt, NUM_TOKENS, SETTING), "sample")
+
+
+def test_sampled_tokens_have_the_logprobs_that_the_oracle_gives_them(server):
+    prompt = six_prompts()[0]
+    answer = server.generate(
+        list(prompt), {**IGNORE_EOS, "temperature": 1.0, "top_p": 0.95, "sampling_seed": 7}, return_logprob=True
+    )
+    expected = dense_generate(MODEL, prompt, NUM_TOKENS, budget=30, buffer=18, forced_output_ids=answer["output_ids"])
+    found = [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
+    assert found == pytest.approx(expected.logprobs, abs=2e-3)
+
+
+def test_stop_string_after_compactions(server):
+    prompt = six_prompts()[3]
+    full = server.generate(list(prompt), IGNORE_EOS)["text"]
+    # Something that occurs for the first time well after the first compactions.
+    start = next(i for i in range(len(full) * 2 // 3, len(full) - 4) if full.index(full[i : i + 4]) == i)
+    stopped = server.generate(list(prompt), {**IGNORE_EOS, "stop": [full[start : start + 4]]})
+    assert stopped["text"] == full[:start]
+    assert stopped["meta_info"]["finish_reason"]["type"] == "stop"
+    assert stopped["meta_info"]["completion_tokens"] > SETTING.budget + SETTING.buffer
+
+
+def test_end_of_sequence_token_after_compactions(server):
+    prompt = six_prompts()[5]
+    ids = expected_text_ids(prompt)
+    stop_at = next(i for i in range(100, NUM_TOKENS) if ids.index(ids[i]) == i)
+    answer = server.generate(list(prompt), {**IGNORE_EOS, "ignore_eos": False, "stop_token_ids": [ids[stop_at]]})
+    eos = next((i for i, token in enumerate(ids) if token == EOS_ID), NUM_TOKENS)
+    assert answer["output_ids"] == ids[: min(stop_at, eos) + 1]
+
+
+def test_grammar_constrained_output_holds_through_compactions(server):
+    # Long enough for several compactions, and impossible to get right by chance.
+    answer = server.generate(
+        list(six_prompts()[0]), {"max_new_tokens": 400, "regex": r"([a-f]{3}=[0-9]{2};){28}", "temperature": 0}
+    )
+    assert re.fullmatch(r"([a-f]{3}=[0-9]{2};){28}", answer["text"])
+    assert answer["meta_info"]["completion_tokens"] > 2 * (SETTING.budget + SETTING.buffer)
+
+
+def test_openai_chat_answers_and_counts_tokens(server):
+    body = {
+        "model": "default",
+        "messages": [{"role": "user", "content": "count on"}],
+        "max_tokens": NUM_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+    answer = requests.post(f"{server.url}/v1/chat/completions", json=body, timeout=120).json()
+    assert answer["usage"]["completion_tokens"] == NUM_TOKENS
+
+
+def test_clients_that_vanish_and_aborts_at_any_step_lose_nothing(server):
+    rng = random.Random(11)
+    prompts = six_prompts()
+
+    def vanish(i: int) -> None:
+        chunks = server.stream(list(prompts[i % 6]), {**IGNORE_EOS, "max_new_tokens": 400}, rid=f"vanish-{i}")
+        for _ in range(rng.randint(1, 70)):
+            next(chunks)
+        chunks.close()
+
+    def abort(i: int) -> None:
+        thread = threading.Thread(
+            target=server.generate,
+            args=(list(prompts[i % 6]), {**IGNORE_EOS, "max_new_tokens": 2000}),
+            kwargs={"rid": f"abort-{i}"},
+        )
+        thread.start()
+        time.sleep(rng.uniform(0.05, 1.5))
+        server.abort(f"abort-{i}")
+        thread.join(60)
+        assert not thread.is_alive()
+
+    threads = [threading.Thread(target=vanish if i % 2 else abort, args=(i,)) for i in range(16)]
+    for thread in threads:
+        thread.start()
+    survivor = server.generate(list(prompts[0]), IGNORE_EOS)
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive()
+    assert_same_tokens(survivor["output_ids"], oracle(MODEL, prompts[0], NUM_TOKENS, SETTING), "the one that stayed")
+
+
+def test_flush_cache_empties_the_tree_and_the_next_answer_is_the_same(server):
+    prompt = [*six_prompts()[2], 17]
+    first = server.generate(prompt, IGNORE_EOS)
+    again = server.generate(prompt, IGNORE_EOS)
+    server.drain()
+    server.flush_cache()
+    flushed = server.generate(prompt, IGNORE_EOS)
+    assert first["output_ids"] == again["output_ids"] == flushed["output_ids"]
+    assert again["meta_info"]["cached_tokens"] == (len(prompt) - 1) // 16 * 16
+    assert flushed["meta_info"]["cached_tokens"] == 0
+
+
+def test_server_info_counts_what_was_done(server):
+    before = server.server_info()["internal_states"][0]["kv_policy_stats"]
+    server.generate(random_ids(random.Random(2), 20), IGNORE_EOS)
+    info = server.server_info()
+    after = info["internal_states"][0]["kv_policy_stats"]
+    compactions = len(range(48, NUM_TOKENS - 1, 18))
+    assert after["compactions"] - before["compactions"] == compactions
+    assert after["evicted_tokens"] - before["evicted_tokens"] == 18 * compactions
+    assert after["requests_compressed"] - before["requests_compressed"] == 1
+    assert after["peak_private_tokens"] == 48
+    assert (info["kv_policy"], info["rkv_budget"], info["rkv_buffer"]) == ("rkv", 30, 18)
+    assert json.dumps(after)

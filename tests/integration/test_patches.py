@@ -1,0 +1,127 @@
+"""The patches apply to the SGLang they are made for and do what they say; the register is current."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import sglang
+
+from tests.harness.environment import PROJECT_ROOT
+from tests.integration.children import Child
+
+PATCHES = PROJECT_ROOT / "patches"
+SERIES = sorted((PATCHES / f"sglang-{sglang.__version__}").glob("*.patch"))
+SERVE_HELP = "from sglang.cli.main import main; main()"
+
+
+def copy_of_sglang(root: Path) -> Path:
+    """Lay the installed SGLang out as its repository does; only what the patches touch is a real copy."""
+    installed = Path(sglang.__file__).parent
+    package = root / "python" / "sglang"
+    package.mkdir(parents=True)
+    for entry in installed.iterdir():
+        if entry.name == "cli":
+            shutil.copytree(entry, package / "cli", ignore=shutil.ignore_patterns("__pycache__"))
+        elif entry.name != "__pycache__":
+            (package / entry.name).symlink_to(entry)
+    return package
+
+
+def apply(root: Path, *options: str) -> None:
+    # The copy may lie inside a repository, where git would look for the paths from that one's root.
+    env = {**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)}
+    for patch in SERIES:
+        command = ["git", "apply", "--whitespace=error", *options, str(patch)]
+        subprocess.run(command, cwd=root, env=env, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def help_texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Child]]:
+    folder = tmp_path_factory.mktemp("patches")
+    children = {}
+    for name in ("stock", "patched"):
+        package = copy_of_sglang(folder / name)
+        if name == "patched":
+            apply(folder / name)
+        env = {"PYTHONPATH": str(package.parent)}
+        argv = ["-c", f"import sglang.cli.serve as s; print(s.__file__); {SERVE_HELP}"]
+        children[name] = Child(folder / f"{name}-run", [*argv, "serve", "--model-type", "llm", "--help"], env)
+    yield children
+    for child in children.values():
+        child.kill()
+
+
+@pytest.mark.parametrize("name", ["stock", "patched"])
+def test_serve_help_shows_plugin_flags_only_with_the_patch(help_texts: dict[str, Child], name: str) -> None:
+    status, out, err = help_texts[name].finish()
+    assert status == 0, err
+    # It was the copy that ran.
+    assert f"/{name}/python/sglang/cli/serve.py" in out.splitlines()[0]
+    assert "--attention-backend" in out
+    assert ("--kv-policy" in out) == (name == "patched")
+    assert ("KV policy (rkv_sglang):" in out) == (name == "patched")
+
+
+def test_the_series_applies_once_and_can_be_taken_back(tmp_path: Path) -> None:
+    assert SERIES
+    package = copy_of_sglang(tmp_path)
+    before = (package / "cli" / "serve.py").read_text()
+    apply(tmp_path)
+    assert (package / "cli" / "serve.py").read_text() != before
+    with pytest.raises(subprocess.CalledProcessError):
+        apply(tmp_path, "--check")
+    apply(tmp_path, "--reverse")
+    assert (package / "cli" / "serve.py").read_text() == before
+
+
+@pytest.mark.parametrize("patch", SERIES, ids=lambda patch: patch.name)
+def test_a_patch_reads_like_one_for_sglang(patch: Path) -> None:
+    text = patch.read_text()
+    header, _, body = text.partition("\n---\n")
+    assert re.search(r"^Subject: \[PATCH.*\] \S", header, re.MULTILINE)
+    assert re.search(r"^From: rkv_sglang maintainers\n? <maintainers@", header, re.MULTILINE)
+    paths = re.findall(r"^diff --git a/(\S+) b/(\S+)$", body, re.MULTILINE)
+    assert paths and all(old == new and new.startswith("python/sglang/") for old, new in paths)
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", PATCHES / "generate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_register_is_current(generate: ModuleType) -> None:
+    assert generate.main(["--check"]) == 0, "run: python patches/generate.py"
+
+
+def test_the_register_names_every_hook_and_patch(generate: ModuleType) -> None:
+    from rkv_sglang.integration.hooks import HOOKS
+
+    text = (PATCHES / "README.md").read_text()
+    for hook in HOOKS:
+        assert text.count(f"`{hook.target}`\n") == 1 and hook.why in text and hook.upstream in text
+    for patch in SERIES:
+        assert f"`{patch.relative_to(PATCHES)}`: {generate.subject(patch)}" in text
+
+
+def test_a_register_that_lacks_a_hook_is_out_of_date(generate: ModuleType, tmp_path: Path) -> None:
+    from rkv_sglang.integration.hooks import HOOKS
+
+    stale = tmp_path / "README.md"
+    stale.write_text(generate.render(HOOKS[1:], SERIES))
+    generate.REGISTER, register = stale, generate.REGISTER
+    try:
+        assert generate.main(["--check"]) == 1
+        assert generate.main([]) == 0 and stale.read_text() == register.read_text()
+        assert generate.main(["--check"]) == 0
+    finally:
+        generate.REGISTER = register
