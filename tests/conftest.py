@@ -5,6 +5,10 @@ import random
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+# The models are tiny, and servers run beside the tests: more threads would only wait for each other.
+torch.set_num_threads(1)
 
 _SEED_VARIABLE = "RKV_TEST_SEED"
 

@@ -112,9 +112,10 @@ def install(hooks: tuple[Hook, ...]) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
     source = HookSource(plugin_name=PLUGIN_NAME, dist_name=DISTRIBUTION_NAME)
-    missing = tuple(hook for hook in hooks if not is_applied(hook))
-    require_targets(missing)
-    for hook in missing:
+    require_targets(hooks)
+    for hook in hooks:
+        if is_applied(hook):
+            continue
         HookRegistry._apply_target(hook.target, [(HookType[hook.kind], hook.function, source)])
         HookRegistry._patched.add(hook.target)
         if not is_applied(hook):

@@ -15,7 +15,7 @@ from rkv_sglang.integration.process_hooks import pass_on_policy, require_policy
 from rkv_sglang.integration.verify import bare_signature, install, is_applied, require_targets, target_problem
 
 
-def double(result: int, *args: Any) -> int:
+def double(result: int, *args: Any, **kwargs: Any) -> int:
     """A hook for the tests."""
     return 2 * result
 

@@ -131,10 +131,10 @@ def _split_heads(projected: torch.Tensor, head_dim: int, norm: torch.nn.Module |
 
 
 @contextmanager
-def suitable_threads(model: PreTrainedModel) -> Iterator[None]:
-    """Run a tiny model on one thread: waiting for a second one costs it ten times its work on a busy machine."""
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: on a busy machine, waiting for the others costs five to ten times the work itself."""
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1 if model.config.hidden_size < 512 else num_threads)
+    torch.set_num_threads(1)
     try:
         yield
     finally:

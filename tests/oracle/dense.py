@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from tests.oracle.decoder import Decoder, LayerCache, load_model, suitable_threads
+from tests.oracle.decoder import Decoder, LayerCache, load_model, one_thread
 from tests.oracle.scores import ScoreFunction, ScoreInputs, rkv_scores
 
 
@@ -116,7 +116,7 @@ def dense_generate(
     caches = decoder.new_caches(prompt_len + max_new_tokens, window)
     result = DenseResult()
     num_decoded_since_prefill = 0
-    with suitable_threads(model):
+    with one_thread():
         logits = decoder.forward(list(prompt_ids), 0, caches)
         while True:
             num_outputs = len(result.output_ids)

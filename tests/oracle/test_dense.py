@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from tests.oracle.decoder import load_model
+from tests.oracle.decoder import load_model, one_thread
 from tests.oracle.dense import Compaction, DenseResult, dense_generate
 from tests.oracle.loop_scores import loop_rkv_scores
 from tests.oracle.masked_forward import MaskedForward, masked_forward
@@ -19,12 +19,9 @@ NEVER = 10**9
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    # On a busy machine tiny operations wait far longer for a second thread than they run.
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+def transformers_on_one_thread_too() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture(params=TINY_MODELS)

@@ -271,7 +271,7 @@ class Probe:
             # A retracted request is prefilled again at its full length, until its next compaction.
             is_refilled = req.retraction_count > 0 and held.num_compactions == 0
             num_private = req.kv.kv_allocated_len - len(req.origin_input_ids)
-            if num_private > self._max_private + 1 and not is_refilled:
+            if num_private > self._max_private and not is_refilled:
                 self._violation("private", rid=req.rid, num_private=num_private, allowed=self._max_private)
 
     def _tree_size(self) -> int:
