@@ -28,8 +28,8 @@ check: setup
 
 test: check
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
-	then set -x; $(BIN)/python -m pytest --durations=15 $(ARGS); \
-	else set -x; $(BIN)/python -m pytest --durations=15 -m "not gpu" $(ARGS); fi
+	then set -x; $(BIN)/python -m pytest -n 2 --dist loadgroup --durations=15 $(ARGS); \
+	else set -x; $(BIN)/python -m pytest -n 2 --dist loadgroup --durations=15 -m "not gpu" $(ARGS); fi
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

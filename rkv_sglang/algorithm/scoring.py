@@ -22,9 +22,9 @@ from rkv_sglang.algorithm.validation import (
 )
 
 # Columns of the first block, which all L rows meet: few, since most rows find their near-duplicate here.
-FIRST_BLOCK = 16
-# A later block has as many columns as rows that are left allow: at most BLOCK_AREA * L pairs are held at once.
-BLOCK_AREA = 128
+FIRST_WIDTH = 16
+# Every later block holds twice the pairs of the one before, up to MAX_AREA * L: fewer rows, so more columns.
+MAX_AREA = 128
 
 
 def importance(queries: Tensor, keys: Tensor, kernel_size: int) -> Tensor:
@@ -120,51 +120,59 @@ def _importance(queries: Tensor, head_keys: Tensor, kernel_size: int) -> Tensor:
 
 def _redundancy(head_keys: Tensor, threshold: float) -> Tensor:
     """``redundancy`` of ``head_keys`` ``[num_kv_heads, L, head_dim]``, fp32."""
-    unit: Tensor = head_keys / (torch.linalg.vector_norm(head_keys, dim=-1, keepdim=True) + NORM_EPS)
-    total = unit.sum(dim=1).unsqueeze(2)
-    # [num_kv_heads, L]
-    column_sums = (unit @ total).squeeze(2) - unit.square().sum(dim=-1)
-    exempt_sums = torch.stack([_exempt_sums(head_unit, threshold) for head_unit in unit])
-    return ((column_sums - exempt_sums) / unit.shape[1]).softmax(dim=-1)
+    # Head by head: the keys of one head stay in a CPU's cache, and each head has rows of its own left to scan.
+    column_sums = torch.stack([_column_sums(keys_of_head, threshold) for keys_of_head in head_keys])
+    return (column_sums / head_keys.shape[1]).softmax(dim=-1)
+
+
+def _column_sums(keys: Tensor, threshold: float) -> Tensor:
+    """Column sums ``[L]`` of one head's cosine matrix without diagonal and exempt entries; ``keys [L, head_dim]``."""
+    norms: Tensor = torch.linalg.vector_norm(keys, dim=1, keepdim=True)
+    lengths = norms + NORM_EPS
+    unit = keys / lengths
+    diagonal = (norms / lengths).square().squeeze(1)
+    all_pairs: Tensor = unit @ unit.sum(dim=0)
+    return all_pairs - diagonal - _exempt_sums(unit, threshold)
 
 
 def _exempt_sums(unit: Tensor, threshold: float) -> Tensor:
-    """Per column, the sum of the similarities that rows exempt there, for the unit keys ``[L, head_dim]`` of one head.
-
-    Inside, rows and columns are counted from the newest, so that the most recent hit is the first one.
-    """
+    """Per column, the sum of the similarities that rows exempt there, ``[L]``, for unit keys ``[L, head_dim]``."""
     num_tokens = unit.shape[0]
-    newest_first = unit.flip(0)
     exempt = unit.new_zeros(num_tokens)
     rows = torch.arange(num_tokens, device=unit.device)
-    row_keys = newest_first
-    start, width = 0, FIRST_BLOCK
-    while start < num_tokens:
-        end = min(start + width, num_tokens)
+    row_keys = unit
+    # A column's index plus 1, so that 0 is left to mean no hit; exact in fp32 up to 2^24 tokens.
+    ranks = torch.arange(1, num_tokens + 1, device=unit.device, dtype=unit.dtype)
+    end, width, area = num_tokens, FIRST_WIDTH, FIRST_WIDTH
+    while end > 0:
+        start = max(0, end - width)
         # [len(rows), end - start]
-        similarity = row_keys @ newest_first[start:end].T
-        _zero_diagonal(similarity, rows - start)
-        has_hit = similarity.amax(dim=1) > threshold
-        hit_rows = has_hit.nonzero().squeeze(1)
-        if len(hit_rows) > 0:
-            found = similarity[hit_rows]
-            # argmax gives the first of equal values
-            first_hit = (found > threshold).to(torch.uint8).argmax(dim=1, keepdim=True)
-            exempt.index_add_(0, start + first_hit.squeeze(1), found.gather(1, first_hit).squeeze(1))
-            left = (~has_hit).nonzero().squeeze(1)
-            if len(left) == 0:
-                return exempt.flip(0)
-            rows, row_keys = rows[left], row_keys[left]
-        start, width = end, BLOCK_AREA * num_tokens // len(rows)
-    # A row without a hit exempts the oldest column; on the diagonal that is a 0.
-    exempt[-1] += (row_keys @ newest_first[-1]).masked_fill(rows == num_tokens - 1, 0.0).sum()
-    return exempt.flip(0)
+        similarity = row_keys @ unit[start:end].T
+        _zero_diagonal(similarity, rows, start, num_tokens)
+        # The comparison writes fp32: storing and reducing booleans is several times slower on a CPU.
+        above = torch.gt(similarity, threshold, out=torch.empty_like(similarity))
+        newest_rank = above.mul_(ranks[start:end]).amax(dim=1)
+        hits = newest_rank.nonzero().squeeze(1)
+        if len(hits) > 0:
+            columns = newest_rank.index_select(0, hits).long() - 1
+            places = hits * (end - start) + (columns - start)
+            exempt.index_add_(0, columns, similarity.flatten().index_select(0, places))
+            if len(hits) == len(rows):
+                return exempt
+            left = (newest_rank == 0).nonzero().squeeze(1)
+            rows, row_keys = rows.index_select(0, left), row_keys.index_select(0, left)
+        area = min(2 * area, MAX_AREA)
+        end, width = start, area * num_tokens // len(rows)
+    # A row without a hit exempts column 0; on the diagonal that is a 0.
+    exempt[0] += (row_keys @ unit[0]).masked_fill(rows == 0, 0.0).sum()
+    return exempt
 
 
-def _zero_diagonal(similarity: Tensor, diagonal: Tensor) -> None:
-    """Set ``similarity[i, diagonal[i]]`` to 0 in place where ``diagonal[i]`` is one of its columns."""
-    num_columns = similarity.shape[1]
-    column = diagonal.clamp(0, num_columns - 1).unsqueeze(1)
-    inside = column.squeeze(1) == diagonal
-    kept = similarity.gather(1, column).masked_fill(inside.unsqueeze(1), 0.0)
-    similarity.scatter_(1, column, kept)
+def _zero_diagonal(similarity: Tensor, rows: Tensor, start: int, num_tokens: int) -> None:
+    """Set to 0, in place, where the token ``rows[i]`` of row i is the token ``start + j`` of column j."""
+    if len(rows) == num_tokens:
+        similarity.diagonal(-start).zero_()
+        return
+    diagonal = (rows - start).unsqueeze(1)
+    nearest = diagonal.clamp(0, similarity.shape[1] - 1)
+    similarity.scatter_(1, nearest, similarity.gather(1, nearest).masked_fill_(nearest == diagonal, 0.0))

@@ -66,6 +66,10 @@ def test_scores_are_the_literal_ones_for_every_cache_dtype(num_kv_heads, dtype, 
     arbiter = reference.rkv_scores(queries, keys, **RKV, dtype=torch.float64)
     assert_near(scoring.rkv_scores(queries, keys, **RKV), arbiter, atol=SCORE_ATOL)
     assert_near(reference.rkv_scores(queries, keys, **RKV), arbiter, atol=SCORE_ATOL)
+    for module in (scoring, reference):
+        assert_near(module.redundancy(keys, THRESHOLD), reference.redundancy(keys, THRESHOLD, dtype=torch.float64))
+        arbiter = reference.importance(queries, keys, 7, dtype=torch.float64)
+        assert_near(module.importance(queries, keys, 7), arbiter)
 
 
 @pytest.mark.parametrize("kind", KEY_MAKERS)
@@ -135,7 +139,7 @@ def test_no_tensor_grows_with_the_square_of_the_length():
         keys = KEY_MAKERS[kind]((num_tokens, 1, head_dim))
         with TensorSizes() as sizes:
             scoring.redundancy(keys, 0.95)
-        assert sizes.largest <= scoring.BLOCK_AREA * num_tokens, kind
+        assert sizes.largest <= scoring.MAX_AREA * num_tokens, kind
         assert sizes.num_pairs > 0
 
 
@@ -145,12 +149,12 @@ def test_rows_leave_the_scan_at_their_first_hit():
     keys = torch.randn(1, 1, 32) + 0.1 * torch.randn(num_tokens, 1, 32)
     with TensorSizes() as sizes:
         scoring.redundancy(keys, THRESHOLD)
-    assert sizes.num_pairs == scoring.FIRST_BLOCK * num_tokens
+    assert sizes.num_pairs == scoring.FIRST_WIDTH * num_tokens
     # One row without near-duplicate scans on, and it alone.
     keys[num_tokens // 2] = 0.0
     with TensorSizes() as sizes:
         scoring.redundancy(keys, THRESHOLD)
-    assert sizes.num_pairs == scoring.FIRST_BLOCK * num_tokens + num_tokens - scoring.FIRST_BLOCK
+    assert sizes.num_pairs == scoring.FIRST_WIDTH * num_tokens + num_tokens - scoring.FIRST_WIDTH
 
 
 @pytest.mark.parametrize("module", [reference, scoring], ids=["reference", "scoring"])

@@ -40,7 +40,7 @@ def test_plan_refuses_when_nothing_is_to_evict(private_len):
 
 
 def simulate(config: PolicyConfig, prompt_len: int, max_new_tokens: int, retract_after: int | None = None):
-    """Decode one request step by step; yield (step, private length) at each compaction. The last step is yielded too."""
+    """Decode one request step by step; return (step, private length) of each compaction, and the peak length."""
     state = RequestState(prompt_len, max_new_tokens)
     resident, decode_steps, outputs = prompt_len, 0, 1
     compactions = []

@@ -1,0 +1,166 @@
+"""The closed form of the redundancy against the quadratic one: time and extra memory, one thread.
+
+    python -m benchmarks.bench_scoring [--lengths 1152 4224] [--model FOLDER] [--text FILE] [--random [--head-dim 128]]
+
+The keys are those that the model caches (after RoPE) while it reads a text: ``--text``, or its own answer of 450
+tokens, repeated up to the length. With ``--random`` they are Gaussian and no pair is above the threshold, so that no
+row leaves the scan early: the worst case of the closed form. Both forms run in every round, so that noise of the
+machine hits both alike; ratios are taken within a round. Times are CPU time of the one thread, so that a process
+beside it counts less. Writes ``scoring.csv`` or ``scoring_random.csv``, one row per length and form, and prints the
+ratios.
+"""
+
+import argparse
+import csv
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+from rkv_sglang.algorithm.reference import NORM_EPS
+from rkv_sglang.algorithm.scoring import redundancy
+
+PROMPT = "Explain step by step how to solve a quadratic equation, and check the result with an example."
+ANSWER_LEN = 450
+CHUNK_LEN = 512
+THRESHOLD = 0.5
+# Gaussian keys of 64 or 128 dimensions have no pair above this one.
+RANDOM_THRESHOLD = 0.95
+
+
+def quadratic_redundancy(keys: Tensor, threshold: float) -> Tensor:
+    """The same function with the full matrix, one head at a time, which is faster than all heads at once."""
+    num_tokens = keys.shape[0]
+    positions = torch.arange(num_tokens, dtype=torch.float32)
+    rows = []
+    for head_keys in keys.float().unbind(1):
+        unit = head_keys / (head_keys.norm(dim=1, keepdim=True) + NORM_EPS)
+        similarity = unit @ unit.T
+        similarity.fill_diagonal_(0.0)
+        most_recent = ((similarity > threshold) * positions).amax(dim=1, keepdim=True).long()
+        similarity.scatter_(1, most_recent, 0.0)
+        rows.append(similarity.mean(dim=0).softmax(dim=0))
+    return torch.stack(rows)
+
+
+FORMS: dict[str, Callable[[Tensor, float], Tensor]] = {"quadratic": quadratic_redundancy, "closed": redundancy}
+
+
+def recorded_keys(folder: str, num_tokens: int, text: str | None) -> Tensor:
+    """Return the keys of every layer and head that a Hugging Face model caches, ``[num_tokens, heads, head_dim]``."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        if text is None:
+            chat = [{"role": "user", "content": PROMPT}]
+            prompt = tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            torch.manual_seed(0)
+            lengths = {"min_new_tokens": ANSWER_LEN, "max_new_tokens": ANSWER_LEN}
+            ids = model.generate(**prompt, **lengths, do_sample=True, temperature=0.6, top_p=0.95)[0]
+        else:
+            ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
+        ids = ids.repeat(-(-num_tokens // len(ids)))[:num_tokens]
+        cache = None
+        for chunk in tqdm(ids.split(CHUNK_LEN), desc="reading", unit="chunk"):
+            cache = model(chunk[None], past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+    return torch.cat([layer.keys[0] for layer in cache.layers]).transpose(0, 1).clone()
+
+
+def extra_bytes(form: Callable[[Tensor, float], Tensor], keys: Tensor, threshold: float) -> int:
+    """Return the most memory held at once beyond ``keys``."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        form(keys, threshold)
+    events = sorted(profiled.events(), key=lambda event: event.time_range.start)
+    held = peak = 0
+    for event in events:
+        held += event.self_cpu_memory_usage
+        peak = max(peak, held)
+    return peak
+
+
+def measure(kind: str, keys: Tensor, threshold: float, rounds: int) -> tuple[list[dict[str, object]], list[float]]:
+    """Return one row per form, and each round's time of the quadratic form over that of the closed one."""
+    expected, actual = (form(keys, threshold) for form in FORMS.values())
+    # A pair whose cosine is the threshold up to rounding moves a mean by 1/L: no difference between forms.
+    if ((actual / expected - 1).abs() > 1e-5).float().mean() > 0.01:
+        raise SystemExit("the two forms disagree: run the tests of rkv_sglang.algorithm first")
+    times: dict[str, list[float]] = {name: [] for name in FORMS}
+    for _ in tqdm(range(rounds), desc=f"{kind}, L = {len(keys)}", unit="round"):
+        for name, form in FORMS.items():
+            start = time.thread_time()
+            form(keys, threshold)
+            times[name].append((time.thread_time() - start) * 1e3)
+    num_tokens, num_heads, head_dim = keys.shape
+    rows: list[dict[str, object]] = []
+    for name, form in FORMS.items():
+        p20, _, _, p80 = statistics.quantiles(times[name], n=5)
+        rows.append(
+            {
+                "keys": kind,
+                "num_tokens": num_tokens,
+                "num_heads": num_heads,
+                "head_dim": head_dim,
+                "threshold": threshold,
+                "form": name,
+                "p20_ms": round(p20, 3),
+                "p50_ms": round(statistics.median(times[name]), 3),
+                "p80_ms": round(p80, 3),
+                "rounds": rounds,
+                "extra_bytes": extra_bytes(form, keys, threshold),
+                "torch": torch.__version__,
+            }
+        )
+    return rows, [slow / fast for slow, fast in zip(times["quadratic"], times["closed"], strict=True)]
+
+
+def main() -> None:
+    """Run the benchmark from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1152, 4224])
+    parser.add_argument("--num-heads", type=int, default=8, help="heads scored together, drawn from all layers")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--model", default=".cache/models/SmolLM2-135M-Instruct")
+    parser.add_argument("--text", type=Path, help="a text to read instead of the model's own answer")
+    parser.add_argument("--random", action="store_true", help="Gaussian keys: nothing exits early")
+    parser.add_argument("--head-dim", type=int, default=64, help="of random keys")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu"))
+    args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("--rounds must be at least 2 for percentiles")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    longest = max(args.lengths)
+    if args.random:
+        kind, threshold, keys = "random", RANDOM_THRESHOLD, torch.randn(longest, args.num_heads, args.head_dim)
+    else:
+        kind, threshold = "recorded", THRESHOLD
+        keys = recorded_keys(args.model, longest, args.text.read_text() if args.text else None)
+        keys = keys[:, torch.randperm(keys.shape[1])[: args.num_heads]]
+    rows: list[dict[str, object]] = []
+    for num_tokens in args.lengths:
+        form_rows, ratios = measure(kind, keys[:num_tokens].contiguous(), threshold, args.rounds)
+        rows += form_rows
+        low, _, _, high = statistics.quantiles(ratios, n=5)
+        memory = " and ".join(f"{row['form']} {int(str(row['extra_bytes'])) / 2**20:.1f} MiB" for row in form_rows)
+        print(
+            f"{kind}, L = {num_tokens}: closed {statistics.median(ratios):.1f} times as fast "
+            f"(p20 {low:.1f}, p80 {high:.1f}); extra memory {memory}"
+        )
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / ("scoring_random.csv" if args.random else "scoring.csv")).open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
