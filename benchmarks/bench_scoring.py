@@ -147,7 +147,9 @@ def main() -> None:
         keys = keys[:, torch.randperm(keys.shape[1])[: args.num_heads]]
     rows: list[dict[str, object]] = []
     for num_tokens in args.lengths:
-        form_rows, ratios = measure(kind, keys[:num_tokens].contiguous(), threshold, args.rounds)
+        # As the server runs it.
+        with torch.inference_mode():
+            form_rows, ratios = measure(kind, keys[:num_tokens].contiguous(), threshold, args.rounds)
         rows += form_rows
         low, _, _, high = statistics.quantiles(ratios, n=5)
         memory = " and ".join(f"{row['form']} {int(str(row['extra_bytes'])) / 2**20:.1f} MiB" for row in form_rows)

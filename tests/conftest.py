@@ -11,8 +11,6 @@ import torch
 torch.set_num_threads(1)
 
 _SEED_VARIABLE = "RKV_TEST_SEED"
-# Many runs of seconds each, on schedulers of their own.
-_SPREAD = ("test_oracle", "test_traps", "test_identity")
 
 
 @pytest.fixture
@@ -38,10 +36,3 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             if name == "seed":
                 report.sections.append(("seed", f"repeat with {_SEED_VARIABLE}={value}"))
     return report
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file on one worker, so that they share its servers; only those that start none are spread."""
-    for item in items:
-        if item.path.stem not in _SPREAD:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))

@@ -24,7 +24,7 @@ from rkv_sglang.algorithm.validation import (
 # Columns of the first block, which all L rows meet: few, since most rows find their near-duplicate here.
 FIRST_WIDTH = 16
 # Every later block holds twice the pairs of the one before, up to MAX_AREA * L: fewer rows, so more columns.
-MAX_AREA = 128
+MAX_AREA = 64
 
 
 def importance(queries: Tensor, keys: Tensor, kernel_size: int) -> Tensor:
@@ -120,29 +120,26 @@ def _importance(queries: Tensor, head_keys: Tensor, kernel_size: int) -> Tensor:
 
 def _redundancy(head_keys: Tensor, threshold: float) -> Tensor:
     """``redundancy`` of ``head_keys`` ``[num_kv_heads, L, head_dim]``, fp32."""
-    # Head by head: the keys of one head stay in a CPU's cache, and each head has rows of its own left to scan.
-    column_sums = torch.stack([_column_sums(keys_of_head, threshold) for keys_of_head in head_keys])
-    return (column_sums / head_keys.shape[1]).softmax(dim=-1)
-
-
-def _column_sums(keys: Tensor, threshold: float) -> Tensor:
-    """Column sums ``[L]`` of one head's cosine matrix without diagonal and exempt entries; ``keys [L, head_dim]``."""
-    norms: Tensor = torch.linalg.vector_norm(keys, dim=1, keepdim=True)
+    norms = torch.linalg.vector_norm(head_keys, dim=2, keepdim=True)
     lengths = norms + NORM_EPS
-    unit = keys / lengths
-    diagonal = (norms / lengths).square().squeeze(1)
-    all_pairs: Tensor = unit @ unit.sum(dim=0)
-    return all_pairs - diagonal - _exempt_sums(unit, threshold)
+    diagonals = (norms / lengths).square().squeeze(2)
+    column_sums = []
+    # Head by head: the keys of one head stay in a CPU's cache, and each head has rows of its own left to scan.
+    for keys_of_head, lengths_of_head, diagonal in zip(head_keys, lengths, diagonals, strict=True):
+        unit = keys_of_head / lengths_of_head
+        column_sums.append(unit @ unit.sum(dim=0) - diagonal - _exempt_sums(unit, threshold))
+    return (torch.stack(column_sums) / head_keys.shape[1]).softmax(dim=-1)
 
 
 def _exempt_sums(unit: Tensor, threshold: float) -> Tensor:
     """Per column, the sum of the similarities that rows exempt there, ``[L]``, for unit keys ``[L, head_dim]``."""
     num_tokens = unit.shape[0]
-    exempt = unit.new_zeros(num_tokens)
+    # Columns are ranked from 1, so that rank 0 means no hit; what is added there is dropped.
+    sums_by_rank = unit.new_zeros(num_tokens + 1)
+    # Ranks are compared as fp32, which is exact up to 2^24 tokens.
+    ranks = torch.arange(1, num_tokens + 1, device=unit.device, dtype=unit.dtype)
     rows = torch.arange(num_tokens, device=unit.device)
     row_keys = unit
-    # A column's index plus 1, so that 0 is left to mean no hit; exact in fp32 up to 2^24 tokens.
-    ranks = torch.arange(1, num_tokens + 1, device=unit.device, dtype=unit.dtype)
     end, width, area = num_tokens, FIRST_WIDTH, FIRST_WIDTH
     while end > 0:
         start = max(0, end - width)
@@ -151,21 +148,19 @@ def _exempt_sums(unit: Tensor, threshold: float) -> Tensor:
         _zero_diagonal(similarity, rows, start, num_tokens)
         # The comparison writes fp32: storing and reducing booleans is several times slower on a CPU.
         above = torch.gt(similarity, threshold, out=torch.empty_like(similarity))
-        newest_rank = above.mul_(ranks[start:end]).amax(dim=1)
-        hits = newest_rank.nonzero().squeeze(1)
-        if len(hits) > 0:
-            columns = newest_rank.index_select(0, hits).long() - 1
-            places = hits * (end - start) + (columns - start)
-            exempt.index_add_(0, columns, similarity.flatten().index_select(0, places))
-            if len(hits) == len(rows):
-                return exempt
-            left = (newest_rank == 0).nonzero().squeeze(1)
+        newest_rank = above.mul_(ranks[start:end]).amax(dim=1).long()
+        column = (newest_rank - (start + 1)).clamp_(min=0).unsqueeze(1)
+        sums_by_rank.index_add_(0, newest_rank, similarity.gather(1, column).squeeze(1))
+        left = (newest_rank == 0).nonzero().squeeze(1)
+        if len(left) == 0:
+            return sums_by_rank[1:]
+        if len(left) < len(rows):
             rows, row_keys = rows.index_select(0, left), row_keys.index_select(0, left)
         area = min(2 * area, MAX_AREA)
         end, width = start, area * num_tokens // len(rows)
     # A row without a hit exempts column 0; on the diagonal that is a 0.
-    exempt[0] += (row_keys @ unit[0]).masked_fill(rows == 0, 0.0).sum()
-    return exempt
+    sums_by_rank[1] += (row_keys @ unit[0]).masked_fill(rows == 0, 0.0).sum()
+    return sums_by_rank[1:]
 
 
 def _zero_diagonal(similarity: Tensor, rows: Tensor, start: int, num_tokens: int) -> None:

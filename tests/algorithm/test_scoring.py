@@ -12,8 +12,8 @@ RTOL = 1e-5
 ATOL = 1e-8
 # A score is the difference of two shares; off by up to 3e-9 at these lengths.
 SCORE_ATOL = 5e-8
-# Around the ends of the first blocks, odd ones, and enough for several blocks (16, then 128 or more columns).
-LENGTHS = [1, 2, 9, 15, 16, 17, 33, 143, 144, 145, 301]
+# Around the ends of the first blocks of 16, 32 and 64 columns, odd ones, and enough for several blocks.
+LENGTHS = [1, 2, 9, 15, 16, 17, 33, 47, 48, 49, 112, 301]
 RKV = {"mix_lambda": 0.1, "kernel_size": 7, "similarity_threshold": THRESHOLD}
 
 

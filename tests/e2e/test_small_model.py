@@ -22,8 +22,8 @@ QUESTIONS = (
 SYSTEM_PROMPT = (
     "You are a patient teacher. You think about every question before you answer it, you write each step of your "
     "reasoning on a line of its own, you check every number twice, you never skip a step because it looks easy, and "
-    "you end with one short sentence that begins with the word Answer. If a question has no answer, you say so, and you "
-    "tell what is missing to find one."
+    "you end with one short sentence that begins with the word Answer. If a question has no answer, you say so, and "
+    "you tell what is missing to find one."
 )
 
 

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -119,6 +120,8 @@ class Server:
                 env=self._env,
                 # Ctrl-C goes to the test, which ends the server in order.
                 start_new_session=True,
+                # A worker of the test runner may be killed outright; its server must not outlive it.
+                preexec_fn=_end_with_parent,
             )
         atexit.register(self.close)
         return self._process
@@ -139,7 +142,8 @@ class Server:
         if process is not None:
             end_process_tree(process)
             self._final_log = self.log_path.read_text(errors="replace")
-            self._final_probe = self._read_probe()
+            if self._probe_file is not None:
+                self._final_probe = self._read_probe()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def log(self) -> str:
@@ -254,6 +258,11 @@ class Server:
                 return
             time.sleep(0.1)
         raise TimeoutError(f"the scheduler is not idle after {timeout} s:\n{self.log()[-6000:]}")
+
+
+def _end_with_parent() -> None:
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def free_port() -> int:
