@@ -1,9 +1,10 @@
 """What a policy costs while it has nothing to do: decode step time against no policy and against no package.
 
-Three servers run side by side, idle ones asleep. In each round every server decodes the same batch once, in an order
-that changes from round to round, so that noise of the machine hits all alike; ratios are taken within a round.
+Three servers run side by side on one thread each, idle ones asleep. In each short round every server decodes the same
+batch once, in an order that changes from round to round, so that noise of the machine hits all alike; ratios are taken
+within a round, of wall-clock time and of the CPU time of the server's processes (which other programs disturb less).
 
-    python -m benchmarks.bench_idle_cost [--rounds 15] [--batch-size 8] [--num-tokens 256]
+    python -m benchmarks.bench_idle_cost [--rounds 150] [--batch-size 8] [--num-tokens 64]
 
 Writes ``idle_cost.csv`` (one row per round and server) and ``idle_cost.png`` and prints the ratios with their spread.
 """
@@ -16,6 +17,7 @@ import random
 import statistics
 import time
 import urllib.request
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -32,19 +34,31 @@ SETTINGS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
 }
 
 
-def decode_step_ms(server: Server, prompts: list[list[int]], num_tokens: int) -> float:
-    """Decode one batch and return the mean time of a step, prefill and HTTP taken off by a run of one token."""
+@dataclass(frozen=True)
+class StepTime:
+    """Mean time of a decode step."""
 
-    def seconds(max_new_tokens: int) -> float:
-        sampling_params = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
-        body = json.dumps({"input_ids": prompts, "sampling_params": sampling_params}).encode()
-        request = urllib.request.Request(server.url + "/generate", body, {"Content-Type": "application/json"})
-        start = time.perf_counter()
-        with urllib.request.urlopen(request, timeout=600) as response:
-            response.read()
-        return time.perf_counter() - start
+    wall_ms: float
+    cpu_ms: float
 
-    return (seconds(num_tokens + 1) - seconds(1)) * 1000 / num_tokens
+
+def cpu_seconds(server: Server) -> float:
+    """Return the CPU time that all processes of a server have used up to now."""
+    family = [server.process, *server.process.children(recursive=True)]
+    return sum(times.user + times.system for times in (process.cpu_times() for process in family))
+
+
+def decode_step_time(server: Server, prompts: list[list[int]], num_tokens: int) -> StepTime:
+    """Decode one batch; the prefill of its short prompts and HTTP are counted in, alike for all servers."""
+
+    sampling_params = {"temperature": 0, "max_new_tokens": num_tokens + 1, "ignore_eos": True}
+    body = json.dumps({"input_ids": prompts, "sampling_params": sampling_params}).encode()
+    request = urllib.request.Request(server.url + "/generate", body, {"Content-Type": "application/json"})
+    start, cpu_start = time.perf_counter(), cpu_seconds(server)
+    with urllib.request.urlopen(request, timeout=600) as response:
+        response.read()
+    wall, cpu = time.perf_counter() - start, cpu_seconds(server) - cpu_start
+    return StepTime(wall_ms=wall * 1000 / num_tokens, cpu_ms=cpu * 1000 / num_tokens)
 
 
 def measure(rounds: int, batch_size: int, num_tokens: int, log_dir: Path) -> list[dict[str, object]]:
@@ -59,7 +73,7 @@ def measure(rounds: int, batch_size: int, num_tokens: int, log_dir: Path) -> lis
                     model,
                     *("--sleep-on-idle", "--disable-radix-cache", *flags),
                     log_path=log_dir / f"idle_cost_{i}.log",
-                    environment=environment,
+                    environment={"OMP_NUM_THREADS": "1", **environment},
                 )
             )
             for i, (name, (flags, environment)) in enumerate(SETTINGS.items())
@@ -67,28 +81,30 @@ def measure(rounds: int, batch_size: int, num_tokens: int, log_dir: Path) -> lis
         for i in tqdm(range(-1, rounds), desc="rounds", unit="round"):
             prompts = [[rng.randrange(3, VOCAB_SIZE) for _ in range(16)] for _ in range(batch_size)]
             for name in rng.sample(list(servers), len(servers)):
-                step_ms = decode_step_ms(servers[name], prompts, num_tokens)
+                step = decode_step_time(servers[name], prompts, num_tokens)
                 # The first round warms up.
                 if i >= 0:
-                    rows.append({"round": i, "setting": name, "batch_size": batch_size, "step_ms": step_ms})
+                    rows.append({"round": i, "setting": name, "batch_size": batch_size, **asdict(step)})
     return rows
 
 
-def ratios(rows: list[dict[str, object]], setting: str) -> list[float]:
-    """Return the setting's step time over the baseline's, round by round."""
+def ratios(rows: list[dict[str, object]], setting: str, measured: str) -> list[float]:
+    """Return the setting's ``wall_ms`` or ``cpu_ms`` over the baseline's, round by round."""
     by_round: dict[object, dict[object, float]] = {}
     for row in rows:
-        by_round.setdefault(row["round"], {})[row["setting"]] = float(str(row["step_ms"]))
+        by_round.setdefault(row["round"], {})[row["setting"]] = float(str(row[measured]))
     return [steps[setting] / steps[BASELINE] for steps in by_round.values()]
 
 
-def summary(rows: list[dict[str, object]], setting: str) -> str:
-    """Return median, quartiles and range of the ratios in one line."""
-    values = ratios(rows, setting)
+def summary(rows: list[dict[str, object]], setting: str, measured: str) -> str:
+    """Return the ratios' median with its bootstrap interval, quartiles and range in one line."""
+    values = ratios(rows, setting, measured)
     low, _, high = statistics.quantiles(values, n=4)
+    rng = random.Random(0)
+    medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(1000))
     return (
-        f"{setting} / {BASELINE}: median {statistics.median(values):.3f}, quartiles {low:.3f} to {high:.3f}, "
-        f"range {min(values):.3f} to {max(values):.3f}, {len(values)} rounds"
+        f"{setting} / {BASELINE}, {measured}: median {statistics.median(values):.3f}, "
+        f"95 % interval of the median {medians[25]:.3f} to {medians[974]:.3f}, quartiles {low:.3f} to {high:.3f}, range {min(values):.3f} to {max(values):.3f}, {len(values)} rounds"
     )
 
 
@@ -101,7 +117,7 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 2.6), layout="constrained")
     for level, setting in enumerate(name for name in SETTINGS if name != BASELINE):
-        values = ratios(rows, setting)
+        values = ratios(rows, setting, "wall_ms")
         axes.plot(values, [level] * len(values), "o", alpha=0.5)
         axes.plot([statistics.median(values)], [level], "k|", markersize=22)
     axes.axvline(1.03, linestyle="--", color="grey")
@@ -114,9 +130,9 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
 def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=150)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--num-tokens", type=int, default=256)
+    parser.add_argument("--num-tokens", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu"))
     args = parser.parse_args()
     exit_on_sigterm()
@@ -129,7 +145,8 @@ def main() -> None:
     plot(rows, args.out / "idle_cost.png")
     for setting in SETTINGS:
         if setting != BASELINE:
-            print(summary(rows, setting))
+            for measured in ("wall_ms", "cpu_ms"):
+                print(summary(rows, setting, measured))
 
 
 if __name__ == "__main__":
