@@ -104,7 +104,8 @@ def summary(rows: list[dict[str, object]], setting: str, measured: str) -> str:
     medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(1000))
     return (
         f"{setting} / {BASELINE}, {measured}: median {statistics.median(values):.3f}, "
-        f"95 % interval of the median {medians[25]:.3f} to {medians[974]:.3f}, quartiles {low:.3f} to {high:.3f}, range {min(values):.3f} to {max(values):.3f}, {len(values)} rounds"
+        f"95 % interval of the median {medians[25]:.3f} to {medians[974]:.3f}, "
+        f"quartiles {low:.3f} to {high:.3f}, range {min(values):.3f} to {max(values):.3f}, {len(values)} rounds"
     )
 
 
