@@ -10,10 +10,9 @@ from typing import TextIO
 
 from rkv_sglang import __version__
 from rkv_sglang.integration.hook import Hook
-from rkv_sglang.integration.verify import SUPPORTED_SGLANG, target_problem, version_problem
+from rkv_sglang.integration.verify import PLUGIN_NAME, SUPPORTED_SGLANG, target_problem, version_problem
 
 PLUGIN_GROUP = "sglang.srt.plugins"
-PLUGIN_NAME = "rkv_sglang"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,8 @@ from rkv_sglang.integration.hook import Hook
 from rkv_sglang.integration.model_hooks import MODEL_HOOKS
 from rkv_sglang.integration.process import set_runtime
 from rkv_sglang.integration.refusals import refuse_runtime
-from rkv_sglang.integration.scheduler_hooks import SCHEDULER_HOOKS
+from rkv_sglang.integration.scheduler_hooks import POLICY_KEY, SCHEDULER_HOOKS
 from rkv_sglang.integration.verify import install
-
-POLICY_KEY = "kv_policy"
 
 
 def start_scheduler(init: Callable[..., None], scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:

@@ -8,6 +8,9 @@ from typing import Any
 from rkv_sglang.integration.hook import Hook
 from rkv_sglang.integration.process import get_runtime
 
+# Where a ready message names the policy.
+POLICY_KEY = "kv_policy"
+
 
 def before_admission(scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """Compact before waiting requests are admitted, so that they see the freed slots in the same step."""
@@ -39,7 +42,7 @@ def add_policy_stats(result: Any, scheduler: Any, recv_req: Any) -> None:
 
 def report_policy(result: dict[str, Any], scheduler: Any) -> None:
     """Tell the launcher that this scheduler runs the policy."""
-    result["kv_policy"] = get_runtime().config.policy
+    result[POLICY_KEY] = get_runtime().config.policy
 
 
 SCHEDULER_HOOKS: tuple[Hook, ...] = (

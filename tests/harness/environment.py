@@ -1,6 +1,8 @@
 """The environment and the flags that every SGLang process of the tests gets."""
 
+import ctypes
 import os
+import signal
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ STRICT_CHECKS = {
     "SGLANG_DEBUG_MEMORY_POOL": "1",
 }
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "DO_NOT_TRACK": "1"}
-# The test runner has two workers, each with a server; on two cores, threads of OpenMP that spin would starve each other.
+# The test runner has two workers, each with a server; on two cores, spinning OpenMP threads would starve each other.
 NUM_THREADS = 1
 
 
@@ -46,6 +48,12 @@ def child_environment(probe_file: Path | None = None, env: dict[str, str] | None
         merged["RKV_PROBE_FILE"] = str(probe_file)
     merged.update(env or {})
     return {name: value for name, value in merged.items() if value != ""}
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Have the kernel send this process a signal when its parent dies, however that happens."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL("libc.so.6").prctl(pr_set_pdeathsig, number)
 
 
 def device_flags() -> list[str]:

@@ -1,6 +1,5 @@
 """One run, in a process forked from the zygote: plays the launcher, the tokenizer and the detokenizer of a server."""
 
-import ctypes
 import multiprocessing
 import os
 import pickle
@@ -15,6 +14,7 @@ from typing import Any
 
 import zmq
 
+from tests.harness.environment import end_with_parent
 from tests.harness.messages import empty_output, generate_message, take
 from tests.harness.processes import launcher_process, scheduler_process
 
@@ -28,7 +28,7 @@ _READ_AT_IMPORT = {
 
 def main(connection: Connection) -> None:
     """Receive a job, run it, send the answer. Never returns."""
-    _die_with_parent()
+    end_with_parent(signal.SIGKILL)
     # A scheduler that fails signals its parent; that it died is noticed anyway.
     signal.signal(signal.SIGQUIT, lambda signum, frame: None)
     answer: dict[str, Any]
@@ -45,11 +45,6 @@ def main(connection: Connection) -> None:
         connection.send(answer)
     finally:
         os._exit(0)
-
-
-def _die_with_parent() -> None:
-    pr_set_pdeathsig = 1
-    ctypes.CDLL("libc.so.6").prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _enter(job: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import ctypes
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ from typing import Any
 import psutil
 import requests
 
-from tests.harness.environment import PROJECT_ROOT, child_environment, device_flags, with_defaults
+from tests.harness.environment import PROJECT_ROOT, child_environment, device_flags, end_with_parent, with_defaults
 from tests.harness.probe_log import ProbeLog
 
 DEFAULT_FLAGS = ["--max-total-tokens", "16384", "--max-running-requests", "64", "--random-seed", "1"]
@@ -121,7 +120,7 @@ class Server:
                 # Ctrl-C goes to the test, which ends the server in order.
                 start_new_session=True,
                 # A worker of the test runner may be killed outright; its server must not outlive it.
-                preexec_fn=_end_with_parent,
+                preexec_fn=lambda: end_with_parent(signal.SIGTERM),
             )
         atexit.register(self.close)
         return self._process
@@ -258,11 +257,6 @@ class Server:
                 return
             time.sleep(0.1)
         raise TimeoutError(f"the scheduler is not idle after {timeout} s:\n{self.log()[-6000:]}")
-
-
-def _end_with_parent() -> None:
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def free_port() -> int:
