@@ -79,7 +79,9 @@ def test_a_plugin_that_fails_to_load_in_the_scheduler_stops_the_server():
     """SGLang itself logs such a failure and would serve uncompressed."""
     flags = ["--model-path", str(MODEL), *SETTING.flags]
     path = f"{SABOTEUR_DIR}:{PROBE_DIR}:{PROJECT_ROOT}"
-    exit_code, log = Server(flags, env={"PYTHONPATH": path}, with_probe=False).start_and_expect_exit()
+    # `python -m` puts the current folder first, and with it the project's own egg-info: the saboteur would come too late.
+    env = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    exit_code, log = Server(flags, env=env, with_probe=False).start_and_expect_exit()
     assert exit_code != 0
     assert "--kv-policy is set but a scheduler process runs without it" in log
     assert "ready to roll" not in log
