@@ -79,7 +79,8 @@ def test_a_plugin_that_fails_to_load_in_the_scheduler_stops_the_server():
     """SGLang itself logs such a failure and would serve uncompressed."""
     flags = ["--model-path", str(MODEL), *SETTING.flags]
     path = f"{SABOTEUR_DIR}:{PROBE_DIR}:{PROJECT_ROOT}"
-    # `python -m` puts the current folder first, and with it the project's own egg-info: the saboteur would come too late.
+    # `python -m` puts the current folder first, and with it the project's own egg-info: the
+    # saboteur would come too late.
     env = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
     exit_code, log = Server(flags, env=env, with_probe=False).start_and_expect_exit()
     assert exit_code != 0
