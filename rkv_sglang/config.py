@@ -1,9 +1,11 @@
 """The settings of a policy, validated once and frozen. Everything below reads them from here."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-POLICY_NAMES = ("none", "rkv")
+NO_POLICY = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,13 +13,16 @@ class PolicyConfig:
     """What to keep and when to compact. All counts are integer tokens.
 
     Attributes:
-        policy: Name of the policy; ``"none"`` leaves SGLang as it is.
+        policy: Name of the policy; ``"none"`` leaves SGLang as it is. The policies know which names there are, so an
+            unknown one is refused where the policy is made.
         budget: Generated tokens kept per layer and KV head after a compaction, the window included.
         buffer: Generated tokens that may gather above the budget before the next compaction.
         window: The most recent tokens; their queries observe the cache and they are always kept.
         mix_lambda: Weight of importance against redundancy in the R-KV score, in [0, 1] (arXiv 2505.24133).
         kernel_size: Width of the max-pool over importance, odd, stride 1.
         similarity_threshold: Cosine above which two keys count as near-duplicates, in [-1, 1].
+        parameters: Further parameters of the policy by name; where the policy is made they are checked, and come before
+            the settings above.
 
     Raises:
         ValueError: A value is out of range; the message is one line that names the flag and the mend.
@@ -30,10 +35,11 @@ class PolicyConfig:
     mix_lambda: float = 0.1
     kernel_size: int = 7
     similarity_threshold: float = 0.5
+    parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICY_NAMES:
-            raise ValueError(f"--kv-policy {self.policy!r} is unknown: choose one of {', '.join(POLICY_NAMES)}")
+        if not isinstance(self.policy, str) or not self.policy:
+            raise ValueError(f"--kv-policy {self.policy!r} is not a name: set --kv-policy to the name of a policy")
         for flag, value, least in (
             ("--rkv-window", self.window, 1),
             ("--rkv-buffer", self.buffer, 1),

@@ -3,6 +3,7 @@
 import os
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -36,3 +37,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             if name == "seed":
                 report.sections.append(("seed", f"repeat with {_SEED_VARIABLE}={value}"))
     return report
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Show what tests have to report even if they pass: their property ``report``."""
+    for outcome in terminalreporter.stats.get("passed", []):
+        for name, text in getattr(outcome, "user_properties", []):
+            if name == "report":
+                terminalreporter.section(outcome.nodeid)
+                terminalreporter.write_line(str(text))

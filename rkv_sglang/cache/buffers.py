@@ -1,8 +1,11 @@
-"""The KV pool as the policies see it: one key and one value buffer a layer."""
+"""Access to the KV pool, without its types."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from rkv_sglang.kernels.paged_batch import PagedBuffers
 
 
 @dataclass(frozen=True)
@@ -10,25 +13,35 @@ class KVBuffers:
     """Views of a paged KV pool in NHD layout; nothing is copied.
 
     Attributes:
-        keys: Per layer ``[num_slots, num_kv_heads, head_dim]``, as cached (after RoPE), in the storage dtype.
-        values: Per layer ``[num_slots, num_kv_heads, v_head_dim]``.
-        dtype: What the bytes mean; differs from the storage dtype for fp8, which is stored as uint8.
-        key_scales: Per layer, the factor that dequantises fp8 keys; 1.0 otherwise.
+        keys: All layers, as cached (after RoPE).
+        values: All layers.
     """
 
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
-    dtype: torch.dtype
-    key_scales: list[float]
+    keys: PagedBuffers
+    values: PagedBuffers
 
-    @property
-    def num_layers(self) -> int:
-        """Layers of this rank."""
-        return len(self.keys)
+    @classmethod
+    def from_layers(
+        cls,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        *,
+        dtype: torch.dtype,
+        key_scales: Sequence[float],
+        value_scales: Sequence[float],
+    ) -> "KVBuffers":
+        """Describe a pool of slots.
 
-    def gather_keys(self, layer: int, slots: torch.Tensor) -> torch.Tensor:
-        """Return the keys in ``slots`` ([L], int64), dequantised, ``[L, num_kv_heads, head_dim]`` fp32. A copy."""
-        keys = self.keys[layer][slots]
-        if keys.dtype != self.dtype:
-            keys = keys.view(self.dtype)
-        return keys.float() * self.key_scales[layer]
+        Args:
+            keys: Per layer ``[num_slots, num_kv_heads, head_dim]``, in the storage dtype.
+            values: Per layer ``[num_slots, num_kv_heads, v_head_dim]``.
+            dtype: What the bytes mean; differs from the storage dtype for fp8, which is stored as uint8.
+            key_scales, value_scales: Per layer, the factor that dequantises fp8; 1.0 otherwise.
+
+        Raises:
+            ValueError: The layers differ, or have a shape or dtype that the kernels do not know.
+        """
+        return cls(
+            keys=PagedBuffers.from_tensors(keys, dtype=dtype, scales=key_scales),
+            values=PagedBuffers.from_tensors(values, dtype=dtype, scales=value_scales),
+        )

@@ -1,52 +1,91 @@
-"""Apply a compaction to the pool, in plain torch: score, select and move, layer by layer."""
+"""Compact all requests that are due in one step of an engine with a pool of slots."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from rkv_sglang.algorithm.selection import select_kept
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.plan import CompactionPlan
-from rkv_sglang.config import PolicyConfig
-from rkv_sglang.policies.base import Policy, ScoreInputs
+from rkv_sglang.kernels.dispatch import History, compact_paged, runs_triton, working_bytes_per_token
+from rkv_sglang.kernels.paged_batch import PagedBatch
+from rkv_sglang.policies import Policy
+
+# Requests are taken together up to this much working memory. Long before it is full, a GPU is busy enough.
+WORKING_BYTES = 256 * 2**20
 
 
-def move_kept(buffer: torch.Tensor, private_slots: torch.Tensor, kept_indices: torch.Tensor) -> None:
-    """Pack every head's kept entries to the front of a request's private slots.
+@dataclass(frozen=True)
+class DueRequest:
+    """One request to compact.
 
-    Mutates ``buffer`` in the first ``budget`` private slots and nowhere else.
-
-    Args:
-        buffer: One layer's key or value pool, ``[num_slots, num_kv_heads, head_dim]``.
-        private_slots: Slots of the generated tokens, temporal order, ``[n]``, int64.
-        kept_indices: Which of them each head keeps, sorted, ``[num_kv_heads, budget]``, int64.
-    """
-    num_kv_heads, budget = kept_indices.shape
-    heads = torch.arange(num_kv_heads, device=kept_indices.device)[:, None]
-    # The right-hand side is gathered whole before anything is written, so source and target may overlap.
-    buffer[private_slots[:budget][None, :], heads] = buffer[private_slots[kept_indices], heads]
-
-
-@torch.no_grad()
-def compact_request(
-    buffers: KVBuffers,
-    plan: CompactionPlan,
-    slots: torch.Tensor,
-    queries: torch.Tensor,
-    policy: Policy,
-    config: PolicyConfig,
-) -> None:
-    """Keep ``config.budget`` generated tokens of one request, chosen per layer and KV head.
-
-    Mutates the pool in the request's own slots from ``plan.prompt_len`` to ``plan.kept_len``; the prompt's slots are
-    only read. Makes no device-to-host copy.
-
-    Args:
+    Attributes:
+        plan: How much it keeps, and where.
         slots: Every resident token's slot, temporal order, ``[plan.resident_len]``, int64. A snapshot: the engine may
-            rewrite its index map while this runs on another stream.
-        queries: The window's queries after RoPE, oldest first, ``[num_layers, window, num_qo_heads, head_dim]``.
+            rewrite its index map while the compaction runs on another stream.
+        logical_len: Tokens ever seen, evicted ones included.
+        kept_scores: What ``compact_requests`` returned for this request last time.
     """
-    private_slots = slots[plan.prompt_len :]
-    for layer in range(buffers.num_layers):
-        inputs = ScoreInputs(queries=queries[layer], keys=buffers.gather_keys(layer, slots), prompt_len=plan.prompt_len)
-        kept_indices = select_kept(policy.score(inputs), plan.prompt_len, config.window, config.budget)
-        move_kept(buffers.keys[layer], private_slots, kept_indices)
-        move_kept(buffers.values[layer], private_slots, kept_indices)
+
+    plan: CompactionPlan
+    slots: torch.Tensor
+    logical_len: int
+    kept_scores: torch.Tensor | None = None
+
+
+def compact_requests(
+    buffers: KVBuffers,
+    requests: Sequence[DueRequest],
+    read_queries: Callable[[slice], torch.Tensor],
+    policy: Policy,
+    window: int,
+) -> list[torch.Tensor | None]:
+    """Keep of each request what its plan says, chosen per layer and KV head.
+
+    Mutates the pool in each request's own slots from ``plan.prompt_len`` to ``plan.kept_len``; the prompt's slots are
+    only read. On a GPU, policies with a paged scorer make no device-to-host copy.
+
+    Args:
+        read_queries: Given a slice of ``requests``, returns their window's queries after RoPE, oldest first,
+            ``[num_layers, num_requests, window, num_qo_heads, head_dim]``. Called when they are needed, so that never
+            all are held at once.
+        window: Most recent tokens, kept whatever their score.
+
+    Returns:
+        Per request what a stateful policy is to be given back at the request's next compaction, as
+        ``DueRequest.kept_scores``, ``[num_layers, num_kv_heads, budget - window]``, fp32; None for other policies.
+    """
+    kept_scores: list[torch.Tensor | None] = []
+    kv_lens = [request.plan.resident_len for request in requests]
+    for part in split_requests(kv_lens, _most_tokens(buffers, window)):
+        together = requests[part]
+        plans = [request.plan for request in together]
+        batch = PagedBatch.from_slots(
+            torch.cat([request.slots for request in together]),
+            kv_lens=[plan.resident_len for plan in plans],
+            prompt_lens=[plan.prompt_len for plan in plans],
+            budgets=[plan.kept_len - plan.prompt_len for plan in plans],
+            window=window,
+        )
+        history = [History(request.logical_len, request.kept_scores) for request in together]
+        kept = compact_paged(buffers.keys, buffers.values, batch, read_queries(part), policy, history)
+        kept_scores += kept.scores or [None] * len(together)
+    return kept_scores
+
+
+def split_requests(kv_lens: Sequence[int], most_tokens: int) -> Iterator[slice]:
+    """Cut requests into runs of at most ``most_tokens`` tokens together; a longer request is a run of its own."""
+    start = num_tokens = 0
+    for index, kv_len in enumerate(kv_lens):
+        if index > start and num_tokens + kv_len > most_tokens:
+            yield slice(start, index)
+            start, num_tokens = index, 0
+        num_tokens += kv_len
+    if kv_lens:
+        yield slice(start, len(kv_lens))
+
+
+def _most_tokens(buffers: KVBuffers, window: int) -> int:
+    """Return how many resident tokens are compacted together."""
+    # On a CPU each request runs alone: its keys stay in the CPU's cache, and nothing is gained by more.
+    return WORKING_BYTES // working_bytes_per_token(buffers.keys, window) if runs_triton(buffers.keys) else 0

@@ -6,6 +6,7 @@ They differ by the tokens evicted since the last prefill.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from rkv_sglang.config import PolicyConfig
 
@@ -22,6 +23,7 @@ class RequestState:
         evicted_tokens: Tokens evicted since the last prefill.
         compactions: Compactions over the whole life of the request.
         next_check: Forward count before which the request needs no look; ``NEVER`` if it can never be due.
+        kept_scores: What a stateful policy is given back at the next compaction; a tensor that is only carried here.
     """
 
     prompt_len: int
@@ -29,6 +31,7 @@ class RequestState:
     evicted_tokens: int = 0
     compactions: int = 0
     next_check: float = 0
+    kept_scores: Any = None
 
     def generated_len(self, resident_len: int) -> int:
         """Return how many generated tokens have had their KV written since the last prefill, kept or not."""
@@ -42,6 +45,7 @@ class RequestState:
         """Return to the state before any prefill, as after a retraction: nothing is resident, so nothing is evicted."""
         self.evicted_tokens = 0
         self.next_check = 0
+        self.kept_scores = None
 
 
 def can_ever_compact(config: PolicyConfig, max_new_tokens: int) -> bool:

@@ -5,11 +5,12 @@ A request needs a row only while it is within ``window`` decode steps of its nex
 comes due in the same step. Row 0 takes the queries of all others and is never read.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
 from rkv_sglang.config import PolicyConfig
+from rkv_sglang.kernels.capture import capture_queries, capture_queries_torch
 
 
 def num_query_rows(config: PolicyConfig, num_slots: int, max_running_requests: int) -> int:
@@ -58,7 +59,8 @@ class QueryWindow:
         self._row_of: dict[int, int] = {}
         self._owner_of: dict[int, Hashable] = {}
         self._changed: dict[int, int] = {}
-        self._targets: tuple[torch.Tensor, torch.Tensor] | None = None
+        # The one place that chooses: both do the same.
+        self._capture = capture_queries if self.buffer.is_cuda else capture_queries_torch
 
     @property
     def active(self) -> bool:
@@ -124,22 +126,28 @@ class QueryWindow:
         """Store one decode step's queries of one layer.
 
         Args:
-            layer: Index of the layer on this rank; layers come in ascending order within a forward.
+            layer: Index of the layer on this rank.
             queries: After RoPE, ``[bs, num_qo_heads * head_dim]`` or ``[bs, num_qo_heads, head_dim]``.
             req_pool_indices: ``[bs]``; padded rows have index 0, the engine's reserved row.
             positions: Logical positions, ``[bs]``, int64.
         """
-        if layer == 0 or self._targets is None:
-            self._targets = (self.row_of_request[req_pool_indices], positions % self.window)
-        rows, offsets = self._targets
-        self.buffer[layer][rows, offsets] = queries.view(-1, *self.buffer.shape[3:]).to(self.buffer.dtype)
+        self._capture(self.buffer[layer], self.row_of_request, queries.flatten(1), req_pool_indices, positions)
 
-    def read(self, req_pool_idx: int, logical_len: int) -> torch.Tensor:
-        """Return a request's last queries, oldest first, ``[num_layers, window, num_qo_heads, head_dim]``. A copy.
+    def read(self, requests: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Return requests' last queries, oldest first, ``[num_layers, num_requests, window, num_qo_heads, head_dim]``.
+
+        A copy, made without a sync: what is read where is known on the CPU.
 
         Args:
-            logical_len: Tokens seen; the newest query was captured at position ``logical_len - 1``. Known on the CPU,
-                so reading makes no sync.
+            requests: Of each its ``req_pool_idx`` and logical length, that is, tokens seen; the newest query was
+                captured at position ``logical_len - 1``.
         """
-        ring = self.buffer[:, self._row_of[req_pool_idx]]
-        return torch.roll(ring, shifts=-(logical_len % self.window), dims=1)
+        places = [
+            self._row_of[req_pool_idx] * self.window + (logical_len + step) % self.window
+            for req_pool_idx, logical_len in requests
+            for step in range(self.window)
+        ]
+        indices = torch.tensor(places, dtype=torch.int64, pin_memory=self.buffer.is_cuda)
+        rings = self.buffer.flatten(1, 2)
+        queries = rings.index_select(1, indices.to(rings.device, non_blocking=True))
+        return queries.view(len(rings), len(requests), self.window, *rings.shape[2:])

@@ -6,19 +6,30 @@ from typing import Any
 
 from sglang.srt import server_args as sglang_args
 
-from rkv_sglang.config import POLICY_NAMES, PolicyConfig
+from rkv_sglang.config import NO_POLICY as NO_POLICY
+from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.hook import Hook
+from rkv_sglang.integration.policy_parameters import read_parameters
+from rkv_sglang.policies import make_policy, policy_names
 
 GROUP_TITLE = "KV policy (rkv_sglang)"
-NO_POLICY = "none"
 
 _POLICY_FIELD = "kv_policy"
-_SETTING_OF_FIELD = {f"rkv_{setting.name}": setting for setting in fields(PolicyConfig) if setting.name != "policy"}
-_DEFAULTS = {_POLICY_FIELD: NO_POLICY, **{name: setting.default for name, setting in _SETTING_OF_FIELD.items()}}
+_PARAMETERS_FIELD = "kv_policy_config"
+_SETTING_OF_FIELD = {
+    f"rkv_{setting.name}": setting for setting in fields(PolicyConfig) if setting.name not in ("policy", "parameters")
+}
+_DEFAULTS = {
+    _POLICY_FIELD: NO_POLICY,
+    **{name: setting.default for name, setting in _SETTING_OF_FIELD.items()},
+    _PARAMETERS_FIELD: "{}",
+}
 _HELP = {
-    _POLICY_FIELD: "How the private KV cache of a decoding request is bounded. 'none' leaves SGLang as it is; 'rkv' "
-    "keeps the prompt and at most --rkv-budget plus --rkv-buffer generated tokens per layer and KV head (R-KV, "
-    "arXiv 2505.24133).",
+    _POLICY_FIELD: "How the private KV cache of a decoding request is bounded. 'none' leaves SGLang as it is; every "
+    "other policy keeps the prompt and at most --rkv-budget plus --rkv-buffer generated tokens per layer and KV head, "
+    "and chooses them in its own way: R-KV (arXiv 2505.24133), SnapKV (2404.14469), H2O (2306.14048), StreamingLLM "
+    "(2309.17453), KeyDiff (2504.15364), ManifoldKV (2602.08343), LongFlow (2603.11504), at random, or as an installed "
+    "package does.",
     "rkv_budget": "Generated tokens kept per layer and KV head after a compaction, the window included. More keeps "
     "more of the reasoning and takes more memory. Unit: tokens.",
     "rkv_buffer": "Generated tokens that may gather above the budget before the next compaction. Fewer take less "
@@ -30,6 +41,8 @@ _HELP = {
     "rkv_kernel_size": "Width of the max-pool that spreads importance to neighbouring tokens. Odd; 1 turns it off. "
     "Unit: tokens.",
     "rkv_similarity_threshold": "Cosine similarity, from -1 to 1, above which two keys count as near-duplicates.",
+    _PARAMETERS_FIELD: "Parameters of the policy by name, as JSON such as '{\"mix_lambda\": 0.2}' or as the path of a "
+    "JSON file. They come before the flags of the same name.",
 }
 
 
@@ -47,6 +60,7 @@ class RKVServerArgs(sglang_args.ServerArgs, dict=True):  # type: ignore[misc, ca
     rkv_mix_lambda: float = PolicyConfig.mix_lambda
     rkv_kernel_size: int = PolicyConfig.kernel_size
     rkv_similarity_threshold: float = PolicyConfig.similarity_threshold
+    kv_policy_config: str | dict[str, Any] = "{}"
 
     # Where SGLang publishes the fields: get_memory().kv_policy and so on.
     _NS_BY_FIELD = {**sglang_args.ServerArgs._NS_BY_FIELD, **dict.fromkeys(_DEFAULTS, "memory")}  # noqa: RUF012
@@ -61,7 +75,7 @@ class RKVServerArgs(sglang_args.ServerArgs, dict=True):  # type: ignore[misc, ca
             group.add_argument(
                 "--" + name.replace("_", "-"),
                 type=type(default),
-                choices=POLICY_NAMES if name == _POLICY_FIELD else None,
+                choices=policy_names() if name == _POLICY_FIELD else None,
                 default=default,
                 help=f"{_HELP[name]} Default: {default}.",
             )
@@ -79,12 +93,17 @@ def config_from_args(server_args: Any) -> PolicyConfig:
         server_args: An ``RKVServerArgs``, SGLang's view of one, or the published ``get_memory()``.
 
     Raises:
-        ValueError: A value is out of range; one line that names the flag and the mend.
+        ValueError: The policy is unknown, cannot be loaded or does not take its parameters, or a value is out of range;
+            one line that names the flag and the mend.
     """
     if policy_name(server_args) == NO_POLICY:
         return PolicyConfig(policy=NO_POLICY)
     settings = {setting.name: getattr(server_args, name) for name, setting in _SETTING_OF_FIELD.items()}
-    return PolicyConfig(policy=server_args.kv_policy, **settings)
+    parameters = read_parameters(getattr(server_args, _PARAMETERS_FIELD))
+    config = PolicyConfig(policy=server_args.kv_policy, parameters=parameters, **settings)
+    # Only the policy itself knows whether it takes them.
+    make_policy(config)
+    return config
 
 
 # A record's signature is its list of fields, hundreds of them; rows that replace the class compare no signature.

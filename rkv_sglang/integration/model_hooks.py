@@ -5,26 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rkv_sglang.cache.query_window import query_bytes_per_slot
+from rkv_sglang.cache.memory_plan import ModelShape
 from rkv_sglang.integration.hook import Hook
 from rkv_sglang.integration.process import get_runtime
+from rkv_sglang.policies import is_stateful
 
 
-def leave_room_for_queries(profile: Callable[..., int], configurator: Any, pre_model_load_memory: int) -> int:
-    """Take the query window's share off the bytes that become the KV pool."""
+def leave_room_for_side_buffers(profile: Callable[..., int], configurator: Any, pre_model_load_memory: int) -> int:
+    """Take the share of the policy's own buffers off the bytes that become the KV pool."""
     import torch
     from sglang.srt.runtime_context import get_parallel
 
     available_bytes = profile(configurator, pre_model_load_memory)
-    model = configurator.model_config
-    tp_size = get_parallel().tp_size
-    num_layers = model.num_hidden_layers
-    query_bytes = query_bytes_per_slot(
-        get_runtime().config, num_layers, model.num_attention_heads // tp_size, model.head_dim, model.dtype.itemsize
+    model, tp_size = configurator.model_config, get_parallel().tp_size
+    shape = ModelShape(
+        num_layers=model.num_hidden_layers,
+        num_qo_heads=model.num_attention_heads // tp_size,
+        num_kv_heads=model.get_num_kv_heads(tp_size),
+        head_dim=model.head_dim,
+        v_head_dim=model.v_head_dim,
+        kv_itemsize=torch.empty(0, dtype=configurator.kv_cache_dtype).element_size(),
+        query_itemsize=model.dtype.itemsize,
     )
-    kv_itemsize = torch.empty(0, dtype=configurator.kv_cache_dtype).element_size()
-    kv_bytes = num_layers * model.get_num_kv_heads(tp_size) * (model.head_dim + model.v_head_dim) * kv_itemsize
-    return int(available_bytes * kv_bytes / (kv_bytes + query_bytes))
+    runtime = get_runtime()
+    side_bytes = shape.side_bytes(runtime.config, stateful=is_stateful(runtime.policy))
+    return int(available_bytes * shape.kv_bytes / (shape.kv_bytes + side_bytes))
 
 
 def bind_model_runner(_: None, model_runner: Any, *args: Any, **kwargs: Any) -> None:
@@ -50,7 +55,7 @@ MODEL_HOOKS: tuple[Hook, ...] = (
     Hook(
         target="sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes",
         kind="AROUND",
-        function=leave_room_for_queries,
+        function=leave_room_for_side_buffers,
         signature="(self, pre_model_load_memory)",
         why="The query window lives beside the KV pool; unless its share is left over, a full pool runs out of memory.",
         upstream="A registry of side buffers that KV pool sizing subtracts.",

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rkv_sglang.cache.buffers import KVBuffers
-from rkv_sglang.cache.compact import compact_request
+from rkv_sglang.cache.compact import DueRequest, compact_requests
 from rkv_sglang.cache.lengths import NEVER, RequestState, can_ever_compact, decodes_again, steps_until_due
 from rkv_sglang.cache.plan import CompactionPlan, plan_compaction
 from rkv_sglang.cache.query_window import QueryWindow, num_query_rows
 from rkv_sglang.config import PolicyConfig
+from rkv_sglang.integration.memory_report import report_memory
+from rkv_sglang.integration.request_settings import settings_for
+from rkv_sglang.kernels.warmup import warm_up
 from rkv_sglang.policies import make_policy
 
 if TYPE_CHECKING:
@@ -22,10 +24,9 @@ if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.model_executor.model_runner import ModelRunner
 
-logger = logging.getLogger(__name__)
-
 # Requests carry their state under this name; SGLang's Req is a plain class.
 STATE_ATTRIBUTE = "rkv_state"
+SETTINGS_ATTRIBUTE = "rkv_settings"
 
 
 @dataclass
@@ -36,12 +37,14 @@ class PolicyStats:
         compactions: Compactions done.
         evicted_tokens: Tokens whose KV was dropped (per layer and head the same count).
         requests_compressed: Requests compacted at least once.
+        requests_aborted: Requests ended because, once preempted, their history no longer fitted the pool.
         peak_private_tokens: Most generated tokens any request ever held.
     """
 
     compactions: int = 0
     evicted_tokens: int = 0
     requests_compressed: int = 0
+    requests_aborted: int = 0
     peak_private_tokens: int = 0
 
 
@@ -64,11 +67,13 @@ class Runtime:
         layers = [module for module in model_runner.model.modules() if isinstance(module, RadixAttention)]
         pool: Any = model_runner.token_to_kv_pool
         self._first_layer = pool.start_layer
-        self.buffers = KVBuffers(
-            keys=list(pool.k_buffer),
-            values=list(pool.v_buffer),
+        layers.sort(key=lambda layer: layer.layer_id)
+        self.buffers = KVBuffers.from_layers(
+            pool.k_buffer,
+            pool.v_buffer,
             dtype=pool.dtype,
-            key_scales=[layer.k_scale_float or 1.0 for layer in sorted(layers, key=lambda layer: layer.layer_id)],
+            key_scales=[layer.k_scale_float or 1.0 for layer in layers],
+            value_scales=[layer.v_scale_float or 1.0 for layer in layers],
         )
         num_requests = model_runner.req_to_token_pool.req_to_token.shape[0]
         self.window = QueryWindow(
@@ -81,19 +86,22 @@ class Runtime:
             dtype=model_runner.dtype,
             device=model_runner.device,
         )
+        warm_up(
+            self.buffers.keys,
+            self.buffers.values,
+            self.window.buffer,
+            self.window.row_of_request,
+            self.policy,
+            budget=self.config.budget,
+            capacity=self.config.capacity,
+        )
 
     def bind_scheduler(self, scheduler: Scheduler) -> None:
         """Take the scheduler once it is built, and say what was set up."""
         self.scheduler = scheduler
-        assert self.window is not None and self.buffers is not None
-        logger.info(
-            "KV policy %s: budget %d + buffer %d tokens per request, layer and KV head; query window %.1f MiB beside a "
-            "pool of %d tokens",
-            self.config.policy,
-            self.config.budget,
-            self.config.buffer,
-            self.window.num_bytes / 2**20,
-            scheduler.max_total_num_tokens,
+        assert self.window is not None
+        report_memory(
+            scheduler, self.config, side_bytes=self.window.num_bytes, num_query_rows=self.window.buffer.shape[1] - 1
         )
 
     def capture_queries(self, layer_id: int, queries: torch.Tensor, forward_batch: Any) -> None:
@@ -112,9 +120,32 @@ class Runtime:
             setattr(req, STATE_ATTRIBUTE, state)
         return state
 
+    def read_settings(self, req: Req) -> None:
+        """Take what the request asks of the policy; call once, before anything else looks at it.
+
+        Raises:
+            ValueError: It asks for what cannot be; one line.
+        """
+        assert self.scheduler is not None
+        settings = settings_for(req.sampling_params.custom_params, self.config, self.scheduler.max_total_num_tokens)
+        setattr(req, SETTINGS_ATTRIBUTE, settings)
+
+    def settings_of(self, req: Req) -> PolicyConfig | None:
+        """Return what bounds the request's KV; None if nothing does, as for a beam."""
+        if req.beam_group is not None:
+            return None
+        settings: PolicyConfig | None = getattr(req, SETTINGS_ATTRIBUTE, self.config)
+        return settings
+
+    def _bound(self, req: Req) -> PolicyConfig:
+        settings = self.settings_of(req)
+        assert settings is not None, "only requests with a policy are compacted"
+        return settings
+
     def may_compact(self, req: Req) -> bool:
         """Return whether the request's length limit lets it reach a compaction at all."""
-        return req.beam_group is None and can_ever_compact(self.config, self.state_of(req).max_new_tokens)
+        config = self.settings_of(req)
+        return config is not None and can_ever_compact(config, self.state_of(req).max_new_tokens)
 
     def before_decode(self, batch: ScheduleBatch) -> None:
         """Compact what is due in the running batch. Idempotent between two decode steps.
@@ -141,14 +172,14 @@ class Runtime:
     def _is_due(self, req: Req, forward_ct: int) -> bool:
         """Decide for one request; see that it has a query row in time; set when to look again."""
         assert self.window is not None
-        state = self.state_of(req)
+        state, config = self.state_of(req), self.settings_of(req)
         if req.finished() or not req.kv.holds_kv:
             return False
         resident_len = req.kv.kv_allocated_len
-        if not self.may_compact(req) or not decodes_again(state, resident_len):
+        if config is None or not self.may_compact(req) or not decodes_again(state, resident_len):
             state.next_check = NEVER
             return False
-        remaining = steps_until_due(self.config, state.prompt_len, resident_len, req.decode_batch_idx)
+        remaining = steps_until_due(config, state.prompt_len, resident_len, req.decode_batch_idx)
         if remaining > self.config.window:
             state.next_check = forward_ct + remaining - self.config.window
             return False
@@ -171,11 +202,19 @@ class Runtime:
             evicted[i] = plan.evicted_tokens
         with self._forward_stream() as stream:
             self.window.flush()
+            requests, places = [], []
             for req, plan, slots in jobs:
                 if stream is not None and slots.is_cuda:
                     slots.record_stream(stream)
-                queries = self.window.read(req.kv.req_pool_idx, self.state_of(req).logical_len(plan.resident_len))
-                compact_request(self.buffers, plan, slots, queries, self.policy, self.config)
+                state = self.state_of(req)
+                requests.append(DueRequest(plan, slots, state.logical_len(plan.resident_len), state.kept_scores))
+                places.append((req.kv.req_pool_idx, requests[-1].logical_len))
+            window = self.window
+            kept_scores = compact_requests(
+                self.buffers, requests, lambda part: window.read(places[part]), self.policy, self.config.window
+            )
+            for (req, _, _), scores in zip(jobs, kept_scores, strict=True):
+                self.state_of(req).kept_scores = scores
         for req, plan, _ in jobs:
             self._shrink(req, plan)
         evicted_cpu = torch.tensor(evicted, dtype=batch.seq_lens_cpu.dtype, pin_memory=batch.seq_lens.is_cuda)
@@ -198,7 +237,7 @@ class Runtime:
         return plan_compaction(
             prompt_len=state.prompt_len,
             resident_len=kv.kv_allocated_len,
-            budget=self.config.budget,
+            budget=self._bound(req).budget,
             page_size=self.scheduler.token_to_kv_pool_allocator.page_size,
         )
 
@@ -211,7 +250,7 @@ class Runtime:
         if plan.freed_start < plan.freed_end:
             self.scheduler.tree_cache.free_kv_row(kv, [(plan.freed_start, plan.freed_end)])
         kv.kv_allocated_len = kv.kv_committed_len = plan.kept_len
-        if self.config.buffer > self.config.window:
+        if self._bound(req).buffer > self.config.window:
             self.window.release(kv.req_pool_idx)
         self.stats.compactions += 1
         self.stats.evicted_tokens += plan.evicted_tokens

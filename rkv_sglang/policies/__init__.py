@@ -1,31 +1,30 @@
-"""The policies by name. A new one is a file here, a row below and a name in ``config.POLICY_NAMES``."""
+"""The policies: rules that score the tokens of a request. ``registry`` has them by name."""
 
-from collections.abc import Callable
-
-from rkv_sglang.config import PolicyConfig
-from rkv_sglang.policies.base import Policy, ScoreInputs
+from rkv_sglang.policies.base import Policy, ScoreInputs, is_stateful, needs_values
+from rkv_sglang.policies.h2o import H2O
+from rkv_sglang.policies.keydiff import KeyDiff
+from rkv_sglang.policies.longflow import LongFlow
+from rkv_sglang.policies.manifoldkv import ManifoldKV
+from rkv_sglang.policies.random import Random
+from rkv_sglang.policies.registry import POLICIES, make_policy, policy_names
 from rkv_sglang.policies.rkv import RKV
+from rkv_sglang.policies.snapkv import SnapKV
+from rkv_sglang.policies.streaming_llm import StreamingLLM
 
-__all__ = ["POLICIES", "RKV", "Policy", "ScoreInputs", "make_policy"]
-
-
-def _make_rkv(config: PolicyConfig) -> Policy:
-    return RKV(
-        mix_lambda=config.mix_lambda,
-        kernel_size=config.kernel_size,
-        similarity_threshold=config.similarity_threshold,
-    )
-
-
-POLICIES: dict[str, Callable[[PolicyConfig], Policy]] = {"rkv": _make_rkv}
-
-
-def make_policy(config: PolicyConfig) -> Policy:
-    """Build the policy that ``config`` names.
-
-    Raises:
-        ValueError: ``config.policy`` is ``"none"`` or has no row in ``POLICIES``.
-    """
-    if config.policy not in POLICIES:
-        raise ValueError(f"policy {config.policy!r} scores nothing: choose one of {', '.join(sorted(POLICIES))}")
-    return POLICIES[config.policy](config)
+__all__ = [
+    "H2O",
+    "POLICIES",
+    "RKV",
+    "KeyDiff",
+    "LongFlow",
+    "ManifoldKV",
+    "Policy",
+    "Random",
+    "ScoreInputs",
+    "SnapKV",
+    "StreamingLLM",
+    "is_stateful",
+    "make_policy",
+    "needs_values",
+    "policy_names",
+]

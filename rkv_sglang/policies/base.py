@@ -15,14 +15,23 @@ class ScoreInputs:
             ``[window, num_qo_heads, head_dim]``, floating.
         keys: Keys as cached, ``[L, num_kv_heads, head_dim]``, floating, on the device of ``queries``.
         prompt_len: Tokens of the prompt; they take part in the scores but are no candidates.
+        values: Values as cached, ``[L, num_kv_heads, v_head_dim]``, floating; ``None`` unless the policy needs them.
+        logical_len: Tokens ever seen, evicted ones included; ``None`` means L, so nothing was evicted.
+        state: For a stateful policy, the scores it gave at the last compaction to the tokens that are still here,
+            ``[num_kv_heads, num_scored]``, fp32: column i belongs to the resident token ``prompt_len + i``. Later
+            tokens have never been scored, and their logical positions end at ``logical_len - 1`` without a gap.
+            ``None`` before the first compaction and after the cache was computed anew.
 
     Raises:
-        ValueError: ``prompt_len`` is negative or the prompt and the window do not fit into L tokens.
+        ValueError: The lengths do not fit together.
     """
 
     queries: Tensor
     keys: Tensor
     prompt_len: int
+    values: Tensor | None = None
+    logical_len: int | None = None
+    state: Tensor | None = None
 
     def __post_init__(self) -> None:
         window, num_tokens = self.queries.shape[0], self.keys.shape[0]
@@ -30,18 +39,54 @@ class ScoreInputs:
             raise ValueError(
                 f"prompt_len {self.prompt_len} and a window of {window} queries do not fit into L = {num_tokens} keys"
             )
+        if self.values is not None and self.values.shape[:2] != self.keys.shape[:2]:
+            raise ValueError(f"values {list(self.values.shape)} do not belong to keys {list(self.keys.shape)}")
+        if self.logical_len is not None and self.logical_len < num_tokens:
+            raise ValueError(f"logical_len {self.logical_len} is less than the L = {num_tokens} resident tokens")
+        if self.state is not None:
+            num_candidates = num_tokens - window - self.prompt_len
+            if self.state.dim() != 2 or len(self.state) != self.keys.shape[1] or self.num_scored > num_candidates:
+                raise ValueError(
+                    f"state {list(self.state.shape)} must be [{self.keys.shape[1]}, at most {num_candidates}]: one "
+                    "row a KV head, one column a candidate that was scored before"
+                )
+
+    @property
+    def num_scored(self) -> int:
+        """How many of the oldest candidates were scored at the last compaction."""
+        return 0 if self.state is None else self.state.shape[1]
+
+    @property
+    def evicted_tokens(self) -> int:
+        """Tokens seen that are no longer resident."""
+        return 0 if self.logical_len is None else self.logical_len - self.keys.shape[0]
 
 
 class Policy(Protocol):
-    """A rule that scores the tokens of one request, layer by layer. Its attributes are its hyper-parameters."""
+    """A rule that scores the tokens of one request, layer by layer.
+
+    A policy is a dataclass whose fields are its parameters; it refuses bad ones in ``__post_init__``. It may set two
+    class attributes: ``needs_values = True`` to be given values, and ``stateful = True`` to be given back, at the next
+    compaction, the scores of the tokens that were kept. See ``needs_values`` and ``is_stateful``.
+    """
 
     def score(self, inputs: ScoreInputs) -> Tensor:
         """Score the tokens before the window; reads ``inputs`` only.
 
         Returns:
-            ``[num_kv_heads, L - window]``, fp32; higher means keep. Columns of the prompt are ignored.
+            ``[num_kv_heads, L - window]``, fp32, no NaN; higher means keep. Columns of the prompt are ignored.
 
         Raises:
             ValueError: A shape, dtype or device of ``inputs`` does not fit.
         """
         ...
+
+
+def needs_values(policy: Policy) -> bool:
+    """Return whether ``ScoreInputs.values`` must be filled for this policy."""
+    return bool(getattr(policy, "needs_values", False))
+
+
+def is_stateful(policy: Policy) -> bool:
+    """Return whether the scores of kept tokens must come back as ``ScoreInputs.state``."""
+    return bool(getattr(policy, "stateful", False))

@@ -1,15 +1,19 @@
 """Compaction on a real-shaped pool: what moves, what must not, and what attention sees afterwards."""
 
+import itertools
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 
+from rkv_sglang.cache import compact
 from rkv_sglang.cache.buffers import KVBuffers
-from rkv_sglang.cache.compact import compact_request, move_kept
-from rkv_sglang.cache.plan import plan_compaction
+from rkv_sglang.cache.compact import DueRequest, compact_requests, split_requests
+from rkv_sglang.cache.plan import CompactionPlan, plan_compaction
 from rkv_sglang.config import PolicyConfig
+from rkv_sglang.kernels.paged_batch import PagedBuffers
 from rkv_sglang.policies import make_policy
 from rkv_sglang.policies.base import ScoreInputs
 
@@ -28,11 +32,36 @@ class RecordingPolicy:
         return self.scores[-1]
 
 
+@dataclass(frozen=True)
+class CountingPolicy:
+    """Gives every token its logical position, plus 1000 for each compaction that it has seen; the oldest lose."""
+
+    stateful: ClassVar[bool] = True
+
+    def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        num_tokens, num_kv_heads, _ = inputs.keys.shape
+        scores = torch.arange(num_tokens - inputs.queries.shape[0]) + float(inputs.evicted_tokens)
+        scores = scores.repeat(num_kv_heads, 1)
+        if inputs.state is not None:
+            scores[:, inputs.prompt_len : inputs.prompt_len + inputs.num_scored] = inputs.state + 1000.0
+        return scores
+
+
 def make_pool(num_layers: int, num_slots: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> KVBuffers:
     storage = torch.uint8 if dtype.itemsize == 1 else dtype
-    keys = [torch.randn(num_slots, num_kv_heads, head_dim).to(dtype).view(storage) for _ in range(num_layers)]
-    values = [torch.randn(num_slots, num_kv_heads, head_dim + 3).to(dtype).view(storage) for _ in range(num_layers)]
-    return KVBuffers(keys, values, dtype, [1.0] * num_layers)
+    ones = [1.0] * num_layers
+    keys = [torch.randn(num_slots, num_kv_heads, head_dim).to(dtype).view(storage) for _ in ones]
+    values = [torch.randn(num_slots, num_kv_heads, head_dim + 3).to(dtype).view(storage) for _ in ones]
+    return KVBuffers.from_layers(keys, values, dtype=dtype, key_scales=ones, value_scales=ones)
+
+
+def layers_of(buffers: PagedBuffers) -> list[torch.Tensor]:
+    """Each layer as ``[num_slots, num_kv_heads, head_dim]``."""
+    return [tensor[:, 0] for tensor in buffers.tensors]
+
+
+def due(plan: CompactionPlan, slots: torch.Tensor) -> DueRequest:
+    return DueRequest(plan, slots, logical_len=plan.resident_len)
 
 
 def attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -42,36 +71,50 @@ def attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> 
 
 @pytest.mark.parametrize("_round", ROUNDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
-def test_every_head_holds_its_own_kept_tokens_in_order_and_nothing_else_changes(_round, seed, rng, dtype):
+def test_every_head_holds_its_own_kept_tokens_in_order_and_nothing_else_changes(_round, seed, rng, dtype, monkeypatch):
     torch.manual_seed(seed)
+    # Alone, as on a CPU, or with others, as on a GPU.
+    most_tokens = rng.choice([0, 60, 1000])
+    monkeypatch.setattr(compact, "_most_tokens", lambda *_: most_tokens)
     num_layers, num_kv_heads, group_size, head_dim = rng.randint(1, 3), rng.randint(1, 4), rng.randint(1, 3), 8
-    config = PolicyConfig(window=rng.randint(1, 4), budget=rng.randint(5, 12), buffer=rng.randint(1, 9))
-    prompt_len = rng.randint(0, 20)
-    resident_len = prompt_len + config.capacity
+    window, num_requests = rng.randint(1, 4), rng.randint(1, 3)
     buffers = make_pool(num_layers, 200, num_kv_heads, head_dim, dtype)
     # Slots in no order at all, as a long-running allocator hands them out; slot 0 is the engine's dummy.
-    slots = 1 + torch.randperm(199)[:resident_len]
-    before_keys = [k.clone() for k in buffers.keys]
-    before_values = [v.clone() for v in buffers.values]
+    free_slots = 1 + torch.randperm(199)
+    requests = []
+    for _ in range(num_requests):
+        # Every request has a budget of its own.
+        prompt_len, budget = rng.randint(0, 20), window + rng.randint(1, 9)
+        resident_len = prompt_len + budget + rng.randint(1, 9)
+        plan = plan_compaction(prompt_len=prompt_len, resident_len=resident_len, budget=budget, page_size=1)
+        requests.append(due(plan, free_slots[:resident_len]))
+        free_slots = free_slots[resident_len:]
+    keys, values = layers_of(buffers.keys), layers_of(buffers.values)
+    before_keys, before_values = [k.clone() for k in keys], [v.clone() for v in values]
     policy = RecordingPolicy([])
-    queries = torch.randn(num_layers, config.window, num_kv_heads * group_size, head_dim)
-    plan = plan_compaction(prompt_len=prompt_len, resident_len=resident_len, budget=config.budget, page_size=1)
+    queries = torch.randn(num_layers, num_requests, window, num_kv_heads * group_size, head_dim)
 
-    compact_request(buffers, plan, slots, queries, policy, config)
+    states = compact_requests(buffers, requests, lambda part: queries[:, part], policy, window)
 
-    written = slots[prompt_len : plan.kept_len]
+    assert states == [None] * num_requests
     untouched = torch.ones(200, dtype=torch.bool)
-    untouched[written] = False
+    for request in requests:
+        untouched[request.slots[request.plan.prompt_len : request.plan.kept_len]] = False
+    scores = iter(policy.scores)
     for layer in range(num_layers):
-        assert torch.equal(buffers.keys[layer][untouched], before_keys[layer][untouched])
-        assert torch.equal(buffers.values[layer][untouched], before_values[layer][untouched])
-        for head in range(num_kv_heads):
-            candidates = policy.scores[layer][head, prompt_len:]
-            top = candidates.topk(config.budget - config.window).indices.sort().values
-            kept = torch.cat([top, torch.arange(config.capacity - config.window, config.capacity)])
-            source = slots[prompt_len:][kept]
-            assert torch.equal(buffers.keys[layer][written, head], before_keys[layer][source, head])
-            assert torch.equal(buffers.values[layer][written, head], before_values[layer][source, head])
+        assert torch.equal(keys[layer][untouched], before_keys[layer][untouched])
+        assert torch.equal(values[layer][untouched], before_values[layer][untouched])
+    for request in requests:
+        plan, private_slots = request.plan, request.slots[request.plan.prompt_len :]
+        num_generated, budget = len(private_slots), plan.kept_len - plan.prompt_len
+        written = private_slots[:budget]
+        for layer in range(num_layers):
+            layer_scores = next(scores)
+            for head in range(num_kv_heads):
+                top = layer_scores[head, plan.prompt_len :].topk(budget - window).indices.sort().values
+                source = private_slots[torch.cat([top, torch.arange(num_generated - window, num_generated)])]
+                assert torch.equal(keys[layer][written, head], before_keys[layer][source, head])
+                assert torch.equal(values[layer][written, head], before_values[layer][source, head])
 
 
 @pytest.mark.parametrize("_round", ROUNDS)
@@ -82,12 +125,13 @@ def test_attention_over_the_compacted_cache_is_attention_with_the_dropped_tokens
     resident_len = prompt_len + config.capacity
     buffers = make_pool(1, 64, num_kv_heads, head_dim, torch.float32)
     slots = 1 + torch.randperm(63)[:resident_len]
-    keys, values = buffers.keys[0][slots].clone(), buffers.values[0][slots].clone()
+    (key_pool,), (value_pool,) = layers_of(buffers.keys), layers_of(buffers.values)
+    keys, values = key_pool[slots].clone(), value_pool[slots].clone()
     plan = plan_compaction(prompt_len=prompt_len, resident_len=resident_len, budget=config.budget, page_size=1)
-    queries = torch.randn(1, config.window, 4, head_dim)
+    queries = torch.randn(1, 1, config.window, 4, head_dim)
     policy = make_policy(config)
-    compact_request(buffers, plan, slots, queries, policy, config)
-    scores = policy.score(ScoreInputs(queries=queries[0], keys=keys, prompt_len=prompt_len))
+    compact_requests(buffers, [due(plan, slots)], lambda part: queries[:, part], policy, config.window)
+    scores = policy.score(ScoreInputs(queries=queries[0, 0], keys=keys, prompt_len=prompt_len))
     query = torch.randn(head_dim)
     for head in range(num_kv_heads):
         dropped = prompt_len + scores[head, prompt_len:].argsort(descending=True)[config.budget - config.window :]
@@ -95,16 +139,38 @@ def test_attention_over_the_compacted_cache_is_attention_with_the_dropped_tokens
         logits[dropped] = -torch.inf
         expected = logits.softmax(-1) @ values[:, head]
         held = slots[: plan.kept_len]
-        found = attention(query, buffers.keys[0][held, head], buffers.values[0][held, head])
+        found = attention(query, key_pool[held, head], value_pool[held, head])
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_moving_reads_every_entry_before_it_is_overwritten():
-    # Each head shifts everything by a different distance, so sources and targets overlap as much as they can.
-    buffer = torch.arange(12.0)[:, None, None].repeat(1, 3, 1)
-    slots = torch.arange(12)
-    kept = torch.stack([torch.arange(shift, shift + 8) for shift in (0, 1, 4)])
-    move_kept(buffer, slots, kept)
-    for head, shift in enumerate((0, 1, 4)):
-        assert buffer[:8, head, 0].tolist() == list(range(shift, shift + 8))
-        assert buffer[8:, head, 0].tolist() == [8, 9, 10, 11]
+def test_what_a_stateful_policy_scored_comes_back_with_the_tokens_that_it_kept():
+    window, budget, num_kv_heads, prompt_len = 2, 6, 2, 3
+    buffers = make_pool(2, 32, num_kv_heads, 4, torch.float32)
+    slots, policy = torch.arange(1, 20), CountingPolicy()
+    plan = plan_compaction(prompt_len=prompt_len, resident_len=13, budget=budget, page_size=1)
+
+    def read_queries(part: slice) -> torch.Tensor:
+        return torch.randn(2, 1, window, num_kv_heads, 4)
+
+    (first,) = compact_requests(buffers, [DueRequest(plan, slots[:13], 13)], read_queries, policy, window)
+    # Of the generated tokens 3 to 12 the newest stay: 7 to 10 for their score, 11 and 12 as the window.
+    assert first.tolist() == [[[7, 8, 9, 10]] * num_kv_heads] * 2
+    plan = plan_compaction(prompt_len=prompt_len, resident_len=12, budget=budget, page_size=1)
+    (second,) = compact_requests(buffers, [DueRequest(plan, slots[:12], 16, first)], read_queries, policy, window)
+    # Tokens scored before now outrank all others; there are as many as are kept.
+    assert second.tolist() == [[[1007, 1008, 1009, 1010]] * num_kv_heads] * 2
+    plan = plan_compaction(prompt_len=prompt_len, resident_len=12, budget=budget + 1, page_size=1)
+    (third,) = compact_requests(buffers, [DueRequest(plan, slots[:12], 19, second)], read_queries, policy, window)
+    # One more is kept: the newest candidate, at logical position 16, which was never scored.
+    assert third.tolist() == [[[2007, 2008, 2009, 2010, 16]] * num_kv_heads] * 2
+
+
+@pytest.mark.parametrize("_round", ROUNDS)
+def test_requests_are_taken_together_in_order_and_never_more_than_fit(_round, rng):
+    kv_lens = [rng.randint(1, 50) for _ in range(rng.randint(0, 12))]
+    most_tokens = rng.randint(0, 120)
+    parts = [kv_lens[part] for part in split_requests(kv_lens, most_tokens)]
+    assert [kv_len for part in parts for kv_len in part] == kv_lens
+    assert all(part and (len(part) == 1 or sum(part) <= most_tokens) for part in parts)
+    # No two neighbours would have fitted.
+    assert all(sum(a) + b[0] > most_tokens for a, b in itertools.pairwise(parts))

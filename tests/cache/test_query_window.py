@@ -70,10 +70,15 @@ def test_read_returns_the_last_queries_whatever_happened_to_other_rows(seed):
             for i, request in enumerate(running):
                 request.queries.append(queries[:, i])
                 request.position += 1
+        ready = [r for r in owners if len(r.queries) >= window_len]
+        together = window.read([(r.req_pool_idx, r.position) for r in ready])
+        assert together.shape == (NUM_LAYERS, len(ready), window_len, NUM_QO_HEADS, HEAD_DIM)
+        for i, request in enumerate(ready):
+            assert torch.equal(together[:, i], torch.stack(request.queries[-window_len:], dim=1))
         for request in owners:
             if len(request.queries) >= window_len:
                 expected = torch.stack(request.queries[-window_len:], dim=1)
-                assert torch.equal(window.read(request.req_pool_idx, request.position), expected)
+                assert torch.equal(window.read([(request.req_pool_idx, request.position)])[:, 0], expected)
                 reads += 1
                 if rng.random() < 0.2:
                     window.release(request.req_pool_idx)

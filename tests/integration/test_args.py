@@ -1,6 +1,7 @@
 """The flags: every way to give them leads to the same settings, and a bad value ends in one line that names it."""
 
 import argparse
+import json
 import math
 import pickle
 import re
@@ -15,10 +16,14 @@ from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
 
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.args import GROUP_TITLE, RKVServerArgs, config_from_args, policy_name
+from rkv_sglang.policies import policy_names
+from tests.harness.environment import PROJECT_ROOT
 from tests.integration.children import Child
 
 # Not by SGLang's name for it, which another test's plugin loading may have replaced.
 STOCK: Any = RKVServerArgs.__base__
+
+THIRD_PARTY_DIR = PROJECT_ROOT / "tests" / "policies" / "third_party"
 
 # A value other than the default for every setting.
 VALUES: dict[str, Any] = {
@@ -29,15 +34,22 @@ VALUES: dict[str, Any] = {
     "mix_lambda": 0.25,
     "kernel_size": 3,
     "similarity_threshold": -0.5,
+    "parameters": {"mix_lambda": 0.75},
 }
+FIELDS = {"policy": "kv_policy", "parameters": "kv_policy_config"}
 
 
 def field_of(setting: str) -> str:
-    return "kv_policy" if setting == "policy" else f"rkv_{setting}"
+    return FIELDS.get(setting, f"rkv_{setting}")
 
 
 def flag_of(setting: str) -> str:
     return "--" + field_of(setting).replace("_", "-")
+
+
+def text_of(value: Any) -> str:
+    """Write a value as on the command line."""
+    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 ALL_FIELDS = {field_of(setting): value for setting, value in VALUES.items()}
@@ -82,25 +94,25 @@ def test_flags_are_in_a_group_of_their_own(parser: argparse.ArgumentParser) -> N
     assert set(parser._option_string_actions) == set(stock._option_string_actions) | in_group
     for setting in fields(PolicyConfig):
         help_text = parser._option_string_actions[flag_of(setting.name)].help
-        default = "none" if setting.name == "policy" else setting.default
+        default = {"policy": "none", "parameters": "{}"}.get(setting.name, setting.default)
         assert help_text is not None and help_text.endswith(f"Default: {default}.")
         assert ("Unit: tokens." in help_text) == (setting.type in (int, "int"))
 
 
 @pytest.mark.parametrize("setting", VALUES)
 def test_each_flag_reaches_its_own_setting(parser: argparse.ArgumentParser, setting: str) -> None:
-    args = parse(parser, "--kv-policy", "rkv", flag_of(setting), str(VALUES[setting]))
+    args = parse(parser, "--kv-policy", "rkv", flag_of(setting), text_of(VALUES[setting]))
     expected = {"policy": "rkv", setting: VALUES[setting]}
     assert config_from_args(args) == PolicyConfig(**expected)
 
 
 def test_argv_config_file_and_keywords_agree(parser: argparse.ArgumentParser, tmp_path: Any) -> None:
     expected = PolicyConfig(**VALUES)
-    argv = [word for setting, value in VALUES.items() for word in (flag_of(setting), str(value))]
+    argv = [word for setting, value in VALUES.items() for word in (flag_of(setting), text_of(value))]
     assert config_from_args(parse(parser, *argv)) == expected
     assert config_from_args(RKVServerArgs(model_path="m", **ALL_FIELDS)) == expected
     config = tmp_path / "server.yaml"
-    config.write_text("".join(f"{flag_of(setting)[2:]}: {value}\n" for setting, value in VALUES.items()))
+    config.write_text("".join(f"{flag_of(setting)[2:]}: {text_of(value)}\n" for setting, value in VALUES.items()))
     merged = ConfigArgumentMerger(parser).merge_config_with_args(["--config", str(config)])
     assert config_from_args(parse(parser, *merged)) == expected
     # What the command line says comes before what the file says.
@@ -108,26 +120,86 @@ def test_argv_config_file_and_keywords_agree(parser: argparse.ArgumentParser, tm
     assert config_from_args(parse(parser, *merged)).budget == 77
 
 
+BAD_PARAMETERS: list[Any] = [
+    *(
+        "",
+        "{",
+        "{'mix_lambda': 0.1}",
+        '{"mix_lambda": }',
+        '{"mix_lambda": NaN}',
+        '{"mix_lambda": 1e999}',
+        "mix_lambda=0.1",
+    ),
+    *("[1]", "1", "null", "no/such/file.json", "/", "a\0b", "~nobody-here/x", '{"x":' * 100_000),
+    *({"budget": 64}, {"": 1}, {1: 1}, {"mix_lambda": "0.1"}, {"mix_lambda": True}, {"mix_lambda": None}),
+    *({"mix_lambda": 2}, {"kernel_size": 7.0}, {"kernel_size": 4}, {"kernel_size": 0}, {"similarity_threshold": -2}),
+    *(None, 5, ["mix_lambda"]),
+]
 BAD_VALUES: list[tuple[str, Any]] = [
-    ("policy", "snapkv"),
-    ("policy", "RKV"),
+    *[("policy", value) for value in ("snapkw", "RKV", "", None, 3)],
     *[("budget", value) for value in (1, 0, -5, 8, True, 100.5, "100", None)],
     *[("buffer", value) for value in (0, -1, False, 12.0, "x", None)],
     *[("window", value) for value in (0, -1, 4.0, None)],
     *[("kernel_size", value) for value in (0, -1, 4, 7.0, None)],
     *[("mix_lambda", value) for value in (-0.01, 1.01, math.nan, math.inf, "0.1", True, None)],
     *[("similarity_threshold", value) for value in (-1.01, 1.01, math.nan, -math.inf, "0.5", False, None)],
+    *[("parameters", value) for value in BAD_PARAMETERS],
 ]
 
 
-@pytest.mark.parametrize(("setting", "value"), BAD_VALUES)
+@pytest.mark.parametrize(("setting", "value"), BAD_VALUES, ids=lambda value: repr(value)[:40])
 def test_a_bad_value_is_refused_in_one_line_that_names_its_flag(setting: str, value: Any) -> None:
     args = RKVServerArgs(model_path="m", **{"kv_policy": "rkv", field_of(setting): value})
     with pytest.raises(ValueError) as caught:
         config_from_args(args)
     message = str(caught.value)
     assert message.startswith(flag_of(setting)) and "\n" not in message
-    assert ("set --" in message) or ("choose one of" in message)
+    assert any(mend in message for mend in ("set --", "choose one of", "write for example", "its parameters are"))
+
+
+def test_parameters_come_as_text_as_a_file_and_as_a_mapping(parser: argparse.ArgumentParser, tmp_path: Any) -> None:
+    file = tmp_path / "parameters.json"
+    file.write_text(' \n{"seed": 17}\n')
+    expected = PolicyConfig(policy="random", parameters={"seed": 17})
+    for text in ('{"seed": 17}', ' {"seed": 17} ', str(file)):
+        assert config_from_args(parse(parser, "--kv-policy", "random", "--kv-policy-config", text)) == expected
+    assert (
+        config_from_args(RKVServerArgs(model_path="m", kv_policy="random", kv_policy_config={"seed": 17})) == expected
+    )
+    config = tmp_path / "server.yaml"
+    config.write_text("kv-policy: random\nkv-policy-config:\n  seed: 17\n")
+    merged = ConfigArgumentMerger(parser).merge_config_with_args(["--config", str(config)])
+    assert config_from_args(parse(parser, *merged)) == expected
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe{}", b'"text"', b"nan"])
+def test_a_file_without_parameters_is_refused_in_one_line(tmp_path: Any, content: bytes) -> None:
+    file = tmp_path / "parameters.json"
+    file.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        config_from_args(RKVServerArgs(model_path="m", kv_policy="h2o", kv_policy_config=str(file)))
+    message = str(caught.value)
+    assert (
+        message.startswith(f"--kv-policy-config '{file}' ") and "\n" not in message and "write for example" in message
+    )
+
+
+@pytest.mark.parametrize("name", policy_names())
+def test_every_policy_is_a_choice(parser: argparse.ArgumentParser, name: str) -> None:
+    args = parse(parser, "--kv-policy", name)
+    assert (policy_name(args), config_from_args(args).policy) == (name, name)
+
+
+def test_a_policy_of_another_package_is_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(THIRD_PARTY_DIR))
+    parser = argparse.ArgumentParser()
+    RKVServerArgs.add_cli_args(parser)
+    args = parse(parser, "--kv-policy", "every_nth", "--kv-policy-config", '{"stride": 3}')
+    assert config_from_args(args) == PolicyConfig(policy="every_nth", parameters={"stride": 3})
+    with pytest.raises(
+        ValueError, match=r"^--kv-policy-config does not fit --kv-policy every_nth: stride must be given"
+    ):
+        config_from_args(parse(parser, "--kv-policy", "every_nth"))
 
 
 def test_a_window_as_large_as_the_budget_is_refused() -> None:
@@ -138,7 +210,7 @@ def test_a_window_as_large_as_the_budget_is_refused() -> None:
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
-        ("--kv-policy", "snapkv"),
+        ("--kv-policy", "snapkw"),
         ("--rkv-budget", "abc"),
         ("--rkv-budget", "1.5"),
         ("--rkv-buffer", ""),

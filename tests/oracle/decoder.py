@@ -23,13 +23,15 @@ class LayerCache:
     """Resident keys and values of one layer, temporal order, with the logical position of every entry.
 
     The buffers are ``[num_kv_heads, capacity, head_dim]`` and ``[num_kv_heads, capacity]``; the first ``length``
-    entries are valid. ``queries`` holds the last ``window`` decode queries, each ``[num_qo_heads, head_dim]``.
+    entries are valid. ``queries`` holds the last ``window`` decode queries, each ``[num_qo_heads, head_dim]``;
+    ``memory`` one number for every logical position, ``[num_kv_heads, capacity]``, for policies that have a memory.
     """
 
     def __init__(self, num_kv_heads: int, head_dim: int, capacity: int, window: int) -> None:
         self._keys = torch.full((num_kv_heads, capacity, head_dim), float("nan"))
         self._values = torch.full((num_kv_heads, capacity, head_dim), float("nan"))
         self._positions = torch.full((num_kv_heads, capacity), -1, dtype=torch.int64)
+        self.memory = torch.zeros(num_kv_heads, capacity)
         self.length = 0
         self.queries: deque[torch.Tensor] = deque(maxlen=window)
 
@@ -46,7 +48,8 @@ class LayerCache:
         return self._positions[:, : self.length]
 
     def clear(self) -> None:
-        """Forget all tokens and queries."""
+        """Forget all tokens and queries, and what was remembered of them."""
+        self.memory.zero_()
         self.length = 0
         self.queries.clear()
 

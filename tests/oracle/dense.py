@@ -97,7 +97,8 @@ def dense_generate(
             prefilled again with full attention before the next token.
         forced_output_ids: Take these as outputs instead of the greedy ones: ``logprobs`` then judges a sampled answer,
             or one that went another way at a near-tie. Generation stops when they run out.
-        score: The policy, R-KV with the settings above when ``None``.
+        score: The policy, such as ``policy_scores.score_function`` makes one; R-KV with the settings above when
+            ``None``.
 
     Raises:
         ValueError: The budget leaves no room beside the window, or the model is of another kind.
@@ -156,7 +157,14 @@ def _compact(
         window_start = layer_cache.length - window
         window_queries = torch.stack(tuple(layer_cache.queries), dim=1)
         scores = score(
-            ScoreInputs(layer_cache.keys, layer_cache.values, window_queries, layer_cache.positions, prompt_len)
+            ScoreInputs(
+                layer_cache.keys,
+                layer_cache.values,
+                window_queries,
+                layer_cache.positions,
+                prompt_len,
+                layer_cache.memory,
+            )
         )
         ranked_scores, ranked = scores[:, prompt_len:].sort(dim=-1, descending=True, stable=True)
         kept_candidates = ranked[:, :num_kept_candidates].sort(dim=-1).values + prompt_len

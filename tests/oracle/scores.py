@@ -18,6 +18,8 @@ class ScoreInputs:
             ``[num_qo_heads, window, head_dim]``, fp32; query heads of one KV head are neighbours.
         positions: Logical position of each resident token, ``[num_kv_heads, L]``, int64.
         prompt_len: Leading tokens that cannot be dropped.
+        memory: One number for every logical position, ``[num_kv_heads, capacity]``, fp32, 0 after a prefill. A policy
+            with a memory reads and writes it; nothing else does.
     """
 
     keys: torch.Tensor
@@ -25,6 +27,7 @@ class ScoreInputs:
     window_queries: torch.Tensor
     positions: torch.Tensor
     prompt_len: int
+    memory: torch.Tensor | None = None
 
 
 # Returns a score for every token before the window, [num_kv_heads, L - window], higher = keep.

@@ -1,0 +1,163 @@
+"""Many long requests in a pool that holds the full cache of one or two: requests at once, retractions, throughput.
+
+    python -m benchmarks.bench_memory [--rounds 3] [--num-requests 64] [--prompt-len 64] [--num-tokens 2048]
+        [--pool 4096] [--budget 128] [--buffer 64] [--no-strict]
+
+Both servers (with R-KV, and SGLang without a policy) have the same pool and get the same requests, all at once, one
+server after the other in every round. SGLang's strict memory checks are on unless told otherwise. Writes ``memory.csv``
+(one row per round and server) and ``memory.png`` and prints the ratio of the throughputs with its spread.
+"""
+
+import argparse
+import contextlib
+import csv
+import json
+import random
+import re
+import statistics
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks.launch import Server, exit_on_sigterm, launched_server
+from tests.tiny_models import VOCAB_SIZE, tiny_model_path
+
+STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "2", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}
+_RUNNING = re.compile(r"Decode batch, #running-req: (\d+)")
+_RETRACTED = re.compile(r"#retracted_reqs: (\d+)")
+Row = dict[str, str | int | float]
+
+
+def run_requests(server: Server, prompts: list[list[int]], num_tokens: int, progress: str) -> float:
+    """Send all prompts in one call and return the seconds until the last is done."""
+    body = json.dumps(
+        {
+            "input_ids": prompts,
+            "sampling_params": {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True},
+        }
+    ).encode()
+    request = urllib.request.Request(server.url + "/generate", body, {"Content-Type": "application/json"})
+    done = threading.Event()
+    watcher = threading.Thread(target=_show_progress, args=(done, progress), daemon=True)
+    watcher.start()
+    start = time.perf_counter()
+    try:
+        with urllib.request.urlopen(request, timeout=3600) as response:
+            answers = json.load(response)
+    finally:
+        done.set()
+        watcher.join()
+    seconds = time.perf_counter() - start
+    lengths = {len(answer["output_ids"]) for answer in answers}
+    if lengths != {num_tokens}:
+        raise RuntimeError(f"answers of {sorted(lengths)} tokens instead of {num_tokens}; log: {server.log_path}")
+    return seconds
+
+
+def _show_progress(done: threading.Event, label: str) -> None:
+    with tqdm(desc=label, unit="s", bar_format="{desc}: {elapsed}") as bar:
+        while not done.wait(5):
+            bar.update(5)
+
+
+def measure(options: argparse.Namespace, log_dir: Path) -> list[Row]:
+    """Return one row per round and server."""
+    model = str(tiny_model_path("llama-gqa"))
+    pool = ("--max-total-tokens", str(options.pool), "--decode-log-interval", "1", "--sleep-on-idle")
+    policy = ("--kv-policy", "rkv", "--rkv-budget", str(options.budget), "--rkv-buffer", str(options.buffer))
+    settings = {"rkv": (*pool, *policy), "none": pool}
+    environment = {"OMP_NUM_THREADS": "1", **({} if options.no_strict else STRICT)}
+    rng = random.Random(0)
+    rows: list[Row] = []
+    with contextlib.ExitStack() as stack:
+        servers = {
+            name: stack.enter_context(
+                launched_server(model, *flags, log_path=log_dir / f"memory_{name}.log", environment=environment)
+            )
+            for name, flags in settings.items()
+        }
+        for i in range(options.rounds):
+            prompts = [
+                [rng.randrange(3, VOCAB_SIZE) for _ in range(options.prompt_len)] for _ in range(options.num_requests)
+            ]
+            for name, server in servers.items():
+                offset = server.log_path.stat().st_size
+                seconds = run_requests(server, prompts, options.num_tokens, f"round {i + 1}, {name}")
+                with server.log_path.open(errors="replace") as log:
+                    log.seek(offset)
+                    text = log.read()
+                rows.append(
+                    {
+                        "round": i,
+                        "setting": name,
+                        "seconds": round(seconds, 2),
+                        "tokens_per_s": round(options.num_requests * options.num_tokens / seconds, 1),
+                        "peak_running": max((int(count) for count in _RUNNING.findall(text)), default=0),
+                        "retractions": sum(int(count) for count in _RETRACTED.findall(text)),
+                        "pool": options.pool,
+                        "num_requests": options.num_requests,
+                        "prompt_len": options.prompt_len,
+                        "num_tokens": options.num_tokens,
+                        "budget": options.budget,
+                        "buffer": options.buffer,
+                    }
+                )
+                print(rows[-1])
+    return rows
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Draw throughput and requests at once, one bar a server, one dot a round."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, both = pyplot.subplots(1, 2, figsize=(7, 2.8), layout="constrained")
+    for axes, column, title in zip(both, ("tokens_per_s", "peak_running"), ("tokens/s", "peak running"), strict=True):
+        for place, name in enumerate(("none", "rkv")):
+            values = [float(row[column]) for row in rows if row["setting"] == name]
+            axes.bar(place, statistics.mean(values), alpha=0.5)
+            axes.plot([place] * len(values), values, "k.")
+        axes.set_xticks([0, 1], ["no policy", "rkv"])
+        axes.set_title(title)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Run the benchmark from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag, default in (
+        ("--rounds", 3),
+        ("--num-requests", 64),
+        ("--prompt-len", 64),
+        ("--num-tokens", 2048),
+        ("--pool", 4096),
+        ("--budget", 128),
+        ("--buffer", 64),
+    ):
+        parser.add_argument(flag, type=int, default=default)
+    parser.add_argument("--no-strict", action="store_true", help="leave SGLang's strict memory checks off")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu"))
+    options = parser.parse_args()
+    exit_on_sigterm()
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = measure(options, Path(".cache/logs"))
+    with (options.out / "memory.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(rows, options.out / "memory.png")
+    speed = {(row["round"], row["setting"]): float(row["tokens_per_s"]) for row in rows}
+    ratios = [speed[i, "rkv"] / speed[i, "none"] for i in range(options.rounds)]
+    print(
+        f"throughput rkv / none: {statistics.median(ratios):.2f} (median of {len(ratios)}, {min(ratios):.2f} to "
+        f"{max(ratios):.2f})"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""How many tokens a request may still need, in integers: what admission reserves. No tensors, no device.
+
+A request under a policy never holds more than its prompt and ``capacity`` generated tokens, except after a retraction:
+then its whole history is prefilled again and stays until ``window`` decode queries were seen.
+"""
+
+from rkv_sglang.cache.lengths import can_ever_compact, steps_until_due
+from rkv_sglang.config import PolicyConfig
+
+
+def ceil_to_page(num_tokens: int, page_size: int) -> int:
+    """Return the tokens that the pages of ``num_tokens`` tokens hold."""
+    return -(-num_tokens // page_size) * page_size
+
+
+def decode_growth(
+    config: PolicyConfig, *, prompt_len: int, resident_len: int, tokens_left: int, decode_steps: int
+) -> int:
+    """Return the most tokens by which a request's resident KV can still grow at any time before it ends. Exact.
+
+    Args:
+        config: The settings; a request too short for a compaction grows by ``tokens_left`` under any.
+        prompt_len: Tokens of the prompt.
+        resident_len: Slots the request holds, in tokens, prompt included.
+        tokens_left: Tokens that it may still generate.
+        decode_steps: Decode steps since the last prefill.
+    """
+    # After the next compaction it comes back to its capacity again and again, which is no more than it holds by then.
+    return min(max(tokens_left, 0), steps_until_due(config, prompt_len, resident_len, decode_steps))
+
+
+def tokens_to_reserve(config: PolicyConfig, *, output_len: int, max_new_tokens: int) -> int:
+    """Return the tokens that a waiting request can grow by after its prefill.
+
+    ``min(max_new_tokens, capacity)`` for a new request; a retracted one is prefilled with its ``output_len`` tokens.
+    """
+    left = max(max_new_tokens - output_len, 0)
+    if not can_ever_compact(config, max_new_tokens):
+        return left
+    return min(left, max(config.capacity - output_len, config.window if output_len > 0 else 0))
+
+
+def fits_pool(num_prefill_tokens: int, num_growth_tokens: int, pool_size: int, page_size: int) -> bool:
+    """Return whether SGLang would ever admit a request of these sizes: into an otherwise empty pool.
+
+    Admission counts one page more than the request needs and asks for more than nothing to be left.
+    """
+    return ceil_to_page(num_prefill_tokens, page_size) + num_growth_tokens + page_size < pool_size

@@ -1,0 +1,156 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+"""Keep the queries of one decode step for the requests that come due soon; runs inside decode CUDA graphs."""
+
+import torch
+import triton
+import triton.language as tl
+
+# Elements of a query row that one program copies: 16 bytes for each of its threads.
+BLOCK = 1024
+NUM_WARPS = 4
+NUM_STAGES = 1
+
+
+@triton.jit(do_not_specialize_on_alignment=["row_of_request_ptr", "req_pool_indices_ptr", "positions_ptr"])
+def _capture_queries_kernel(
+    buffer_ptr,
+    row_of_request_ptr,
+    queries_ptr,
+    req_pool_indices_ptr,
+    positions_ptr,
+    stride_queries_row,
+    WINDOW: tl.constexpr,
+    ROW_LEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    step = tl.program_id(0)
+    row = tl.load(row_of_request_ptr + tl.load(req_pool_indices_ptr + step))
+    # Most requests have no row, nor have the rows that pad a graph's batch: their programs end here.
+    if row != 0:
+        offset = tl.load(positions_ptr + step) % WINDOW
+        elements = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = elements < ROW_LEN
+        source = queries_ptr + step.to(tl.int64) * stride_queries_row
+        target = buffer_ptr + (row.to(tl.int64) * WINDOW + offset) * ROW_LEN
+        queries = tl.load(source + elements, mask=inside)
+        tl.store(target + elements, queries.to(buffer_ptr.dtype.element_ty), mask=inside)
+
+
+def capture_queries(
+    buffer: torch.Tensor,
+    row_of_request: torch.Tensor,
+    queries: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    positions: torch.Tensor,
+) -> None:
+    """Write each request's query of one layer into its row of the ring, at ``position % window``.
+
+    Mutates ``buffer``; allocates nothing and queues no sync, and its grid depends on the batch size alone, so a CUDA
+    graph can hold it. A request with row 0 writes nothing.
+
+    Args:
+        buffer: One layer's ring, ``[num_rows + 1, window, num_qo_heads, head_dim]``, floating, contiguous.
+        row_of_request: Row of each ``req_to_token`` row, ``[max_requests]``, int64, contiguous; 0 for none.
+        queries: After RoPE, ``[bs, num_qo_heads * head_dim]``, floating, of any row stride; cast to the ring's dtype.
+        req_pool_indices: ``[bs]``, int32 or int64, contiguous, each in ``[0, max_requests)``.
+        positions: Logical positions, ``[bs]``, int32 or int64, contiguous, not negative.
+
+    Raises:
+        ValueError: A shape, dtype, device or stride differs from the above.
+    """
+    _check(buffer, row_of_request, queries, req_pool_indices, positions)
+    _, window, num_qo_heads, head_dim = buffer.shape
+    row_len = num_qo_heads * head_dim
+    if queries.shape[0] == 0:
+        return
+    _capture_queries_kernel[(queries.shape[0], triton.cdiv(row_len, BLOCK))](
+        buffer,
+        row_of_request,
+        queries,
+        req_pool_indices,
+        positions,
+        queries.stride(0),
+        WINDOW=window,
+        ROW_LEN=row_len,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+
+
+def capture_queries_torch(
+    buffer: torch.Tensor,
+    row_of_request: torch.Tensor,
+    queries: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    positions: torch.Tensor,
+) -> None:
+    """Do what ``capture_queries`` does, in plain torch, but write the queries of requests without a row to row 0."""
+    rows, offsets = row_of_request[req_pool_indices], positions % buffer.shape[1]
+    buffer[rows, offsets] = queries.view(-1, *buffer.shape[2:]).to(buffer.dtype)
+
+
+def _check(
+    buffer: torch.Tensor,
+    row_of_request: torch.Tensor,
+    queries: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    positions: torch.Tensor,
+) -> None:
+    if buffer.dim() != 4 or not buffer.is_floating_point() or not buffer.is_contiguous():
+        raise ValueError(
+            "buffer must be a floating, contiguous [num_rows + 1, window, num_qo_heads, head_dim], "
+            f"got {buffer.dtype} {list(buffer.shape)} with strides {list(buffer.stride())}"
+        )
+    row_len = buffer.shape[2] * buffer.shape[3]
+    if queries.dim() != 2 or queries.shape[1] != row_len or not queries.is_floating_point():
+        raise ValueError(f"queries must be floating [bs, {row_len}], got {queries.dtype} {list(queries.shape)}")
+    if queries.stride(1) != 1:
+        raise ValueError(f"queries must have a last stride of 1, got strides {list(queries.stride())}")
+    if row_of_request.dim() != 1 or row_of_request.dtype != torch.int64 or not row_of_request.is_contiguous():
+        raise ValueError(
+            f"row_of_request must be a contiguous int64 [max_requests], got {row_of_request.dtype} "
+            f"{list(row_of_request.shape)}"
+        )
+    for name, tensor in (("req_pool_indices", req_pool_indices), ("positions", positions)):
+        integral = tensor.dtype in (torch.int32, torch.int64)
+        if tensor.shape != queries.shape[:1] or not integral or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be a contiguous int32 or int64 [{queries.shape[0]}], got {tensor.dtype} "
+                f"{list(tensor.shape)}"
+            )
+    for name, tensor in (
+        ("row_of_request", row_of_request),
+        ("queries", queries),
+        ("req_pool_indices", req_pool_indices),
+        ("positions", positions),
+    ):
+        if tensor.device != buffer.device:
+            raise ValueError(f"{name} is on {tensor.device} and buffer on {buffer.device}: put all on one device")
+
+
+# (name, kernel, signature, constexprs, num_warps, num_stages) of what is shipped.
+AOT_CASES = [
+    (
+        f"capture_{queries_dtype}_to_{buffer_dtype}_{row_len}",
+        _capture_queries_kernel,
+        {
+            "buffer_ptr": f"*{buffer_dtype}",
+            "row_of_request_ptr": "*i64",
+            "queries_ptr": f"*{queries_dtype}",
+            "req_pool_indices_ptr": "*i64",
+            "positions_ptr": "*i64",
+            "stride_queries_row": "i32",
+        },
+        {"WINDOW": 8, "ROW_LEN": row_len, "BLOCK": BLOCK},
+        NUM_WARPS,
+        NUM_STAGES,
+    )
+    for queries_dtype, buffer_dtype, row_len in (
+        ("bf16", "bf16", 32 * 128),
+        ("bf16", "bf16", 9 * 64),
+        ("fp16", "fp16", 32 * 128),
+        ("fp32", "fp32", 32 * 128),
+        ("fp32", "bf16", 32 * 128),
+    )
+]

@@ -1,0 +1,205 @@
+"""The R-KV score of a whole batch, straight from the paged pool. Source: arXiv 2505.24133.
+
+Four kernels and one fill, whatever the number of layers, heads and requests: two passes over the keys, a reduction
+between them, and a last step that pools and combines. No L x L matrix: 12 bytes per token and head beside the result,
+and some per block. The function is that of ``rkv_sglang.algorithm.scoring`` with its sums in another order.
+"""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from rkv_sglang.algorithm.validation import check_kernel_size, check_mix_lambda, check_threshold
+from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
+from rkv_sglang.kernels.score_blocks import score_tokens_kernel, summarise_blocks_kernel
+from rkv_sglang.kernels.score_config import (
+    CHUNK,
+    COMBINE_BLOCK,
+    MAX_WINDOW,
+    NUM_STAGES,
+    NUM_WARPS,
+    ScoreConfig,
+    choose_factor_dtype,
+    key_constants,
+    score_config,
+)
+from rkv_sglang.kernels.score_totals import combine_scores_kernel, reduce_blocks_kernel
+
+
+def rkv_scores_paged(
+    keys: PagedBuffers,
+    batch: PagedBatch,
+    queries: Tensor,
+    *,
+    mix_lambda: float,
+    kernel_size: int,
+    similarity_threshold: float,
+    config: ScoreConfig | None = None,
+) -> Tensor:
+    """Score every token: ``mix_lambda * importance - (1 - mix_lambda) * redundancy``. Queues no sync.
+
+    Args:
+        keys: Keys of all layers, as cached.
+        batch: The requests; ``batch.window`` is the window.
+        queries: Post-RoPE queries of each request's last tokens, oldest first,
+            ``[num_layers, num_requests, window, num_qo_heads, head_dim]``, bf16, fp16 or fp32, stride 1 along head_dim.
+        mix_lambda: Weight of importance, in [0, 1].
+        kernel_size: Width of the max-pool over importance, odd.
+        similarity_threshold: Cosine above which two keys are near-duplicates.
+        config: Sizes of the programs; default: ``score_config``.
+
+    Returns:
+        ``[num_layers, num_kv_heads, num_tokens]``, fp32, on the device of the keys; request r has the columns
+        ``batch.token_indptr[r]`` to ``batch.token_indptr[r + 1]``. Higher means keep; -inf in the window.
+
+    Raises:
+        ValueError: A shape, dtype, device, stride or value differs from the above.
+
+    Reference: ``rkv_sglang.algorithm.reference.rkv_scores``.
+    """
+    check_mix_lambda(mix_lambda)
+    check_threshold(similarity_threshold)
+    return _scores(keys, batch, queries, kernel_size, mix_lambda, similarity_threshold, config)
+
+
+def snapkv_scores_paged(
+    keys: PagedBuffers, batch: PagedBatch, queries: Tensor, *, kernel_size: int, config: ScoreConfig | None = None
+) -> Tensor:
+    """Score every token by its importance alone, as SnapKV does (arXiv 2404.14469). Queues no sync.
+
+    Args:
+        keys, batch, queries, kernel_size, config: As in ``rkv_scores_paged``.
+
+    Returns:
+        As ``rkv_scores_paged``.
+
+    Raises:
+        ValueError: A shape, dtype, device, stride or value differs from the above.
+
+    Reference: ``rkv_sglang.algorithm.reference.importance``.
+    """
+    return _scores(keys, batch, queries, kernel_size, 1.0, None, config)
+
+
+def _scores(
+    keys: PagedBuffers,
+    batch: PagedBatch,
+    queries: Tensor,
+    kernel_size: int,
+    mix_lambda: float,
+    threshold: float | None,
+    config: ScoreConfig | None,
+) -> Tensor:
+    """``rkv_scores_paged``; without a threshold, importance only."""
+    check_kernel_size(kernel_size)
+    _check(keys, batch, queries)
+    num_layers, num_requests, window, num_qo_heads, head_dim = queries.shape
+    factor_dtype = choose_factor_dtype(keys.dtype, queries.dtype)
+    config = score_config(head_dim, factor_dtype) if config is None else config
+    constants = key_constants(
+        storage_dtype=keys.storage_dtype,
+        dtype=keys.dtype,
+        factor_dtype=factor_dtype,
+        page_size=keys.page_size,
+        alignment_bytes=keys.alignment_bytes,
+        window=window,
+        gqa_group_size=num_qo_heads // keys.num_kv_heads,
+        head_dim=head_dim,
+        config=config,
+        with_redundancy=threshold is not None,
+    )
+    block_w, block_d = constants["BLOCK_W"], constants["BLOCK_D"]
+    num_heads, num_tokens = num_layers * keys.num_kv_heads, batch.num_tokens
+    # The rows of the per-block results: see ``score_blocks``.
+    num_blocks = num_tokens // config.block + num_requests
+
+    def fp32(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=keys.device)
+
+    scores = fp32(num_layers, keys.num_kv_heads, num_tokens)
+    attention = fp32(num_heads, num_tokens)
+    logit_maxima, logit_sums = fp32(num_heads, num_blocks, block_w), fp32(num_heads, num_blocks, block_w)
+    logit_totals = fp32(num_heads, num_requests, 2, block_w)
+    key_sums = key_totals = exp_sums = exempt = column_means = None
+    if threshold is not None:
+        key_sums, key_totals = fp32(num_heads, num_blocks, block_d), fp32(num_heads, num_requests, block_d)
+        exp_sums, column_means = fp32(num_heads, num_blocks), scores
+        exempt = torch.zeros(num_heads, num_tokens, dtype=torch.int64, device=keys.device)
+
+    pool = (keys.pointers, keys.scales, queries, batch.kv_indptr, batch.kv_indices, batch.token_indptr)
+    sizes = (keys.num_kv_heads, num_tokens, num_blocks, keys.stride_page, keys.stride_slot, keys.stride_head)
+    softmax_scale = 1.0 / math.sqrt(head_dim)
+    grid = (triton.cdiv(batch.max_kv_len, config.block), num_requests, num_heads)
+    key_shape = {"num_warps": config.num_warps, "num_stages": NUM_STAGES}
+    shape = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES}
+    summarise_blocks_kernel[grid](
+        *pool,
+        *(key_sums, logit_maxima, logit_sums, exempt),
+        *sizes,
+        *queries.stride()[:4],
+        softmax_scale,
+        threshold or 0.0,
+        BLOCK_COLUMNS=config.block_columns,
+        **constants,
+        **key_shape,
+    )
+    reduce_blocks_kernel[(num_requests, num_heads)](
+        *(batch.token_indptr, key_sums, logit_maxima, logit_sums, key_totals, logit_totals),
+        num_blocks,
+        BLOCK=config.block,
+        CHUNK=CHUNK,
+        BLOCK_W=block_w,
+        BLOCK_D=block_d,
+        WITH_REDUNDANCY=threshold is not None,
+        **shape,
+    )
+    score_tokens_kernel[grid](
+        *pool,
+        *(key_totals, logit_totals, exempt, attention, column_means, exp_sums),
+        *sizes,
+        *queries.stride()[:4],
+        softmax_scale,
+        **constants,
+        **key_shape,
+    )
+    combine_scores_kernel[(triton.cdiv(batch.max_kv_len, COMBINE_BLOCK), num_requests, num_heads)](
+        *(batch.token_indptr, attention, exp_sums, scores),
+        *(num_tokens, num_blocks, kernel_size // 2),
+        float(mix_lambda),
+        1.0 - mix_lambda,
+        WINDOW=window,
+        KEY_BLOCK=config.block,
+        BLOCK=COMBINE_BLOCK,
+        CHUNK=CHUNK,
+        WITH_REDUNDANCY=threshold is not None,
+        **shape,
+    )
+    return scores
+
+
+def _check(keys: PagedBuffers, batch: PagedBatch, queries: Tensor) -> None:
+    """Raise ``ValueError`` unless the three fit together and are within what the kernels support."""
+    if keys.page_size != batch.page_size:
+        raise ValueError(f"keys have page_size {keys.page_size} and batch {batch.page_size}: they must be equal")
+    if not 1 <= batch.window <= MAX_WINDOW:
+        raise ValueError(f"batch has a window of {batch.window}: at most {MAX_WINDOW} is supported")
+    wanted = [keys.num_layers, batch.num_requests, batch.window, keys.head_dim]
+    if queries.dim() != 5 or [*queries.shape[:3], queries.shape[4]] != wanted:
+        raise ValueError(
+            f"queries must be [num_layers {wanted[0]}, num_requests {wanted[1]}, window {wanted[2]}, num_qo_heads, "
+            f"head_dim {wanted[3]}], got {list(queries.shape)}"
+        )
+    if queries.shape[3] == 0 or queries.shape[3] % keys.num_kv_heads:
+        raise ValueError(
+            f"num_qo_heads {queries.shape[3]} of queries must be a multiple of num_kv_heads {keys.num_kv_heads}"
+        )
+    if queries.dtype not in (torch.bfloat16, torch.float16, torch.float32) or queries.stride(4) != 1:
+        raise ValueError(
+            f"queries must be bf16, fp16 or fp32 with stride 1 along head_dim, "
+            f"got {queries.dtype} with strides {list(queries.stride())}"
+        )
+    for name, device in (("queries", queries.device), ("batch", batch.device)):
+        if device != keys.device:
+            raise ValueError(f"{name} is on {device} and keys on {keys.device}: put all on one device")

@@ -1,0 +1,104 @@
+"""The policies by name: those of this package, and those that other packages bring through an entry point.
+
+A new one here is a file and a row of ``POLICIES``. Another package adds one with an entry point in ``GROUP``, the name
+of the policy on the left and its class on the right.
+"""
+
+from dataclasses import is_dataclass, replace
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from rkv_sglang.config import NO_POLICY, PolicyConfig
+from rkv_sglang.policies.base import Policy
+from rkv_sglang.policies.h2o import H2O
+from rkv_sglang.policies.keydiff import KeyDiff
+from rkv_sglang.policies.longflow import LongFlow
+from rkv_sglang.policies.manifoldkv import ManifoldKV
+from rkv_sglang.policies.parameters import check_parameters, parameter_types
+from rkv_sglang.policies.random import Random
+from rkv_sglang.policies.rkv import RKV
+from rkv_sglang.policies.snapkv import SnapKV
+from rkv_sglang.policies.streaming_llm import StreamingLLM
+
+GROUP = "rkv_sglang.policies"
+POLICIES: dict[str, type[Policy]] = {
+    "rkv": RKV,
+    "snapkv": SnapKV,
+    "h2o": H2O,
+    "streaming_llm": StreamingLLM,
+    "keydiff": KeyDiff,
+    "manifoldkv": ManifoldKV,
+    "longflow": LongFlow,
+    "random": Random,
+}
+# Parameters of the policies above that have a flag of their own, and so a field in the settings.
+SHARED_PARAMETERS = ("mix_lambda", "kernel_size", "similarity_threshold")
+
+
+def policy_names() -> tuple[str, ...]:
+    """Return every name that ``--kv-policy`` takes: ``"none"``, this package's, then other packages'."""
+    others = sorted(entry_points(group=GROUP).names)
+    return tuple(dict.fromkeys((NO_POLICY, *POLICIES, *others)))
+
+
+def make_policy(config: PolicyConfig) -> Policy:
+    """Build the policy that ``config`` names, with ``config.parameters``.
+
+    A policy of this package takes parameters that have a flag from the setting of the same name, unless
+    ``config.parameters`` has them.
+
+    Raises:
+        ValueError: The name is ``"none"`` or unknown, its package cannot be used, or a parameter does not fit; one line
+            that names the flag.
+    """
+    policy_class = _find(config.policy)
+    parameters = dict(config.parameters)
+    try:
+        check_parameters(policy_class, parameters)
+        if config.policy in POLICIES:
+            shared = [name for name in SHARED_PARAMETERS if name in parameter_types(policy_class)]
+            # The settings know the ranges of these.
+            settings = replace(config, **{name: parameters[name] for name in shared if name in parameters})
+            parameters |= {name: getattr(settings, name) for name in shared}
+        policy: Policy = policy_class(**parameters)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--kv-policy-config does not fit --kv-policy {config.policy}: {_one_line(error)}") from None
+    return policy
+
+
+def _find(name: str) -> type[Any]:
+    brought = tuple(entry_points(group=GROUP, name=name))
+    if name == NO_POLICY:
+        raise ValueError(f"policy {name!r} scores nothing: choose one of {', '.join(policy_names()[1:])}")
+    providers = ["rkv_sglang"] * (name in POLICIES) + [_package(point) for point in brought]
+    if not providers:
+        raise ValueError(f"--kv-policy {name!r} is unknown: choose one of {', '.join(policy_names())}")
+    if len(providers) > 1:
+        raise ValueError(f"--kv-policy {name!r} comes from {' and '.join(providers)}: choose one, uninstall the others")
+    return POLICIES[name] if name in POLICIES else _load(brought[0])
+
+
+def _load(point: EntryPoint) -> type[Any]:
+    source = f"--kv-policy {point.name!r}, which package {_package(point)} brings as {point.value},"
+    try:
+        policy_class = point.load()
+    # Whatever somebody's module raises while it is imported.
+    except Exception as error:
+        raise ValueError(
+            f"{source} cannot be loaded: {type(error).__name__}: {_one_line(error)}; mend or uninstall that package"
+        ) from None
+    if not (isinstance(policy_class, type) and is_dataclass(policy_class) and callable(_score_of(policy_class))):
+        raise ValueError(f"{source} is not a dataclass with a method score; mend or uninstall that package")
+    return policy_class
+
+
+def _score_of(policy_class: type[Any]) -> Any:
+    return getattr(policy_class, "score", None)
+
+
+def _package(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else "without a name"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

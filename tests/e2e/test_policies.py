@@ -1,0 +1,81 @@
+"""Every policy on the real server, against the dense oracle with that policy."""
+
+import pytest
+
+from rkv_sglang.policies.registry import POLICIES
+from tests.e2e.workload import assert_same_tokens, greedy, six_prompts
+from tests.harness.environment import PROBE_DIR, PROJECT_ROOT
+from tests.harness.scheduler import run_scheduler
+from tests.harness.server import Server
+from tests.oracle.dense import dense_generate
+from tests.oracle.policy_scores import score_function
+from tests.tiny_models import tiny_model_path
+
+BUDGET, BUFFER = 37, 23
+NUM_TOKENS = 180
+THIRD_PARTY_DIR = PROJECT_ROOT / "tests" / "policies" / "third_party"
+
+
+@pytest.mark.parametrize("model_name, page_size", [("llama-gqa", 16), ("qwen3", 1)])
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "rkv"])
+def test_tokens_equal_the_dense_oracle(policy, model_name, page_size):
+    model = tiny_model_path(model_name)
+    prompts = six_prompts()[1:5]
+    flags = ["--model-path", str(model), "--page-size", str(page_size), "--kv-policy", policy]
+    flags += ["--rkv-budget", str(BUDGET), "--rkv-buffer", str(BUFFER)]
+    result = run_scheduler(flags, [greedy(prompt, NUM_TOKENS) for prompt in prompts])
+    result.assert_clean()
+    num_compactions = 0
+    for prompt, output in zip(prompts, result.outputs, strict=True):
+        expected = dense_generate(model, prompt, NUM_TOKENS, budget=BUDGET, buffer=BUFFER, score=score_function(policy))
+        assert_same_tokens(output.output_ids, expected, f"prompt of {len(prompt)}")
+        assert len(expected.compactions) >= 3
+        num_compactions += len(expected.compactions)
+    assert len(result.probe.compactions) == num_compactions
+
+
+def test_a_stateful_policy_forgets_what_a_retraction_dropped():
+    model = tiny_model_path("llama-gqa")
+    prompts = six_prompts()[:4]
+    flags = ["--model-path", str(model), "--kv-policy", "h2o", "--rkv-budget", str(BUDGET), "--rkv-buffer", str(BUFFER)]
+    env = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "71"}
+    result = run_scheduler(flags, [greedy(prompt, NUM_TOKENS) for prompt in prompts], env=env)
+    result.assert_clean()
+    assert result.probe.retractions >= 1
+    for i, (prompt, output) in enumerate(zip(prompts, result.outputs, strict=True)):
+        points, last = [], 0
+        for entry in result.probe.per_request(f"r{i:05d}"):
+            if entry["retractions"] > last:
+                last = entry["retractions"]
+                points.append(entry["output_len"])
+        expected = dense_generate(
+            model,
+            prompt,
+            NUM_TOKENS,
+            budget=BUDGET,
+            buffer=BUFFER,
+            score=score_function("h2o"),
+            recompute_at=points,
+        )
+        assert_same_tokens(output.output_ids, expected, f"request {i}, recomputed at {points}")
+
+
+@pytest.mark.server
+def test_a_policy_of_another_package_serves():
+    model = tiny_model_path("llama-gqa")
+    prompt = six_prompts()[0]
+    flags = ["--model-path", str(model), "--kv-policy", "every_nth", "--kv-policy-config", '{"stride": 3}']
+    flags += ["--rkv-budget", str(BUDGET), "--rkv-buffer", str(BUFFER)]
+    env = {"PYTHONPATH": f"{THIRD_PARTY_DIR}:{PROBE_DIR}:{PROJECT_ROOT}"}
+    with Server(flags, env=env) as server:
+        params = {"temperature": 0, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
+        answer = server.generate(list(prompt), params)
+        server.assert_clean()
+
+    def every_third(inputs):
+        num_kv_heads, resident_len, _ = inputs.keys.shape
+        scored = range(resident_len - inputs.window_queries.shape[1])
+        return inputs.keys.new_tensor([[float(i % 3 == 0) for i in scored]] * num_kv_heads)
+
+    expected = dense_generate(model, prompt, NUM_TOKENS, budget=BUDGET, buffer=BUFFER, score=every_third)
+    assert answer["output_ids"] == expected.output_ids

@@ -1,0 +1,105 @@
+"""Requests with settings of their own share batches, and each answers as if it were alone."""
+
+import pytest
+import requests
+
+from tests.e2e.workload import Setting, assert_same_tokens, greedy, oracle, six_prompts
+from tests.harness.scheduler import Request, run_scheduler
+from tests.harness.server import Server
+from tests.tiny_models import tiny_model_path
+
+MODEL = tiny_model_path("llama-gqa")
+FLAGS = ["--model-path", str(MODEL)]
+SERVER = Setting(budget=32, buffer=16)
+NUM_TOKENS = 160
+# None asks for no policy.
+ASKED: list[Setting | None] = [
+    Setting(budget=32, buffer=16),
+    None,
+    Setting(budget=17, buffer=5),
+    Setting(budget=64, buffer=16),
+    Setting(budget=32, buffer=40),
+    Setting(budget=90, buffer=1),
+    None,
+    Setting(budget=9, buffer=3),
+]
+
+
+def asking(prompt: tuple[int, ...], setting: Setting | None, num_tokens: int = NUM_TOKENS) -> Request:
+    request = greedy(prompt, num_tokens)
+    custom = {"kv_policy": "none"} if setting is None else {"kv_budget": setting.budget, "kv_buffer": setting.buffer}
+    request.sampling_params["custom_params"] = custom
+    return request
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_eight_requests_with_eight_settings_answer_as_alone(page_size):
+    prompts = [six_prompts()[i % 6] for i in range(8)]
+    batch = [asking(prompt, setting) for prompt, setting in zip(prompts, ASKED, strict=True)]
+    result = run_scheduler([*FLAGS, "--page-size", str(page_size), *SERVER.flags], batch)
+    result.assert_clean()
+    assert max(len(step["batch"]) for step in result.probe.steps) == 8
+    for i, (prompt, setting, output) in enumerate(zip(prompts, ASKED, result.outputs, strict=True)):
+        # A budget that is never reached is none.
+        expected = oracle(MODEL, prompt, NUM_TOKENS, setting or Setting(budget=1000, buffer=1))
+        assert_same_tokens(output.output_ids, expected, f"request {i}, {setting}")
+
+
+def test_small_budgets_never_run_out_of_query_rows():
+    """There is a query row for every so many tokens of the server's own capacity; a smaller one is reserved as much."""
+    prompts = six_prompts()
+    batch = [asking(prompts[4], Setting(budget=9, buffer=1), 120) for _ in range(40)]
+    batch += [asking(prompts[5], None, 60) for _ in range(4)]
+    server = Setting(budget=100, buffer=20)
+    result = run_scheduler([*FLAGS, "--max-total-tokens", "1024", *server.flags], batch)
+    result.assert_clean()
+    expected = oracle(MODEL, prompts[4], 120, Setting(budget=9, buffer=1))
+    for output in result.outputs[:40]:
+        assert_same_tokens(output.output_ids, expected, "small budget")
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_half_without_a_policy_in_a_crowded_pool(page_size):
+    prompts = six_prompts()
+    batch = [asking(prompts[i % 6], SERVER if i % 2 else None, 90 + 10 * i) for i in range(16)]
+    result = run_scheduler([*FLAGS, "--max-total-tokens", "1024", "--page-size", str(page_size), *SERVER.flags], batch)
+    result.assert_clean()
+    assert result.probe.retractions == 0
+    for i, (request, output) in enumerate(zip(batch, result.outputs, strict=True)):
+        setting = SERVER if i % 2 else Setting(budget=1000, buffer=1)
+        expected = oracle(MODEL, prompts[i % 6], request.sampling_params["max_new_tokens"], setting)
+        assert_same_tokens(output.output_ids, expected, f"request {i}")
+
+
+BAD = [
+    ({"kv_policy": "snapkv"}, "kv_policy 'snapkv' is not what this server runs: leave it out, or set it to 'rkv' or"),
+    ({"kv_policy": 3}, "kv_policy 3 is not what this server runs"),
+    ({"kv_policy": "none", "kv_budget": 64}, "kv_policy 'none' has no kv_budget: leave one of them out"),
+    ({"kv_budget": 8}, "kv_budget 8 is not an integer of at least 9 (the window of 8 is kept inside it)"),
+    ({"kv_budget": 64.5}, "kv_budget 64.5 is not an integer"),
+    ({"kv_budget": True}, "kv_budget True is not an integer"),
+    ({"kv_buffer": 0}, "kv_buffer 0 is not an integer of at least 1: set it to 1 or more"),
+    ({"kv_buffer": -3}, "kv_buffer -3 is not an integer"),
+    ({"kv_budget": 99_999}, "kv_budget 99999 and kv_buffer 16 together exceed this server's KV pool of 16384 tokens"),
+]
+
+
+@pytest.mark.server
+def test_a_bad_request_gets_400_and_one_line_and_the_server_serves_on():
+    prompt = list(six_prompts()[0])
+    params = {"temperature": 0, "max_new_tokens": 100, "ignore_eos": True}
+    with Server([*FLAGS, *SERVER.flags]) as server:
+        for custom, message in BAD:
+            for path, body in (
+                ("/generate", {"input_ids": prompt, "sampling_params": {**params, "custom_params": custom}}),
+                ("/v1/completions", {"model": "m", "prompt": prompt, "max_tokens": 100, "custom_params": custom}),
+            ):
+                answer = requests.post(server.url + path, json=body, timeout=60)
+                assert answer.status_code == 400, (path, custom, answer.text)
+                assert message in answer.text, (path, custom, answer.text)
+        answer = server.generate(prompt, params)
+        assert_same_tokens(answer["output_ids"], oracle(MODEL, tuple(prompt), 100, SERVER), "after bad requests")
+        asked = server.generate(prompt, {**params, "custom_params": {"kv_budget": 20, "kv_buffer": 7}})
+        expected = oracle(MODEL, tuple(prompt), 100, Setting(budget=20, buffer=7))
+        assert_same_tokens(asked["output_ids"], expected, "its own settings")
+        server.assert_clean()

@@ -1,0 +1,110 @@
+"""Compile every kernel at its shipped configurations for GPUs that need not be here, and count what they use.
+
+    python -m tests.kernels.aot [--filter NAME] [--json FILE]
+
+Prints one row per kernel, configuration and target. Triton's interpreter must be off.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import rkv_sglang.kernels
+
+# Shared memory that one program may have, in bytes.
+TARGETS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MAX_REGISTERS = 255
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one program of a compiled kernel uses; bytes of local memory are registers spilled (or arrays indexed)."""
+
+    name: str
+    target: int
+    num_warps: int
+    registers: int
+    shared_bytes: int
+    local_bytes: int
+    widest_access_bytes: int
+
+
+def shipped_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
+    """Return the ``AOT_CASES`` of every module in ``rkv_sglang.kernels``."""
+    names = [f"rkv_sglang.kernels.{module.name}" for module in pkgutil.iter_modules(rkv_sglang.kernels.__path__)]
+    return [case for name in names for case in getattr(importlib.import_module(name), "AOT_CASES", [])]
+
+
+def compile_case(case: tuple[str, Any, dict[str, str], dict[str, Any], int, int], target: int) -> Usage:
+    """Compile for one target with pointers aligned as torch's allocator aligns them."""
+    name, kernel, types, constexprs, num_warps, num_stages = case
+    signature = {arg: types.get(arg, "constexpr") for arg in kernel.arg_names}
+    unaligned = {param.name for param in kernel.params if param.do_not_specialize_on_alignment}
+    attrs = {
+        (index,): [["tt.divisibility", 16]]
+        for index, (arg, dtype) in enumerate(signature.items())
+        if dtype.startswith("*") and arg not in unaligned
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        dump = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", dump)}
+    vectors = re.findall(r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
+    return Usage(
+        name=name,
+        target=target,
+        num_warps=num_warps,
+        registers=used["REG"],
+        # Shared memory is asked for at launch; the cubin knows only what is static.
+        shared_bytes=max(used["SHARED"], int(compiled.metadata.shared)),
+        local_bytes=used["STACK"] + used["LOCAL"],
+        widest_access_bytes=max((int(count or 1) * int(bits) // 8 for count, bits in vectors), default=0),
+    )
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--filter", default="", help="only configurations whose name contains this")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET is set: unset it, there is nothing to compile under the interpreter")
+    usages = []
+    print(f"{'kernel':56} {'sm':>4} {'warps':>5} {'regs':>5} {'shared':>7} {'spill':>6} {'widest':>6}")
+    for case in shipped_cases():
+        if args.filter not in case[0]:
+            continue
+        for target in TARGETS:
+            usage = compile_case(case, target)
+            usages.append(usage)
+            print(
+                f"{usage.name:56} {usage.target:4} {usage.num_warps:5} {usage.registers:5} {usage.shared_bytes:7} "
+                f"{usage.local_bytes:6} {usage.widest_access_bytes:6}",
+                flush=True,
+            )
+    if args.json:
+        args.json.write_text(json.dumps([asdict(usage) for usage in usages]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Count how often each kernel is compiled by the warm-up and then by batches of other sizes, with no GPU here.
+
+Every launch compiles for sm_90 what a GPU would be given, and launches nothing. Prints the counts as JSON, those after
+the warm-up and those at the end. Triton's interpreter must be off.
+
+    python -m tests.kernels.count_variants rkv|snapkv
+"""
+
+import json
+import random
+import sys
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from rkv_sglang.config import PolicyConfig
+from rkv_sglang.kernels import capture, dispatch, move, score_blocks, score_totals, select, warmup
+from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
+from rkv_sglang.policies import make_policy
+
+NUM_LAYERS, NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, WINDOW = 2, 8, 4, 128, 8
+
+
+class AbsentGpu:
+    """As much of a driver as compilation asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def kernel_counts() -> dict[str, int]:
+    """Return how many variants of each kernel were compiled."""
+    modules = (capture, move, score_blocks, score_totals, select)
+    kernels = {name: value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
+    return {name: len(kernel.device_caches[0][0]) for name, kernel in kernels.items()}
+
+
+def main() -> None:
+    """Run from the command line."""
+    launch = JITFunction.run
+
+    def compile_only(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        return launch(kernel, *args, grid=grid, warmup=True, **kwargs)
+
+    driver.set_active(AbsentGpu())
+    JITFunction.run = compile_only
+    dispatch.runs_triton = warmup.runs_triton = lambda buffers: True
+    torch.cuda.synchronize = lambda device: None
+
+    rng = random.Random(0)
+    policy = make_policy(PolicyConfig(policy=sys.argv[1]))
+    keys, values = (
+        PagedBuffers.from_tensors([torch.zeros(64, NUM_KV_HEADS, HEAD_DIM).bfloat16() for _ in range(NUM_LAYERS)])
+        for _ in "kv"
+    )
+    num_qo_heads = NUM_KV_HEADS * GROUP_SIZE
+    rings = torch.zeros(NUM_LAYERS, 4, WINDOW, num_qo_heads, HEAD_DIM).bfloat16()
+    row_of_request = torch.zeros(9, dtype=torch.int64)
+    warmup.warm_up(keys, values, rings, row_of_request, policy, budget=1024, capacity=1152)
+    after_warm_up = kernel_counts()
+    for num_requests in (1, 2, 3, 4, 16, 17):
+        kv_lens = [rng.randint(100, 250) for _ in range(num_requests)]
+        batch = PagedBatch.from_slots(
+            # Views that start anywhere, as a part of a larger tensor may.
+            torch.zeros(sum(kv_lens) + 1, dtype=torch.int64)[1:],
+            kv_lens=kv_lens,
+            prompt_lens=[rng.randint(0, 20) for _ in kv_lens],
+            budgets=[rng.randint(10, 70) for _ in kv_lens],
+            window=WINDOW,
+        )
+        queries = rings.new_zeros(NUM_LAYERS, num_requests, WINDOW, num_qo_heads, HEAD_DIM)
+        dispatch.compact_paged(keys, values, batch, queries, policy)
+        indices = row_of_request.new_zeros(num_requests + 1)[1:]
+        step_queries = rings.new_zeros(num_requests, num_qo_heads * HEAD_DIM)
+        capture.capture_queries(rings[1], row_of_request, step_queries, indices, indices)
+    print(json.dumps([after_warm_up, kernel_counts()]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The warm-up compiles what requests will need, once and for all, and leaves a CPU alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rkv_sglang.kernels.paged_batch import PagedBuffers
+from rkv_sglang.kernels.warmup import warm_up
+from rkv_sglang.policies import RKV
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("policy", ["rkv", "snapkv"])
+def test_no_batch_needs_a_kernel_that_the_warm_up_did_not_compile(policy):
+    # A process of its own: in this one kernels are interpreted.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.count_variants", policy],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    after_warm_up, at_the_end = json.loads(done.stdout)
+    assert len(after_warm_up) >= 7 and all(after_warm_up.values())
+    assert at_the_end == after_warm_up
+
+
+def test_on_a_cpu_the_warm_up_touches_nothing():
+    pool = torch.full((4, 2, 8), torch.nan)
+    buffers = PagedBuffers.from_tensors([pool])
+    rings = torch.full((1, 2, 2, 4, 8), torch.nan)
+    warm_up(buffers, buffers, rings, torch.zeros(3, dtype=torch.int64), RKV(), budget=8, capacity=12)
+    assert pool.isnan().all() and rings.isnan().all()

@@ -1,0 +1,100 @@
+"""Every policy over many compactions: who is kept, and that what it remembers stays with its token."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from tests.algorithm.cases import fresh_seed
+from tests.oracle.loop_policies import OneHead, loop_scores
+from tests.policies.cases import CASES, case_id, policy_of
+from tests.policies.replay import Step, Tokens, random_tokens, replay
+
+NUM_KV_HEADS, GROUP, HEAD_DIM = 2, 2, 8
+# Prompt, budget, buffer, window. Prompts shorter and longer than the sinks; one candidate; a buffer below the window.
+SHAPES = [(19, 24, 12, 4), (1, 20, 7, 3), (3, 5, 9, 4), (2, 9, 1, 8), (30, 40, 3, 8)]
+NUM_COMPACTIONS = 5
+
+
+def run(case: tuple[str, dict[str, Any]], shape: tuple[int, int, int, int]) -> tuple[Tokens, list[Step]]:
+    prompt_len, budget, buffer, window = shape
+    tokens = random_tokens(prompt_len + budget + NUM_COMPACTIONS * buffer, NUM_KV_HEADS, GROUP, HEAD_DIM)
+    steps = replay(policy_of(*case), tokens, prompt_len=prompt_len, budget=budget, buffer=buffer, window=window)
+    return tokens, list(steps)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_the_top_scorers_the_window_and_the_prompt_are_kept(
+    case: tuple[str, dict[str, Any]], shape: tuple[int, int, int, int]
+) -> None:
+    torch.manual_seed(fresh_seed())
+    prompt_len, budget, buffer, window = shape
+    tokens, steps = run(case, shape)
+    assert len(steps) == NUM_COMPACTIONS
+    received: list[dict[int, float]] = [{} for _ in range(NUM_KV_HEADS)]
+    for step in steps:
+        logical_len = int(step.positions.max()) + 1
+        for head in range(NUM_KV_HEADS):
+            resident, kept = step.positions[head].tolist(), step.kept_positions[head].tolist()
+            assert kept == sorted(set(kept)) and len(kept) == prompt_len + budget
+            assert kept[:prompt_len] == list(range(prompt_len))
+            assert kept[-window:] == list(range(logical_len - window, logical_len)) == resident[-window:]
+            group = tokens.queries[logical_len - window : logical_len, head * GROUP : (head + 1) * GROUP]
+            expected = loop_scores(
+                case[0],
+                OneHead(
+                    keys=tokens.keys[resident, head].double().numpy(),
+                    values=tokens.values[resident, head].double().numpy(),
+                    queries=group.transpose(0, 1).double().numpy(),
+                    positions=resident,
+                    received=received[head],
+                ),
+                **case[1],
+            )
+            candidates = dict(zip(resident[prompt_len:-window], expected[prompt_len:], strict=True))
+            chosen = [score for position, score in candidates.items() if position in kept]
+            dropped = [score for position, score in candidates.items() if position not in kept]
+            assert len(chosen) == budget - window and len(dropped) == buffer
+            # Where two are as good as equal, fp32 may choose either.
+            assert min(chosen) >= max(dropped) - 1e-5 * max(1e-3, *map(abs, expected))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_random_keeps_the_best_of_all_tokens_so_far(shape: tuple[int, int, int, int]) -> None:
+    prompt_len, budget, _, window = shape
+    seed = fresh_seed()
+    torch.manual_seed(seed)
+    _, steps = run(("random", {"seed": seed}), shape)
+    for step in steps:
+        seen = list(range(int(step.positions.max()) + 1 - window))
+        nothing = torch.zeros(len(seen) + window, 1).numpy()
+        numbers = loop_scores("random", OneHead(nothing, nothing, nothing[None, :window], seen), seed=seed)
+        best = sorted(seen[prompt_len:], key=lambda position: -numbers[position])[: budget - window]
+        for kept in step.kept_positions.tolist():
+            assert kept[prompt_len:-window] == sorted(best)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_streaming_llm_keeps_sinks_and_the_latest(shape: tuple[int, int, int, int]) -> None:
+    prompt_len, budget, _, window = shape
+    _, steps = run(("streaming_llm", {"num_sinks": 4}), shape)
+    for step in steps:
+        logical_len = int(step.positions.max()) + 1
+        sinks = list(range(prompt_len, 4))[: budget - window]
+        latest = list(range(logical_len - budget + len(sinks), logical_len))
+        assert step.kept_positions.tolist() == [[*range(prompt_len), *sinks, *latest]] * NUM_KV_HEADS
+
+
+def test_h2o_forgets_nothing_of_what_it_keeps() -> None:
+    torch.manual_seed(fresh_seed())
+    prompt_len = 3
+    _, steps = run(("h2o", {}), (prompt_len, 20, 7, 3))
+    for step, later in pairwise(steps):
+        for head in range(NUM_KV_HEADS):
+            before = dict(zip(step.positions[head].tolist(), step.scores[head].tolist(), strict=False))
+            after = dict(zip(later.positions[head].tolist(), later.scores[head].tolist(), strict=False))
+            both = [position for position in before.keys() & after.keys() if position >= prompt_len]
+            assert len(both) == 17
+            assert all(after[position] > before[position] for position in both)

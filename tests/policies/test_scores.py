@@ -1,0 +1,156 @@
+"""Every policy's score against its formula, one number at a time in fp64."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rkv_sglang.policies import H2O, POLICIES, LongFlow, Random, ScoreInputs, is_stateful
+from tests.algorithm.cases import DEVICES, KEY_MAKERS, fresh_seed, make_keys, make_queries
+from tests.oracle.loop_policies import OneHead, loop_scores
+from tests.policies.cases import CASES, case_id, policy_of
+
+NUM_TOKENS, NUM_KV_HEADS, GROUP, HEAD_DIM, WINDOW, PROMPT_LEN = 61, 2, 3, 16, 5, 20
+
+
+def one_head(inputs: ScoreInputs, head: int, values: Tensor, positions: list[int]) -> OneHead:
+    rows = inputs.queries[:, head * GROUP : (head + 1) * GROUP].transpose(0, 1)
+    return OneHead(
+        keys=inputs.keys[:, head].double().cpu().numpy(),
+        values=values[:, head].double().cpu().numpy(),
+        queries=rows.double().cpu().numpy(),
+        positions=positions,
+    )
+
+
+def error_scale(name: str, keys: Tensor) -> float:
+    """How much fp32 rounding of the inputs is magnified at the most."""
+    keys = keys.double()
+    if name == "manifoldkv":
+        return float(keys.norm(dim=-1).max())
+    if name == "keydiff":
+        mean = (keys / (keys.norm(dim=-1, keepdim=True) + 1e-8)).mean(dim=0)
+        return float(1 / (mean.norm(dim=-1).min() + 1e-8))
+    return 1.0
+
+
+def check(name: str, parameters: dict[str, Any], inputs: ScoreInputs, values: Tensor, rtol: float = 2e-5) -> None:
+    scores = policy_of(name, parameters).score(inputs)
+    num_scored = len(inputs.keys) - len(inputs.queries)
+    assert scores.dtype == torch.float32 and scores.shape == (inputs.keys.shape[1], num_scored)
+    assert scores.device == inputs.keys.device
+    for head in range(inputs.keys.shape[1]):
+        expected = loop_scores(name, one_head(inputs, head, values, list(range(len(inputs.keys)))), **parameters)
+        tolerance = {"rtol": rtol, "atol": 1e-6 * error_scale(name, inputs.keys)}
+        torch.testing.assert_close(scores[head].double().cpu(), torch.tensor(expected).double(), **tolerance)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KEY_MAKERS)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_score_is_its_formula(case: tuple[str, dict[str, Any]], kind: str, dtype: torch.dtype, device: str) -> None:
+    torch.manual_seed(fresh_seed())
+    keys = make_keys(kind, (NUM_TOKENS, NUM_KV_HEADS, HEAD_DIM), dtype=dtype, device=device)
+    values = torch.randn(NUM_TOKENS, NUM_KV_HEADS, HEAD_DIM // 2).to(dtype).to(device)
+    values[::5] = 0.0
+    inputs = ScoreInputs(make_queries(keys, WINDOW, GROUP), keys, PROMPT_LEN, values=values)
+    before = [tensor.clone() for tensor in (inputs.queries, keys, values)]
+    check(*case, inputs, values)
+    assert all(map(torch.equal, before, (inputs.queries, keys, values)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_huge_logits_overflow_nothing(case: tuple[str, dict[str, Any]]) -> None:
+    torch.manual_seed(fresh_seed())
+    keys = make_keys("clustered", (NUM_TOKENS, NUM_KV_HEADS, HEAD_DIM))
+    values = torch.randn_like(keys)
+    inputs = ScoreInputs(100 * make_queries(keys, WINDOW, GROUP), keys, PROMPT_LEN, values=values)
+    check(*case, inputs, values, rtol=5e-3)
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_one_candidate_and_no_prompt(case: tuple[str, dict[str, Any]]) -> None:
+    torch.manual_seed(fresh_seed())
+    keys = make_keys("random", (2, 1, HEAD_DIM))
+    values = torch.randn_like(keys)
+    check(*case, ScoreInputs(make_queries(keys, 1, GROUP), keys, 0, values=values), values)
+
+
+def test_every_policy_is_in_the_matrix() -> None:
+    assert {name for name, _ in CASES} == set(POLICIES)
+
+
+@pytest.mark.parametrize("num_scored", [0, 1, 17, NUM_TOKENS - WINDOW - PROMPT_LEN])
+def test_h2o_adds_to_what_a_token_had(num_scored: int) -> None:
+    torch.manual_seed(fresh_seed())
+    keys = make_keys("clustered", (NUM_TOKENS, NUM_KV_HEADS, HEAD_DIM))
+    queries, state = make_queries(keys, WINDOW, GROUP), torch.rand(NUM_KV_HEADS, num_scored)
+    alone = H2O().score(ScoreInputs(queries, keys, PROMPT_LEN))
+    both = H2O().score(ScoreInputs(queries, keys, PROMPT_LEN, logical_len=900, state=state))
+    expected = alone.clone()
+    expected[:, PROMPT_LEN : PROMPT_LEN + num_scored] += state
+    assert torch.equal(both, expected)
+    # Each query of the window gives out an attention of one.
+    torch.testing.assert_close(alone.sum(dim=1), torch.full((NUM_KV_HEADS,), float(WINDOW)))
+
+
+@pytest.mark.parametrize("num_scored", [0, 1, 17, NUM_TOKENS - WINDOW - PROMPT_LEN])
+def test_random_goes_by_logical_position_and_keeps_what_it_said(num_scored: int) -> None:
+    keys, queries = torch.zeros(NUM_TOKENS, NUM_KV_HEADS, 4), torch.zeros(WINDOW, NUM_KV_HEADS, 4)
+    state = torch.rand(NUM_KV_HEADS, num_scored)
+    scores = Random(seed=77).score(ScoreInputs(queries, keys, PROMPT_LEN, logical_len=5000, state=state))
+    scored_end = PROMPT_LEN + num_scored
+    assert torch.equal(scores[:, PROMPT_LEN:scored_end], state)
+    positions = list(range(5000 - NUM_TOKENS, 5000))
+    expected = loop_scores("random", one_head(ScoreInputs(queries, keys, 0), 0, keys, positions), seed=77)
+    assert scores[0, scored_end:].tolist() == scores[1, scored_end:].tolist() == expected[scored_end:]
+
+
+def test_random_is_uniform_and_seeds_are_independent() -> None:
+    num_tokens = 20_001
+    keys, queries = torch.zeros(num_tokens, 1, 1), torch.zeros(1, 1, 1)
+    draws = [Random(seed=seed).score(ScoreInputs(queries, keys, 0))[0] for seed in (0, 1, 2, 2**31)]
+    for draw in draws:
+        assert draw.min() >= 0 and draw.max() < 1
+        shares = torch.histc(draw, bins=20, min=0, max=1) / len(draw)
+        # Five standard deviations of a uniform sample of this size.
+        assert (shares - 0.05).abs().max() < 0.008
+        assert abs(torch.corrcoef(torch.stack([draw[:-1], draw[1:]]))[0, 1]) < 0.036
+    correlations = torch.corrcoef(torch.stack(draws)) - torch.eye(4)
+    assert correlations.abs().max() < 0.036
+
+
+def test_stateless_policies_look_at_no_state() -> None:
+    torch.manual_seed(fresh_seed())
+    keys = make_keys("clustered", (NUM_TOKENS, NUM_KV_HEADS, HEAD_DIM))
+    queries, values, state = make_queries(keys, WINDOW, GROUP), torch.randn_like(keys), torch.rand(NUM_KV_HEADS, 9)
+    for policy in (policy_of(*case) for case in CASES):
+        bare = policy.score(ScoreInputs(queries, keys, PROMPT_LEN, values=values))
+        full = policy.score(ScoreInputs(queries, keys, PROMPT_LEN, values=values, logical_len=99, state=state))
+        assert torch.equal(bare, full) != is_stateful(policy)
+
+
+def test_longflow_says_that_it_needs_values() -> None:
+    inputs = ScoreInputs(torch.ones(1, 1, 4), torch.ones(3, 1, 4), 0)
+    with pytest.raises(ValueError, match=r"longflow scores values, and the inputs hold none"):
+        LongFlow().score(inputs)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt_len": -1}, "prompt_len -1 and a window of 4 queries do not fit into L = 10"),
+        ({"prompt_len": 7}, "prompt_len 7 and a window of 4 queries do not fit into L = 10"),
+        ({"values": torch.zeros(9, 2, 8)}, r"values \[9, 2, 8\] do not belong to keys \[10, 2, 8\]"),
+        ({"logical_len": 9}, "logical_len 9 is less than the L = 10"),
+        ({"state": torch.zeros(1, 4)}, r"state \[1, 4\] must be \[2, at most 4\]"),
+        ({"state": torch.zeros(2, 5)}, r"state \[2, 5\] must be \[2, at most 4\]"),
+        ({"state": torch.zeros(2)}, r"state \[2\] must be \[2, at most 4\]"),
+    ],
+)
+def test_inputs_that_do_not_fit_together_are_refused(fields: dict[str, Any], message: str) -> None:
+    usual: dict[str, Any] = {"queries": torch.zeros(4, 2, 8), "keys": torch.zeros(10, 2, 8), "prompt_len": 2}
+    with pytest.raises(ValueError, match=message):
+        ScoreInputs(**(usual | fields))
