@@ -22,6 +22,7 @@ class RequestState:
         max_new_tokens: Most tokens the request may generate.
         evicted_tokens: Tokens evicted since the last prefill.
         compactions: Compactions over the whole life of the request.
+        evicted_in_all: Tokens evicted over the whole life; those computed again after a retraction may count twice.
         next_check: Forward count before which the request needs no look; ``NEVER`` if it can never be due.
         kept_scores: What a stateful policy is given back at the next compaction; a tensor that is only carried here.
     """
@@ -30,6 +31,7 @@ class RequestState:
     max_new_tokens: int
     evicted_tokens: int = 0
     compactions: int = 0
+    evicted_in_all: int = 0
     next_check: float = 0
     kept_scores: Any = None
 

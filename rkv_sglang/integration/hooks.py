@@ -4,6 +4,7 @@ The register in ``patches/`` is made from this table.
 """
 
 from rkv_sglang.integration.admission import ADMISSION_HOOKS
+from rkv_sglang.integration.answer_info import META_INFO_HOOKS, STREAMER_HOOKS
 from rkv_sglang.integration.args import ARGS_HOOKS
 from rkv_sglang.integration.hook import Hook
 from rkv_sglang.integration.model_hooks import MODEL_HOOKS
@@ -11,5 +12,13 @@ from rkv_sglang.integration.process_hooks import CONTROLLER_HOOKS, LAUNCHER_HOOK
 from rkv_sglang.integration.scheduler_hooks import SCHEDULER_HOOKS
 
 HOOKS: tuple[Hook, ...] = (
-    ARGS_HOOKS + LAUNCHER_HOOKS + PROCESS_HOOKS + CONTROLLER_HOOKS + MODEL_HOOKS + ADMISSION_HOOKS + SCHEDULER_HOOKS
+    *ARGS_HOOKS,
+    *LAUNCHER_HOOKS,
+    *META_INFO_HOOKS,
+    *PROCESS_HOOKS,
+    *CONTROLLER_HOOKS,
+    *MODEL_HOOKS,
+    *ADMISSION_HOOKS,
+    *SCHEDULER_HOOKS,
+    *STREAMER_HOOKS,
 )

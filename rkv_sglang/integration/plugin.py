@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from rkv_sglang.integration.answer_info import META_INFO_HOOKS
 from rkv_sglang.integration.args import ARGS_HOOKS, NO_POLICY, policy_name
 from rkv_sglang.integration.errors import stop
 from rkv_sglang.integration.hooks import HOOKS
@@ -40,7 +41,7 @@ def _register_launch_check() -> None:
             return
         try:
             require_targets(HOOKS)
-            install(LAUNCHER_HOOKS)
+            install(LAUNCHER_HOOKS + META_INFO_HOOKS)
             return
         except RuntimeError as error:
             problem = str(error)

@@ -258,6 +258,7 @@ class Runtime:
         self.stats.peak_private_tokens = max(self.stats.peak_private_tokens, plan.resident_len - plan.prompt_len)
         state.compactions += 1
         state.evicted_tokens += plan.evicted_tokens
+        state.evicted_in_all += plan.evicted_tokens
 
     def on_retract(self, req: Req) -> None:
         """Forget what was cached; keep the recomputed KV of generated tokens out of the tree."""

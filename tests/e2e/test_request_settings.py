@@ -1,4 +1,7 @@
-"""Requests with settings of their own share batches, and each answers as if it were alone."""
+"""Requests with settings of their own share batches, each answers as if alone, and says how it was compressed."""
+
+import json
+from collections.abc import Iterator
 
 import pytest
 import requests
@@ -84,22 +87,86 @@ BAD = [
 ]
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server([*FLAGS, *SERVER.flags]) as running:
+        yield running
+
+
 @pytest.mark.server
-def test_a_bad_request_gets_400_and_one_line_and_the_server_serves_on():
+def test_a_bad_request_gets_400_and_one_line_and_the_server_serves_on(server):
     prompt = list(six_prompts()[0])
     params = {"temperature": 0, "max_new_tokens": 100, "ignore_eos": True}
-    with Server([*FLAGS, *SERVER.flags]) as server:
-        for custom, message in BAD:
-            for path, body in (
-                ("/generate", {"input_ids": prompt, "sampling_params": {**params, "custom_params": custom}}),
-                ("/v1/completions", {"model": "m", "prompt": prompt, "max_tokens": 100, "custom_params": custom}),
-            ):
-                answer = requests.post(server.url + path, json=body, timeout=60)
-                assert answer.status_code == 400, (path, custom, answer.text)
-                assert message in answer.text, (path, custom, answer.text)
-        answer = server.generate(prompt, params)
-        assert_same_tokens(answer["output_ids"], oracle(MODEL, tuple(prompt), 100, SERVER), "after bad requests")
-        asked = server.generate(prompt, {**params, "custom_params": {"kv_budget": 20, "kv_buffer": 7}})
-        expected = oracle(MODEL, tuple(prompt), 100, Setting(budget=20, buffer=7))
-        assert_same_tokens(asked["output_ids"], expected, "its own settings")
-        server.assert_clean()
+    for custom, message in BAD:
+        for path, body in (
+            ("/generate", {"input_ids": prompt, "sampling_params": {**params, "custom_params": custom}}),
+            ("/v1/completions", {"model": "m", "prompt": prompt, "max_tokens": 100, "custom_params": custom}),
+        ):
+            answer = requests.post(server.url + path, json=body, timeout=60)
+            assert answer.status_code == 400, (path, custom, answer.text)
+            assert message in answer.text, (path, custom, answer.text)
+    answer = server.generate(prompt, params)
+    assert_same_tokens(answer["output_ids"], oracle(MODEL, tuple(prompt), 100, SERVER), "after bad requests")
+    asked = server.generate(prompt, {**params, "custom_params": {"kv_budget": 20, "kv_buffer": 7}})
+    expected = oracle(MODEL, tuple(prompt), 100, Setting(budget=20, buffer=7))
+    assert_same_tokens(asked["output_ids"], expected, "its own settings")
+    server.assert_clean()
+
+
+KEYS = ("kv_policy", "kv_compactions", "kv_resident_tokens", "kv_evicted_tokens")
+
+
+def expected_info(prompt_len: int, num_tokens: int, budget: int = 32, buffer: int = 16) -> dict[str, object]:
+    """Return what a request of so many tokens must say, the last of which is never stored."""
+    generated, evicted, compactions = 0, 0, 0
+    for _ in range(num_tokens - 1):
+        if generated - evicted == budget + buffer:
+            evicted, compactions = evicted + buffer, compactions + 1
+        generated += 1
+    return {
+        "kv_policy": "rkv",
+        "kv_compactions": compactions,
+        "kv_resident_tokens": prompt_len + generated - evicted,
+        "kv_evicted_tokens": evicted,
+    }
+
+
+def said(meta_info: dict[str, object]) -> dict[str, object]:
+    return {key: meta_info[key] for key in KEYS if key in meta_info}
+
+
+@pytest.mark.server
+def test_meta_info_says_what_was_compressed_and_the_sum_is_the_servers(server):
+    prompts = [list(prompt) for prompt in six_prompts()]
+    params = {"temperature": 0, "max_new_tokens": 150, "ignore_eos": True}
+    before = server.server_info()["internal_states"][0]["kv_policy_stats"]["compactions"]
+    # One that is too short, one of each number of compactions, and one at the very last token before one.
+    lengths = [1, 48, 49, 50, 66, 150]
+    batch = [{**params, "max_new_tokens": length} for length in lengths]
+    answers = server.generate_many(prompts, batch)
+    for prompt, length, answer in zip(prompts, lengths, answers, strict=True):
+        assert said(answer["meta_info"]) == expected_info(len(prompt), length), length
+    total = sum(answer["meta_info"]["kv_compactions"] for answer in answers)
+
+    # Only the last chunk of a stream says it, so that no chunk says what is not true yet.
+    body = {"input_ids": prompts[0], "sampling_params": params, "stream": True}
+    lines = requests.post(server.url + "/generate", json=body, timeout=120).text.splitlines()
+    chunks = [json.loads(line[5:]) for line in lines if line.startswith("data:") and "[DONE]" not in line]
+    assert len(chunks) > 2
+    assert all(said(chunk["meta_info"]) == {} for chunk in chunks[:-1])
+    assert said(chunks[-1]["meta_info"]) == expected_info(len(prompts[0]), 150)
+    total += chunks[-1]["meta_info"]["kv_compactions"]
+
+    none = server.generate(prompts[1], {**params, "custom_params": {"kv_policy": "none"}})
+    assert said(none["meta_info"]) == {
+        "kv_policy": "none",
+        "kv_compactions": 0,
+        "kv_resident_tokens": len(prompts[1]) + 149,
+        "kv_evicted_tokens": 0,
+    }
+    several = server.generate(prompts[2], {**params, "n": 3})
+    assert [said(answer["meta_info"]) for answer in several] == [expected_info(len(prompts[2]), 150)] * 3
+    total += sum(answer["meta_info"]["kv_compactions"] for answer in several)
+    stats = server.server_info()["internal_states"][0]["kv_policy_stats"]
+    assert stats["compactions"] - before == total
+    server.assert_clean()
