@@ -85,6 +85,8 @@ def uv_environment() -> "dict[str, str]":
         "UV_FIND_LINKS": ",".join(told.get("find-links", "").split()),
         "SSL_CERT_FILE": told.get("cert"),
         "UV_HTTP_TIMEOUT": told.get("timeout", told.get("default-timeout")),
+        # Once for all: where Python may not write bytecode, each of a server's processes would compile SGLang again.
+        "UV_COMPILE_BYTECODE": "1",
     }
     return {**{key: value for key, value in settings.items() if value}, **os.environ}
 
