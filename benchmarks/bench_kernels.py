@@ -14,12 +14,14 @@ the weights (8.03e9 of 2 bytes) and their KV once, at that bandwidth, nothing el
 
 Writes ``kernels.csv``, one row per measurement, and ``kernels.png`` to ``benchmarks/results/<hardware>/``, takes under
 8 minutes, and needs torch, triton, matplotlib, tqdm and this repository. ``--device cpu`` times the torch path alone,
-on one small layer.
+on one small layer, and then runs ``benchmarks.bench_scoring``: the closed form against the quadratic one, on keys of
+the small model (which ``make setup`` fetches) and on random keys.
 """
 
 import argparse
 import csv
 import re
+import subprocess
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -270,6 +272,10 @@ def main() -> None:
             numbers = {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(row).items()}
             writer.writerow(numbers | versions)
     plot(report.rows, out / "kernels.png")
+    if not on_gpu:
+        # The closed form against the quadratic one, on the keys of a real model and on random ones.
+        for flags in ([], ["--random", "--head-dim", "128"]):
+            subprocess.run([sys.executable, "-m", "benchmarks.bench_scoring", *flags, "--out", str(out)], check=True)
 
 
 if __name__ == "__main__":

@@ -145,7 +145,9 @@ def test_shared_prompts_of_long_requests_hit_as_without_a_policy(seed):
     rng = random.Random(seed)
     shared = [random_ids(rng, 64) for _ in range(4)]
     requests = [greedy(prompt, 2, when_idle=True) for prompt in shared]
-    requests += [greedy(shared[i % 4] + random_ids(rng, 6), 200, at_step=300) for i in range(40)]
+    # All at once, as soon as the four prompts are in the tree. No two go on with the same token, else they would find
+    # more, depending on which comes first.
+    requests += [greedy([*shared[i % 4], 3 + i, 7, 7], 200, when_idle=i == 0) for i in range(40)]
     hits = {}
     for name, flags in (("policy", SETTING.flags), ("stock", [])):
         result = run_scheduler([*FLAGS, *pool(16384 if name == "stock" else 2048), *flags], requests)

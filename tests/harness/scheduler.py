@@ -110,7 +110,7 @@ def run_scheduler(
     requests: list[Request],
     *,
     env: dict[str, str] | None = None,
-    timeout: float = 120.0,
+    timeout: float = 240.0,
     num_threads: int = 1,
 ) -> RunResult:
     """Start a scheduler with these command-line flags, run the requests to their end, stop it.
