@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from rkv_sglang.cache.plan import ceil_to_page
 from rkv_sglang.cache.query_window import query_bytes_per_slot
-from rkv_sglang.cache.reservation import ceil_to_page, fits_pool
+from rkv_sglang.cache.reservation import fits_pool
 from rkv_sglang.config import PolicyConfig
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from rkv_sglang.kernels.paged_batch import pages_needed
+
 
 @dataclass(frozen=True)
 class CompactionPlan:
@@ -27,6 +29,11 @@ class CompactionPlan:
         return self.resident_len - self.kept_len
 
 
+def ceil_to_page(num_tokens: int, page_size: int) -> int:
+    """Return the tokens that the pages of ``num_tokens`` tokens hold."""
+    return pages_needed(num_tokens, page_size) * page_size
+
+
 def plan_compaction(*, prompt_len: int, resident_len: int, budget: int, page_size: int) -> CompactionPlan:
     """Plan to keep ``budget`` generated tokens.
 
@@ -38,5 +45,5 @@ def plan_compaction(*, prompt_len: int, resident_len: int, budget: int, page_siz
             f"nothing to evict: {resident_len - prompt_len} generated tokens are resident and the budget is {budget}"
         )
     kept_len = prompt_len + budget
-    freed_start = -(-kept_len // page_size) * page_size
+    freed_start = ceil_to_page(kept_len, page_size)
     return CompactionPlan(prompt_len, resident_len, kept_len, freed_start, resident_len)

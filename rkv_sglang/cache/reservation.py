@@ -4,13 +4,9 @@ A request under a policy never holds more than its prompt and ``capacity`` gener
 then its whole history is prefilled again and stays until ``window`` decode queries were seen.
 """
 
-from rkv_sglang.cache.lengths import can_ever_compact, steps_until_due
+from rkv_sglang.cache.lengths import steps_until_due
+from rkv_sglang.cache.plan import ceil_to_page
 from rkv_sglang.config import PolicyConfig
-
-
-def ceil_to_page(num_tokens: int, page_size: int) -> int:
-    """Return the tokens that the pages of ``num_tokens`` tokens hold."""
-    return -(-num_tokens // page_size) * page_size
 
 
 def decode_growth(
@@ -34,10 +30,10 @@ def tokens_to_reserve(config: PolicyConfig, *, output_len: int, max_new_tokens: 
 
     ``min(max_new_tokens, capacity)`` for a new request; a retracted one is prefilled with its ``output_len`` tokens.
     """
-    left = max(max_new_tokens - output_len, 0)
-    if not can_ever_compact(config, max_new_tokens):
-        return left
-    return min(left, max(config.capacity - output_len, config.window if output_len > 0 else 0))
+    # The prompt cancels out.
+    return decode_growth(
+        config, prompt_len=0, resident_len=output_len, tokens_left=max_new_tokens - output_len, decode_steps=0
+    )
 
 
 def fits_pool(num_prefill_tokens: int, num_growth_tokens: int, pool_size: int, page_size: int) -> bool:

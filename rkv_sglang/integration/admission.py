@@ -9,7 +9,8 @@ from http import HTTPStatus
 from typing import Any
 
 from rkv_sglang.cache.lengths import can_ever_compact
-from rkv_sglang.cache.reservation import ceil_to_page, decode_growth, fits_pool, tokens_to_reserve
+from rkv_sglang.cache.plan import ceil_to_page
+from rkv_sglang.cache.reservation import decode_growth, fits_pool, tokens_to_reserve
 from rkv_sglang.integration.hook import Hook
 from rkv_sglang.integration.process import get_runtime
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
+from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers, pages_needed
 
 # What a program holds in registers between a chunk's loads and its stores: 128 bytes for each thread.
 CHUNK_BYTES = 16384
@@ -176,7 +176,7 @@ def move_kept_torch(keys: PagedBuffers, values: PagedBuffers, batch: PagedBatch,
         tokens = torch.arange(prompt_len, kv_len, device=keys.device)
         pages = batch.kv_indices[first_page + tokens // batch.page_size].long()
         offsets = tokens % batch.page_size
-        first_page += -(-kv_len // batch.page_size)
+        first_page += pages_needed(kv_len, batch.page_size)
         for layer in range(keys.num_layers):
             kept = kept_indices[layer, request, :, :budget].long()
             for buffers in (keys, values):

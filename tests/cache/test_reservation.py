@@ -1,9 +1,10 @@
 """Reservations against a simulated life of a request, token by token."""
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rkv_sglang.cache.reservation import ceil_to_page, decode_growth, fits_pool, tokens_to_reserve
+from rkv_sglang.cache.plan import ceil_to_page
+from rkv_sglang.cache.reservation import decode_growth, fits_pool, tokens_to_reserve
 from rkv_sglang.config import PolicyConfig
 
 CONFIGS = st.builds(
@@ -43,6 +44,8 @@ def test_growth_is_what_the_request_grows_by(config, prompt_len, max_new_tokens,
     assert growth == max(lens[step:]) - lens[step]
 
 
+# As many tokens as its capacity and one more: too few for a compaction.
+@example(PolicyConfig(window=4, budget=20, buffer=10), 7, 31, 0)
 @given(CONFIGS, st.integers(1, 50), st.integers(1, 150), st.integers(0, 120))
 def test_a_waiting_request_reserves_what_it_will_hold(config, prompt_len, max_new_tokens, output_len):
     output_len = min(output_len, max_new_tokens - 1)

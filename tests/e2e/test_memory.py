@@ -7,7 +7,7 @@ import pytest
 
 from rkv_sglang.cache.memory_plan import requests_at_once
 from rkv_sglang.config import PolicyConfig
-from tests.e2e.workload import Setting, assert_same_tokens, greedy, oracle, random_ids, six_prompts
+from tests.e2e.workload import Setting, assert_same_tokens, greedy, oracle, random_ids, retracting, six_prompts
 from tests.harness.scheduler import Request, run_scheduler
 from tests.tiny_models import tiny_model_path
 
@@ -113,8 +113,7 @@ def test_length_limits_are_those_of_the_model_or_of_the_request():
 def test_forced_retraction_with_histories_longer_than_the_pool_ends_every_request():
     # SGLang retracts the request with the fewest tokens; of equals, each in its turn.
     requests = [greedy(prompt, 500) for prompt in six_prompts()]
-    env = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "61"}
-    result = run_scheduler([*FLAGS, *pool(384), *SETTING.flags], requests, env=env, timeout=240)
+    result = run_scheduler([*FLAGS, *pool(384), *SETTING.flags], requests, env=retracting(61))
     result.assert_clean()
     ends = [output.finish_reason for output in result.outputs]
     assert {end["type"] for end in ends} == {"length", "abort"}

@@ -3,7 +3,7 @@
 import pytest
 
 from rkv_sglang.policies.registry import POLICIES
-from tests.e2e.workload import assert_same_tokens, greedy, six_prompts
+from tests.e2e.workload import assert_same_tokens, greedy, outputs_at_retractions, retracting, six_prompts
 from tests.harness.environment import PROBE_DIR, PROJECT_ROOT
 from tests.harness.scheduler import run_scheduler
 from tests.harness.server import Server
@@ -38,16 +38,11 @@ def test_a_stateful_policy_forgets_what_a_retraction_dropped():
     model = tiny_model_path("llama-gqa")
     prompts = six_prompts()[:4]
     flags = ["--model-path", str(model), "--kv-policy", "h2o", "--rkv-budget", str(BUDGET), "--rkv-buffer", str(BUFFER)]
-    env = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "71"}
-    result = run_scheduler(flags, [greedy(prompt, NUM_TOKENS) for prompt in prompts], env=env)
+    result = run_scheduler(flags, [greedy(prompt, NUM_TOKENS) for prompt in prompts], env=retracting(71))
     result.assert_clean()
     assert result.probe.retractions >= 1
     for i, (prompt, output) in enumerate(zip(prompts, result.outputs, strict=True)):
-        points, last = [], 0
-        for entry in result.probe.per_request(f"r{i:05d}"):
-            if entry["retractions"] > last:
-                last = entry["retractions"]
-                points.append(entry["output_len"])
+        points = outputs_at_retractions(result, f"r{i:05d}")
         expected = dense_generate(
             model,
             prompt,

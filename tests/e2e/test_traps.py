@@ -4,8 +4,17 @@ import random
 
 import pytest
 
-from tests.e2e.workload import Setting, assert_same_tokens, greedy, oracle, random_ids, six_prompts
-from tests.harness.scheduler import Request, RunResult, run_scheduler
+from tests.e2e.workload import (
+    Setting,
+    assert_same_tokens,
+    greedy,
+    oracle,
+    outputs_at_retractions,
+    random_ids,
+    retracting,
+    six_prompts,
+)
+from tests.harness.scheduler import Request, run_scheduler
 from tests.oracle.dense import dense_generate
 from tests.tiny_models import tiny_model_path
 
@@ -13,20 +22,6 @@ MODEL = tiny_model_path("llama-gqa")
 FLAGS = ["--model-path", str(MODEL)]
 SETTING = Setting(budget=24, buffer=16)
 CAPACITY = SETTING.budget + SETTING.buffer
-
-
-def retracting(interval: int) -> dict[str, str]:
-    return {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": str(interval)}
-
-
-def outputs_at_retractions(result: RunResult, rid: str) -> list[int]:
-    """Return after how many output tokens a request was prefilled again, each time."""
-    points, last = [], 0
-    for entry in result.probe.per_request(rid):
-        if entry["retractions"] > last:
-            last = entry["retractions"]
-            points.append(entry["output_len"])
-    return points
 
 
 @pytest.mark.parametrize("overlap", [[], ["--disable-overlap-schedule"]], ids=["overlap", "no-overlap"])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from tests.harness.scheduler import Request
+from tests.harness.scheduler import Request, RunResult
 from tests.oracle.dense import DenseResult, dense_generate
 from tests.tiny_models import VOCAB_SIZE
 
@@ -68,3 +68,18 @@ def assert_same_tokens(found: list[int], expected: DenseResult, name: str) -> No
                 f"{name}: token {i} is {token} instead of {right}; logit gap there {expected.logit_gaps[i]:.2e}, "
                 f"smallest score margins of the compactions before: {[f'{m:.1e}' for m in margins]}"
             )
+
+
+def retracting(interval: int) -> dict[str, str]:
+    """Return the environment in which SGLang retracts a request every so many forward passes."""
+    return {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": str(interval)}
+
+
+def outputs_at_retractions(result: RunResult, rid: str) -> list[int]:
+    """Return after how many output tokens a request was prefilled again, each time."""
+    points, last = [], 0
+    for entry in result.probe.per_request(rid):
+        if entry["retractions"] > last:
+            last = entry["retractions"]
+            points.append(entry["output_len"])
+    return points
