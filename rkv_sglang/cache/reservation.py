@@ -36,9 +36,15 @@ def tokens_to_reserve(config: PolicyConfig, *, output_len: int, max_new_tokens: 
     )
 
 
-def fits_pool(num_prefill_tokens: int, num_growth_tokens: int, pool_size: int, page_size: int) -> bool:
-    """Return whether SGLang would ever admit a request of these sizes: into an otherwise empty pool.
+def most_growth(num_prefill_tokens: int, pool_size: int, page_size: int) -> int:
+    """Return the most tokens of growth with which SGLang admits a request into an otherwise empty pool.
 
-    Admission counts one page more than the request needs and asks for more than nothing to be left.
+    Admission counts one page more than the request needs and asks for more than nothing to be left. Negative if the
+    request does not fit at all.
     """
-    return ceil_to_page(num_prefill_tokens, page_size) + num_growth_tokens + page_size < pool_size
+    return pool_size - page_size - 1 - ceil_to_page(num_prefill_tokens, page_size)
+
+
+def fits_pool(num_prefill_tokens: int, num_growth_tokens: int, pool_size: int, page_size: int) -> bool:
+    """Return whether SGLang would ever admit a request of these sizes."""
+    return num_growth_tokens <= most_growth(num_prefill_tokens, pool_size, page_size)

@@ -10,7 +10,7 @@ from typing import Any
 
 from rkv_sglang.cache.lengths import can_ever_compact
 from rkv_sglang.cache.plan import ceil_to_page
-from rkv_sglang.cache.reservation import decode_growth, fits_pool, tokens_to_reserve
+from rkv_sglang.cache.reservation import decode_growth, fits_pool, most_growth, tokens_to_reserve
 from rkv_sglang.integration.hook import Hook
 from rkv_sglang.integration.process import get_runtime
 
@@ -28,23 +28,28 @@ def _estimate(req: Any) -> Iterator[None]:
     reserved = tokens_to_reserve(
         config, output_len=len(req.output_ids), max_new_tokens=req.sampling_params.max_new_tokens
     )
-    schedule_policy.CLIP_MAX_NEW_TOKENS = max(reserved, _least_growth(req, len(req.output_ids)))
+    held = len(req.origin_input_ids) + len(req.output_ids)
+    schedule_policy.CLIP_MAX_NEW_TOKENS = max(reserved, _least_growth(req, held))
     try:
         yield
     finally:
         schedule_policy.CLIP_MAX_NEW_TOKENS = stock
 
 
-def _least_growth(req: Any, generated_len: int) -> int:
+def _least_growth(req: Any, resident_len: int) -> int:
     """Return what must be reserved for a request however little it holds: there is one query row for that many tokens.
 
-    Only a request with a budget of its own, below the server's, holds less.
+    Only a request with a budget of its own, below the server's, holds less. Alone in the pool it needs no more than
+    the pool has: there is always one row.
     """
     runtime = get_runtime()
     config = runtime.settings_of(req)
     if config is None or config.capacity >= runtime.config.capacity or not runtime.may_compact(req):
         return 0
-    return max(runtime.config.capacity - generated_len, 0)
+    scheduler = runtime.scheduler
+    assert scheduler is not None
+    most = most_growth(resident_len, scheduler.max_total_num_tokens, scheduler.page_size)
+    return max(min(runtime.config.capacity + len(req.origin_input_ids) - resident_len, most), 0)
 
 
 @contextlib.contextmanager
@@ -82,7 +87,7 @@ def adder_class(base: Any) -> Any:
                 tokens_left=req.sampling_params.max_new_tokens - len(req.output_ids),
                 decode_steps=req.decode_batch_idx,
             )
-            growth = max(growth, _least_growth(req, held - len(req.origin_input_ids)))
+            growth = max(growth, _least_growth(req, held))
             reserved = ceil_to_page(held + growth, self.page_size) - ceil_to_page(held, self.page_size)
             if self._counted_for_preemption is not None and id(req) not in self._counted_for_preemption:
                 # SGLang asks first what preempting the request would bring and later what was reserved for it. A

@@ -62,6 +62,17 @@ def test_small_budgets_never_run_out_of_query_rows():
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
+def test_a_small_budget_is_served_where_the_servers_own_would_not_fit(page_size):
+    """What is reserved for its query row must not be more than the pool has."""
+    prompt, setting = six_prompts()[0], Setting(budget=20, buffer=5)
+    flags = [*FLAGS, "--max-total-tokens", "256", "--page-size", str(page_size), *Setting(budget=200, buffer=100).flags]
+    result = run_scheduler(flags, [asking(prompt, setting, 300) for _ in range(2)], timeout=90)
+    result.assert_clean()
+    for output in result.outputs:
+        assert_same_tokens(output.output_ids, oracle(MODEL, prompt, 300, setting), "small budget, small pool")
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
 def test_half_without_a_policy_in_a_crowded_pool(page_size):
     prompts = six_prompts()
     batch = [asking(prompts[i % 6], SERVER if i % 2 else None, 90 + 10 * i) for i in range(16)]
