@@ -15,14 +15,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor = commands.add_parser(
         "doctor", help="check whether a server here could run with --kv-policy, and say why if not; --plan its memory"
     )
+    doctor.add_argument("--details", action="store_true", help="then list hooks, and what is supported and refused")
     add_plan_flags(doctor)
+    doctor.set_defaults(run=_doctor)
     options = parser.parse_args(argv)
+    return int(options.run(options))
+
+
+def _doctor(options: argparse.Namespace) -> int:
     if options.plan:
         return print_plan(options)
     # Imported here so that --help does not wait for SGLang.
     from rkv_sglang.integration.doctor import diagnose
 
-    return diagnose()
+    status = diagnose()
+    if options.details and status == 0:
+        from rkv_sglang.integration.doctor_details import print_details
+
+        print_details()
+    return status
 
 
 if __name__ == "__main__":

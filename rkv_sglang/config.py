@@ -23,6 +23,8 @@ class PolicyConfig:
         similarity_threshold: Cosine above which two keys count as near-duplicates, in [-1, 1].
         parameters: Further parameters of the policy by name; where the policy is made they are checked, and come before
             the settings above.
+        trace: Whether requests may ask that their compactions be recorded, which makes the scheduler wait for the
+            device at each.
 
     Raises:
         ValueError: A value is out of range; the message is one line that names the flag and the mend.
@@ -36,10 +38,13 @@ class PolicyConfig:
     kernel_size: int = 7
     similarity_threshold: float = 0.5
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    trace: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, str) or not self.policy:
             raise ValueError(f"--kv-policy {self.policy!r} is not a name: set --kv-policy to the name of a policy")
+        if not isinstance(self.trace, bool):
+            raise ValueError(f"--rkv-trace {self.trace!r} is not a boolean: set --rkv-trace or leave it out")
         for flag, value, least in (
             ("--rkv-window", self.window, 1),
             ("--rkv-buffer", self.buffer, 1),

@@ -24,12 +24,27 @@ class DueRequest:
         slots: Every resident token's slot, temporal order, ``[plan.resident_len]``, int64. A snapshot: the engine may
             rewrite its index map while the compaction runs on another stream.
         logical_len: Tokens ever seen, evicted ones included.
-        kept_scores: What ``compact_requests`` returned for this request last time.
+        kept_scores: The ``Compacted.kept_scores`` of this request's last compaction.
     """
 
     plan: CompactionPlan
     slots: torch.Tensor
     logical_len: int
+    kept_scores: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Compacted:
+    """What one compaction did to one request.
+
+    Attributes:
+        kept_indices: Of the generated tokens that were resident, those that stay, ascending,
+            ``[num_layers, num_kv_heads, budget]``, int32, on the pool's device.
+        kept_scores: What a stateful policy is to be given back at the request's next compaction, as
+            ``DueRequest.kept_scores``, ``[num_layers, num_kv_heads, budget - window]``, fp32; None for other policies.
+    """
+
+    kept_indices: torch.Tensor
     kept_scores: torch.Tensor | None = None
 
 
@@ -39,7 +54,7 @@ def compact_requests(
     read_queries: Callable[[slice], torch.Tensor],
     policy: Policy,
     window: int,
-) -> list[torch.Tensor | None]:
+) -> list[Compacted]:
     """Keep of each request what its plan says, chosen per layer and KV head.
 
     Mutates the pool in each request's own slots from ``plan.prompt_len`` to ``plan.kept_len``; the prompt's slots are
@@ -52,10 +67,9 @@ def compact_requests(
         window: Most recent tokens, kept whatever their score.
 
     Returns:
-        Per request what a stateful policy is to be given back at the request's next compaction, as
-        ``DueRequest.kept_scores``, ``[num_layers, num_kv_heads, budget - window]``, fp32; None for other policies.
+        Per request, in order, what was kept.
     """
-    kept_scores: list[torch.Tensor | None] = []
+    compacted: list[Compacted] = []
     kv_lens = [request.plan.resident_len for request in requests]
     for part in split_requests(kv_lens, _most_tokens(buffers, window)):
         together = requests[part]
@@ -69,8 +83,9 @@ def compact_requests(
         )
         history = [History(request.logical_len, request.kept_scores) for request in together]
         kept = compact_paged(buffers.keys, buffers.values, batch, read_queries(part), policy, history)
-        kept_scores += kept.scores or [None] * len(together)
-    return kept_scores
+        scores = kept.scores or [None] * len(together)
+        compacted += [Compacted(kept.indices[:, i, :, : batch.budgets_cpu[i]], scores[i]) for i in range(len(together))]
+    return compacted
 
 
 def split_requests(kv_lens: Sequence[int], most_tokens: int) -> Iterator[slice]:

@@ -13,6 +13,8 @@ from rkv_sglang.integration.scheduler_hooks import POLICY_KEY
 COMPACTIONS_KEY = "kv_compactions"
 RESIDENT_KEY, EVICTED_KEY = "kv_resident_tokens", "kv_evicted_tokens"
 KEYS = (POLICY_KEY, COMPACTIONS_KEY, RESIDENT_KEY, EVICTED_KEY)
+# Only for requests that asked for it.
+TRACE_KEY = "kv_trace"
 
 
 def answer_info(req: Any) -> dict[str, Any]:
@@ -20,16 +22,23 @@ def answer_info(req: Any) -> dict[str, Any]:
 
     ``kv_resident_tokens`` are those held at the end, the last token not among them (its KV is never computed);
     ``kv_evicted_tokens`` are counted over the whole life, so a token evicted again after a retraction counts twice.
+    ``kv_trace`` is there if the request asked for it; with tensor parallelism it knows the first rank's heads.
     """
     runtime = get_runtime()
     config, state = runtime.settings_of(req), runtime.state_of(req)
     seen = len(req.origin_input_ids) + max(len(req.output_ids) - 1, 0)
-    return {
+    info = {
         POLICY_KEY: NO_POLICY if config is None else config.policy,
         COMPACTIONS_KEY: state.compactions,
         RESIDENT_KEY: seen - state.evicted_tokens,
         EVICTED_KEY: state.evicted_in_all,
     }
+    trace = runtime.trace_of(req)
+    if trace is not None:
+        assert runtime.buffers is not None
+        keys = runtime.buffers.keys
+        info[TRACE_KEY] = {"num_layers": keys.num_layers, "num_kv_heads": keys.num_kv_heads, "compactions": trace}
+    return info
 
 
 @functools.cache
@@ -44,8 +53,8 @@ def streamer_class(base: Any) -> Any:
         def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[list[Any]]]:
             if not any(req.finished() for req in reqs):
                 return {}
-            infos = [answer_info(req) if req.finished() else None for req in reqs]
-            return {key: [[] if info is None else [info[key]] for info in infos] for key in KEYS}
+            infos = [answer_info(req) if req.finished() else {} for req in reqs]
+            return {key: [[info[key]] if key in info else [] for info in infos] for key in (*KEYS, TRACE_KEY)}
 
     return PolicyOutputStreamer
 
@@ -57,7 +66,7 @@ def use_policy_streamer(result: Any, scheduler: Any) -> Any:
 
 def unpack_answer_info(_: None, manager: Any, meta_info: dict[str, Any], state: Any, *args: Any, **kwargs: Any) -> None:
     """Make the policy's fields plain values: SGLang gathers what comes along in lists, one entry a token."""
-    for key in KEYS:
+    for key in (*KEYS, TRACE_KEY):
         values = state.customized_info_accumulated.pop(key, [])
         state.customized_info_reported_keys.discard(key)
         if values:

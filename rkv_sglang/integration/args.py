@@ -41,6 +41,9 @@ _HELP = {
     "rkv_kernel_size": "Width of the max-pool that spreads importance to neighbouring tokens. Odd; 1 turns it off. "
     "Unit: tokens.",
     "rkv_similarity_threshold": "Cosine similarity, from -1 to 1, above which two keys count as near-duplicates.",
+    "rkv_trace": "Let requests ask for a record of their compactions with custom_params {'kv_trace': true}, as "
+    "`rkv-sglang view` does. The scheduler then waits for the device at each compaction of such a request; others pay "
+    "nothing.",
     _PARAMETERS_FIELD: "Parameters of the policy by name, as JSON such as '{\"mix_lambda\": 0.2}' or as the path of a "
     "JSON file. They come before the flags of the same name.",
 }
@@ -60,6 +63,7 @@ class RKVServerArgs(sglang_args.ServerArgs, dict=True):  # type: ignore[misc, ca
     rkv_mix_lambda: float = PolicyConfig.mix_lambda
     rkv_kernel_size: int = PolicyConfig.kernel_size
     rkv_similarity_threshold: float = PolicyConfig.similarity_threshold
+    rkv_trace: bool = PolicyConfig.trace
     kv_policy_config: str | dict[str, Any] = "{}"
 
     # Where SGLang publishes the fields: get_memory().kv_policy and so on.
@@ -72,8 +76,12 @@ class RKVServerArgs(sglang_args.ServerArgs, dict=True):  # type: ignore[misc, ca
         super(RKVServerArgs, RKVServerArgs).add_cli_args(parser)
         group = parser.add_argument_group(GROUP_TITLE)
         for name, default in _DEFAULTS.items():
+            flag = "--" + name.replace("_", "-")
+            if default is False:
+                group.add_argument(flag, action="store_true", help=f"{_HELP[name]} Default: {default}.")
+                continue
             group.add_argument(
-                "--" + name.replace("_", "-"),
+                flag,
                 type=type(default),
                 choices=policy_names() if name == _POLICY_FIELD else None,
                 default=default,

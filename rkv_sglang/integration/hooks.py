@@ -7,6 +7,7 @@ from rkv_sglang.integration.admission import ADMISSION_HOOKS
 from rkv_sglang.integration.answer_info import META_INFO_HOOKS, STREAMER_HOOKS
 from rkv_sglang.integration.args import ARGS_HOOKS
 from rkv_sglang.integration.hook import Hook
+from rkv_sglang.integration.metrics import METRICS_HOOKS
 from rkv_sglang.integration.model_hooks import MODEL_HOOKS
 from rkv_sglang.integration.process_hooks import CONTROLLER_HOOKS, LAUNCHER_HOOKS, PROCESS_HOOKS
 from rkv_sglang.integration.scheduler_hooks import SCHEDULER_HOOKS
@@ -21,4 +22,5 @@ HOOKS: tuple[Hook, ...] = (
     *ADMISSION_HOOKS,
     *SCHEDULER_HOOKS,
     *STREAMER_HOOKS,
+    *METRICS_HOOKS,
 )

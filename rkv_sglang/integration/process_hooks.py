@@ -9,6 +9,7 @@ from rkv_sglang.integration.admission import ADMISSION_HOOKS
 from rkv_sglang.integration.answer_info import STREAMER_HOOKS
 from rkv_sglang.integration.args import NO_POLICY, config_from_args, policy_name
 from rkv_sglang.integration.hook import Hook
+from rkv_sglang.integration.metrics import METRICS_HOOKS
 from rkv_sglang.integration.model_hooks import MODEL_HOOKS
 from rkv_sglang.integration.process import set_runtime
 from rkv_sglang.integration.refusals import refuse_runtime
@@ -29,7 +30,7 @@ def start_scheduler(init: Callable[..., None], scheduler: Any, server_args: Any,
 
     runtime = Runtime(config_from_args(server_args))
     set_runtime(runtime)
-    install(MODEL_HOOKS + ADMISSION_HOOKS + SCHEDULER_HOOKS + STREAMER_HOOKS)
+    install(MODEL_HOOKS + ADMISSION_HOOKS + SCHEDULER_HOOKS + STREAMER_HOOKS + METRICS_HOOKS)
     init(scheduler, server_args, *args, **kwargs)
     refuse_runtime(scheduler)
     runtime.bind_scheduler(scheduler)

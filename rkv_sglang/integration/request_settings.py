@@ -9,6 +9,7 @@ from typing import Any
 from rkv_sglang.config import NO_POLICY, PolicyConfig
 
 POLICY_FIELD, BUDGET_FIELD, BUFFER_FIELD = "kv_policy", "kv_budget", "kv_buffer"
+TRACE_FIELD = "kv_trace"
 
 
 def settings_for(custom_params: Any, server: PolicyConfig, pool_size: int) -> PolicyConfig | None:
@@ -50,3 +51,19 @@ def settings_for(custom_params: Any, server: PolicyConfig, pool_size: int) -> Po
             f"of {pool_size} tokens: set them lower"
         )
     return config
+
+
+def wants_trace(custom_params: Any, server: PolicyConfig) -> bool:
+    """Return whether a request asks that its compactions be recorded, with ``kv_trace``: true.
+
+    Raises:
+        ValueError: It asks for it and the server does not allow it, or the value is no boolean; one line.
+    """
+    if not isinstance(custom_params, Mapping) or TRACE_FIELD not in custom_params:
+        return False
+    value = custom_params[TRACE_FIELD]
+    if not isinstance(value, bool):
+        raise ValueError(f"{TRACE_FIELD} {value!r} is not a boolean: set it to true or leave it out")
+    if value and not server.trace:
+        raise ValueError(f"{TRACE_FIELD} is off on this server: start it with --rkv-trace or leave {TRACE_FIELD} out")
+    return value

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rkv_sglang.cache.buffers import KVBuffers
-from rkv_sglang.cache.compact import DueRequest, compact_requests
+from rkv_sglang.cache.compact import Compacted, DueRequest, compact_requests
 from rkv_sglang.cache.lengths import NEVER, RequestState, can_ever_compact, decodes_again, steps_until_due
 from rkv_sglang.cache.plan import CompactionPlan, plan_compaction
 from rkv_sglang.cache.query_window import QueryWindow, num_query_rows
+from rkv_sglang.cache.trace import pack_compaction
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.memory_report import report_memory
-from rkv_sglang.integration.request_settings import settings_for
+from rkv_sglang.integration.metrics import PolicyMetrics, metrics_for
+from rkv_sglang.integration.request_settings import settings_for, wants_trace
+from rkv_sglang.integration.stats import PolicyStats
 from rkv_sglang.kernels.warmup import warm_up
 from rkv_sglang.policies import make_policy
 
@@ -27,25 +29,7 @@ if TYPE_CHECKING:
 # Requests carry their state under this name; SGLang's Req is a plain class.
 STATE_ATTRIBUTE = "rkv_state"
 SETTINGS_ATTRIBUTE = "rkv_settings"
-
-
-@dataclass
-class PolicyStats:
-    """Counters since the start of this scheduler process.
-
-    Attributes:
-        compactions: Compactions done.
-        evicted_tokens: Tokens whose KV was dropped (per layer and head the same count).
-        requests_compressed: Requests compacted at least once.
-        requests_aborted: Requests ended because, once preempted, their history no longer fitted the pool.
-        peak_private_tokens: Most generated tokens any request ever held.
-    """
-
-    compactions: int = 0
-    evicted_tokens: int = 0
-    requests_compressed: int = 0
-    requests_aborted: int = 0
-    peak_private_tokens: int = 0
+TRACE_ATTRIBUTE = "rkv_trace"
 
 
 class Runtime:
@@ -55,6 +39,7 @@ class Runtime:
         self.config = config
         self.policy = make_policy(config)
         self.stats = PolicyStats()
+        self.metrics: PolicyMetrics | None = None
         self.scheduler: Scheduler | None = None
         self.buffers: KVBuffers | None = None
         self.window: QueryWindow | None = None
@@ -100,9 +85,9 @@ class Runtime:
         """Take the scheduler once it is built, and say what was set up."""
         self.scheduler = scheduler
         assert self.window is not None
-        report_memory(
-            scheduler, self.config, side_bytes=self.window.num_bytes, num_query_rows=self.window.buffer.shape[1] - 1
-        )
+        side_bytes = self.window.num_bytes
+        self.metrics = metrics_for(scheduler, side_bytes=side_bytes)
+        report_memory(scheduler, self.config, side_bytes=side_bytes, num_query_rows=self.window.buffer.shape[1] - 1)
 
     def capture_queries(self, layer_id: int, queries: torch.Tensor, forward_batch: Any) -> None:
         """Record one decode step's queries of one layer (called within the forward pass, so within CUDA graphs)."""
@@ -127,8 +112,11 @@ class Runtime:
             ValueError: It asks for what cannot be; one line.
         """
         assert self.scheduler is not None
-        settings = settings_for(req.sampling_params.custom_params, self.config, self.scheduler.max_total_num_tokens)
+        asked = req.sampling_params.custom_params
+        settings = settings_for(asked, self.config, self.scheduler.max_total_num_tokens)
         setattr(req, SETTINGS_ATTRIBUTE, settings)
+        if wants_trace(asked, self.config):
+            setattr(req, TRACE_ATTRIBUTE, [])
 
     def settings_of(self, req: Req) -> PolicyConfig | None:
         """Return what bounds the request's KV; None if nothing does, as for a beam."""
@@ -136,6 +124,10 @@ class Runtime:
             return None
         settings: PolicyConfig | None = getattr(req, SETTINGS_ATTRIBUTE, self.config)
         return settings
+
+    def trace_of(self, req: Req) -> list[dict[str, Any]] | None:
+        """Return the compactions of a request that asked for a trace, as ``pack_compaction`` makes them; else None."""
+        return getattr(req, TRACE_ATTRIBUTE, None)
 
     def _bound(self, req: Req) -> PolicyConfig:
         settings = self.settings_of(req)
@@ -200,7 +192,8 @@ class Runtime:
             slots = batch.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : plan.resident_len].to(torch.int64)
             jobs.append((req, plan, slots))
             evicted[i] = plan.evicted_tokens
-        with self._forward_stream() as stream:
+        timed = self.metrics.timed() if self.metrics is not None else contextlib.nullcontext()
+        with self._forward_stream() as stream, timed:
             self.window.flush()
             requests, places = [], []
             for req, plan, slots in jobs:
@@ -210,13 +203,15 @@ class Runtime:
                 requests.append(DueRequest(plan, slots, state.logical_len(plan.resident_len), state.kept_scores))
                 places.append((req.kv.req_pool_idx, requests[-1].logical_len))
             window = self.window
-            kept_scores = compact_requests(
+            results = compact_requests(
                 self.buffers, requests, lambda part: window.read(places[part]), self.policy, self.config.window
             )
-            for (req, _, _), scores in zip(jobs, kept_scores, strict=True):
-                self.state_of(req).kept_scores = scores
-        for req, plan, _ in jobs:
+        for (req, plan, _), result in zip(jobs, results, strict=True):
+            self.state_of(req).kept_scores = result.kept_scores
+            self._record(req, plan, result)
             self._shrink(req, plan)
+        if self.metrics is not None:
+            self.metrics.count(self.stats)
         evicted_cpu = torch.tensor(evicted, dtype=batch.seq_lens_cpu.dtype, pin_memory=batch.seq_lens.is_cuda)
         # New tensors: results still in flight hold the old ones.
         batch.seq_lens = batch.seq_lens - evicted_cpu.to(batch.seq_lens, non_blocking=True)
@@ -241,10 +236,22 @@ class Runtime:
             page_size=self.scheduler.token_to_kv_pool_allocator.page_size,
         )
 
+    def _record(self, req: Req, plan: CompactionPlan, result: Compacted) -> None:
+        trace = self.trace_of(req)
+        if trace is not None:
+            # Waits for the device; only requests that ask for it pay.
+            trace.append(
+                pack_compaction(
+                    result.kept_indices.cpu(),
+                    resident_len=plan.resident_len - plan.prompt_len,
+                    evicted_before=self.state_of(req).evicted_tokens,
+                )
+            )
+
     def _shrink(self, req: Req, plan: CompactionPlan) -> None:
         """Free the pages past what is kept and shorten the request's lengths."""
         assert self.scheduler is not None and self.window is not None
-        state, kv = self.state_of(req), req.kv
+        kv = req.kv
         # From here on tokens and slots no longer match, so the tree must not take this request's tail.
         req.skip_radix_cache_insert = True
         if plan.freed_start < plan.freed_end:
@@ -252,13 +259,7 @@ class Runtime:
         kv.kv_allocated_len = kv.kv_committed_len = plan.kept_len
         if self._bound(req).buffer > self.config.window:
             self.window.release(kv.req_pool_idx)
-        self.stats.compactions += 1
-        self.stats.evicted_tokens += plan.evicted_tokens
-        self.stats.requests_compressed += state.compactions == 0
-        self.stats.peak_private_tokens = max(self.stats.peak_private_tokens, plan.resident_len - plan.prompt_len)
-        state.compactions += 1
-        state.evicted_tokens += plan.evicted_tokens
-        state.evicted_in_all += plan.evicted_tokens
+        self.stats.count(plan, self.state_of(req))
 
     def on_retract(self, req: Req) -> None:
         """Forget what was cached; keep the recomputed KV of generated tokens out of the tree."""
@@ -266,10 +267,6 @@ class Runtime:
         state.forget_cache()
         if len(req.output_ids) > 0 and self.may_compact(req):
             req.skip_radix_cache_insert = True
-
-    def stats_dict(self) -> dict[str, int]:
-        """Return the counters as plain integers."""
-        return asdict(self.stats)
 
     def _forward_stream(self) -> contextlib.AbstractContextManager[Any]:
         """Enter the stream on which forward passes run, behind what the scheduler's stream has done so far."""

@@ -37,7 +37,7 @@ def forget_cache(_: None, req: Any) -> None:
 
 def add_policy_stats(result: Any, scheduler: Any, recv_req: Any) -> None:
     """Add the policy's counters to the server info."""
-    result.internal_state["kv_policy_stats"] = get_runtime().stats_dict()
+    result.internal_state["kv_policy_stats"] = get_runtime().stats.as_dict()
 
 
 def report_policy(result: dict[str, Any], scheduler: Any) -> None:

@@ -198,6 +198,11 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(setting="--enable-unified-memory", found=_is_on("enable_unified_memory"), why=_NOT_ONE_POOL),
     Refusal(setting="--enable-page-major-kv-layout", found=_is_on("enable_page_major_kv_layout"), why=_NOT_ONE_POOL),
     Refusal(setting="SGLANG_USE_HND_KVCACHE", found=_in_environment("SGLANG_USE_HND_KVCACHE"), why=_NOT_ONE_POOL),
+    Refusal(
+        setting="SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
+        found=_in_environment("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"),
+        why="the KV pool is then sized anew after the policy took its own share of it",
+    ),
     Refusal(setting="--enable-hisparse", found=_is_on("enable_hisparse"), why=_NOT_ONE_POOL),
     Refusal(
         setting="--prefill-only-disable-kv-cache",

@@ -94,9 +94,9 @@ def test_every_head_holds_its_own_kept_tokens_in_order_and_nothing_else_changes(
     policy = RecordingPolicy([])
     queries = torch.randn(num_layers, num_requests, window, num_kv_heads * group_size, head_dim)
 
-    states = compact_requests(buffers, requests, lambda part: queries[:, part], policy, window)
+    compacted = compact_requests(buffers, requests, lambda part: queries[:, part], policy, window)
 
-    assert states == [None] * num_requests
+    assert [result.kept_scores for result in compacted] == [None] * num_requests
     untouched = torch.ones(200, dtype=torch.bool)
     for request in requests:
         untouched[request.slots[request.plan.prompt_len : request.plan.kept_len]] = False
@@ -104,7 +104,7 @@ def test_every_head_holds_its_own_kept_tokens_in_order_and_nothing_else_changes(
     for layer in range(num_layers):
         assert torch.equal(keys[layer][untouched], before_keys[layer][untouched])
         assert torch.equal(values[layer][untouched], before_values[layer][untouched])
-    for request in requests:
+    for request, result in zip(requests, compacted, strict=True):
         plan, private_slots = request.plan, request.slots[request.plan.prompt_len :]
         num_generated, budget = len(private_slots), plan.kept_len - plan.prompt_len
         written = private_slots[:budget]
@@ -112,7 +112,9 @@ def test_every_head_holds_its_own_kept_tokens_in_order_and_nothing_else_changes(
             layer_scores = next(scores)
             for head in range(num_kv_heads):
                 top = layer_scores[head, plan.prompt_len :].topk(budget - window).indices.sort().values
-                source = private_slots[torch.cat([top, torch.arange(num_generated - window, num_generated)])]
+                kept = torch.cat([top, torch.arange(num_generated - window, num_generated)])
+                assert result.kept_indices[layer, head].tolist() == kept.tolist()
+                source = private_slots[kept]
                 assert torch.equal(keys[layer][written, head], before_keys[layer][source, head])
                 assert torch.equal(values[layer][written, head], before_values[layer][source, head])
 
@@ -143,6 +145,10 @@ def test_attention_over_the_compacted_cache_is_attention_with_the_dropped_tokens
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def kept_scores(*arguments) -> list[torch.Tensor | None]:
+    return [result.kept_scores for result in compact_requests(*arguments)]
+
+
 def test_what_a_stateful_policy_scored_comes_back_with_the_tokens_that_it_kept():
     window, budget, num_kv_heads, prompt_len = 2, 6, 2, 3
     buffers = make_pool(2, 32, num_kv_heads, 4, torch.float32)
@@ -152,15 +158,15 @@ def test_what_a_stateful_policy_scored_comes_back_with_the_tokens_that_it_kept()
     def read_queries(part: slice) -> torch.Tensor:
         return torch.randn(2, 1, window, num_kv_heads, 4)
 
-    (first,) = compact_requests(buffers, [DueRequest(plan, slots[:13], 13)], read_queries, policy, window)
+    (first,) = kept_scores(buffers, [DueRequest(plan, slots[:13], 13)], read_queries, policy, window)
     # Of the generated tokens 3 to 12 the newest stay: 7 to 10 for their score, 11 and 12 as the window.
     assert first.tolist() == [[[7, 8, 9, 10]] * num_kv_heads] * 2
     plan = plan_compaction(prompt_len=prompt_len, resident_len=12, budget=budget, page_size=1)
-    (second,) = compact_requests(buffers, [DueRequest(plan, slots[:12], 16, first)], read_queries, policy, window)
+    (second,) = kept_scores(buffers, [DueRequest(plan, slots[:12], 16, first)], read_queries, policy, window)
     # Tokens scored before now outrank all others; there are as many as are kept.
     assert second.tolist() == [[[1007, 1008, 1009, 1010]] * num_kv_heads] * 2
     plan = plan_compaction(prompt_len=prompt_len, resident_len=12, budget=budget + 1, page_size=1)
-    (third,) = compact_requests(buffers, [DueRequest(plan, slots[:12], 19, second)], read_queries, policy, window)
+    (third,) = kept_scores(buffers, [DueRequest(plan, slots[:12], 19, second)], read_queries, policy, window)
     # One more is kept: the newest candidate, at logical position 16, which was never scored.
     assert third.tolist() == [[[2007, 2008, 2009, 2010, 16]] * num_kv_heads] * 2
 

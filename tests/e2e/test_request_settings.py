@@ -1,11 +1,15 @@
 """Requests with settings of their own share batches, each answers as if alone, and says how it was compressed."""
 
 import json
+import re
+import time
 from collections.abc import Iterator
 
 import pytest
 import requests
+from prometheus_client.parser import text_string_to_metric_families
 
+from rkv_sglang.cache.trace import kept_positions
 from tests.e2e.workload import Setting, assert_same_tokens, greedy, oracle, six_prompts
 from tests.harness.scheduler import Request, run_scheduler
 from tests.harness.server import Server
@@ -94,13 +98,14 @@ BAD = [
     ({"kv_budget": True}, "kv_budget True is not an integer"),
     ({"kv_buffer": 0}, "kv_buffer 0 is not an integer of at least 1: set it to 1 or more"),
     ({"kv_buffer": -3}, "kv_buffer -3 is not an integer"),
+    ({"kv_trace": "yes"}, "kv_trace 'yes' is not a boolean: set it to true or leave it out"),
     ({"kv_budget": 99_999}, "kv_budget 99999 and kv_buffer 16 together exceed this server's KV pool of 16384 tokens"),
 ]
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with Server([*FLAGS, *SERVER.flags]) as running:
+    with Server([*FLAGS, *SERVER.flags, "--enable-metrics", "--rkv-trace", "--decode-log-interval", "1"]) as running:
         yield running
 
 
@@ -144,6 +149,88 @@ def expected_info(prompt_len: int, num_tokens: int, budget: int = 32, buffer: in
 
 def said(meta_info: dict[str, object]) -> dict[str, object]:
     return {key: meta_info[key] for key in KEYS if key in meta_info}
+
+
+def scraped(server: Server) -> dict[str, float]:
+    """Return every series of the policy by name; the buckets of the histogram by name and bound."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(requests.get(f"{server.url}/metrics", timeout=30).text):
+        for sample in family.samples:
+            if sample.name.startswith("rkv:"):
+                assert {"model_name", "engine_type", "tp_rank", "pp_rank"} <= set(sample.labels)
+                key = sample.name + sample.labels.get("le", "")
+                assert key not in found, key
+                found[key] = sample.value
+    return found
+
+
+@pytest.mark.server
+def test_metrics_are_the_sums_of_meta_info_and_the_log_tells_resident_from_logical(server):
+    prompts = [list(prompt) for prompt in six_prompts()]
+    params = {"temperature": 0, "max_new_tokens": 150, "ignore_eos": True}
+    before = scraped(server)
+    custom: list[dict[str, object]] = [{}, {"kv_policy": "none"}, {"kv_budget": 17, "kv_buffer": 5}, {}, {}, {}]
+    batch = [{**params, "custom_params": asked} for asked in custom]
+    batch[3]["max_new_tokens"] = 48
+    infos = [answer["meta_info"] for answer in server.generate_many(prompts, batch)]
+    server.assert_clean()
+    # What SGLang sets when it has nothing to do arrives with its next look.
+    deadline = time.monotonic() + 30
+    while scraped(server)["rkv:logical_tokens"] > 0 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    after = scraped(server)
+    assert (after["rkv:resident_tokens"], after["rkv:logical_tokens"]) == (0, 0)
+    assert after["rkv:side_buffer_bytes"] > 0
+    grown = {name: after[name] - before.get(name, 0) for name in after}
+    compactions = sum(info["kv_compactions"] for info in infos)
+    assert compactions > 20
+    assert grown["rkv:compactions_total"] == compactions
+    assert grown["rkv:evicted_tokens_total"] == sum(info["kv_evicted_tokens"] for info in infos)
+    assert grown["rkv:requests_compressed_total"] == sum(info["kv_compactions"] > 0 for info in infos) == 4
+    # Requests that are due at once are compacted at once.
+    assert 0 < grown["rkv:compaction_seconds_count"] <= compactions
+    assert grown["rkv:compaction_seconds_bucket+Inf"] == grown["rkv:compaction_seconds_count"]
+    assert grown["rkv:compaction_seconds_sum"] > 0
+    logged = re.findall(r"Decode batch.* #resident/logical: (\d+)/(\d+), ", server.log())
+    assert all(int(resident) <= int(logical) for resident, logical in logged)
+    assert any(int(resident) + 100 < int(logical) for resident, logical in logged)
+
+
+@pytest.mark.server
+def test_a_trace_tells_what_every_head_kept_and_only_who_asks_gets_one(server):
+    prompt = six_prompts()[3]
+    params = {"temperature": 0, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
+    answer = server.generate(list(prompt), {**params, "custom_params": {"kv_trace": True}})
+    expected = oracle(MODEL, prompt, NUM_TOKENS, SERVER)
+    assert_same_tokens(answer["output_ids"], expected, "traced")
+    trace = answer["meta_info"]["kv_trace"]
+    num_layers, num_kv_heads, _ = expected.compactions[0].kept_positions.shape
+    assert (trace["num_layers"], trace["num_kv_heads"]) == (num_layers, num_kv_heads)
+    held = kept_positions(trace["compactions"], num_layers, num_kv_heads, NUM_TOKENS)
+    assert len(held) == len(expected.compactions) == answer["meta_info"]["kv_compactions"]
+    for mask, compaction in zip(held, expected.compactions, strict=True):
+        for layer in range(num_layers):
+            for head in range(num_kv_heads):
+                kept = compaction.kept_positions[layer, head, len(prompt) :] - len(prompt)
+                assert mask[layer, head].nonzero()[0].tolist() == kept.tolist()
+    none = server.generate(list(prompt), {**params, "custom_params": {"kv_trace": True, "kv_policy": "none"}})
+    assert none["meta_info"]["kv_trace"]["compactions"] == []
+    assert "kv_trace" not in server.generate(list(prompt), params)["meta_info"]
+
+
+@pytest.mark.server
+def test_an_openai_answer_says_it_too_if_asked_for_meta_info(server):
+    body = {
+        "model": "m",
+        "messages": [{"role": "user", "content": "count on"}],
+        "max_tokens": 150,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_meta_info": True,
+    }
+    answer = requests.post(f"{server.url}/v1/chat/completions", json=body, timeout=120).json()
+    prompt_len = answer["usage"]["prompt_tokens"]
+    assert said(answer["choices"][0]["meta_info"]) == expected_info(prompt_len, 150)
 
 
 @pytest.mark.server

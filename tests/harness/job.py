@@ -186,9 +186,15 @@ class _Run:
             for rid, request in self._job["requests"]:
                 outputs[rid] = empty_output(len(request.input_ids))
                 sock_send(to_scheduler, generate_message(rid, request))
-            # Held back by the gate until everything is done.
+            while any(output["finish_reason"] is None for output in outputs.values()):
+                if from_scheduler.poll(100):
+                    take(outputs, sock_recv(from_scheduler))
+                else:
+                    self._check_alive()
+            # Not before all answers are here: a scheduler that ends takes those with it that its socket still holds.
+            # The gate holds it back until the idle checks have run.
             sock_send(to_scheduler, ShutdownReq())
-            while any(output["finish_reason"] is None for output in outputs.values()) or self._is_scheduler_alive():
+            while self._is_scheduler_alive():
                 if from_scheduler.poll(100):
                     take(outputs, sock_recv(from_scheduler))
                 else:

@@ -34,6 +34,7 @@ VALUES: dict[str, Any] = {
     "mix_lambda": 0.25,
     "kernel_size": 3,
     "similarity_threshold": -0.5,
+    "trace": True,
     "parameters": {"mix_lambda": 0.75},
 }
 FIELDS = {"policy": "kv_policy", "parameters": "kv_policy_config"}
@@ -50,6 +51,10 @@ def flag_of(setting: str) -> str:
 def text_of(value: Any) -> str:
     """Write a value as on the command line."""
     return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def argv_of(setting: str, value: Any) -> list[str]:
+    return [flag_of(setting)] if value is True else [flag_of(setting), text_of(value)]
 
 
 ALL_FIELDS = {field_of(setting): value for setting, value in VALUES.items()}
@@ -101,14 +106,14 @@ def test_flags_are_in_a_group_of_their_own(parser: argparse.ArgumentParser) -> N
 
 @pytest.mark.parametrize("setting", VALUES)
 def test_each_flag_reaches_its_own_setting(parser: argparse.ArgumentParser, setting: str) -> None:
-    args = parse(parser, "--kv-policy", "rkv", flag_of(setting), text_of(VALUES[setting]))
+    args = parse(parser, "--kv-policy", "rkv", *argv_of(setting, VALUES[setting]))
     expected = {"policy": "rkv", setting: VALUES[setting]}
     assert config_from_args(args) == PolicyConfig(**expected)
 
 
 def test_argv_config_file_and_keywords_agree(parser: argparse.ArgumentParser, tmp_path: Any) -> None:
     expected = PolicyConfig(**VALUES)
-    argv = [word for setting, value in VALUES.items() for word in (flag_of(setting), text_of(value))]
+    argv = [word for setting, value in VALUES.items() for word in argv_of(setting, value)]
     assert config_from_args(parse(parser, *argv)) == expected
     assert config_from_args(RKVServerArgs(model_path="m", **ALL_FIELDS)) == expected
     config = tmp_path / "server.yaml"
@@ -143,6 +148,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     *[("kernel_size", value) for value in (0, -1, 4, 7.0, None)],
     *[("mix_lambda", value) for value in (-0.01, 1.01, math.nan, math.inf, "0.1", True, None)],
     *[("similarity_threshold", value) for value in (-1.01, 1.01, math.nan, -math.inf, "0.5", False, None)],
+    *[("trace", value) for value in (0, 1, "true", None)],
     *[("parameters", value) for value in BAD_PARAMETERS],
 ]
 

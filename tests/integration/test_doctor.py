@@ -10,6 +10,9 @@ from rkv_sglang import __version__, cli
 from rkv_sglang.integration import doctor
 from rkv_sglang.integration.doctor import Finding, check_device, check_hooks, check_plugin, check_sglang, report
 from rkv_sglang.integration.hook import Hook
+from rkv_sglang.integration.hooks import HOOKS
+from rkv_sglang.integration.unsupported import REFUSALS
+from rkv_sglang.policies import policy_names
 
 PLUGIN = EntryPoint("rkv_sglang", "rkv_sglang.integration.plugin:register", doctor.PLUGIN_GROUP)
 OTHER = EntryPoint("other", "no.such.module:register", doctor.PLUGIN_GROUP)
@@ -23,6 +26,14 @@ def test_this_installation_is_ready(capsys: pytest.CaptureFixture[str]) -> None:
     subjects = [line.split()[1] for line in lines[:-1]]
     assert subjects == ["rkv_sglang", "python", "sglang", "torch", "triton", "flashinfer", "device", "plugin", "hooks"]
     assert __version__ in lines[0]
+
+
+def test_details_name_every_hook_every_policy_and_every_refusal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--details"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  ok   {hook.kind:<8}{hook.target.removeprefix('sglang.')}\n" in shown for hook in HOOKS)
+    assert all(f"  {refusal.setting}: {refusal.why}" in shown for refusal in REFUSALS)
+    assert ", ".join(policy_names()) in shown
 
 
 def test_the_first_problem_is_the_last_line() -> None:

@@ -60,6 +60,7 @@ REFUSED_VALUES: dict[str, list[str]] = {
     "--enable-unified-memory": [""],
     "--enable-page-major-kv-layout": [""],
     "SGLANG_USE_HND_KVCACHE": ["1"],
+    "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": ["1"],
     "--enable-hisparse": [""],
     "--prefill-only-disable-kv-cache": [""],
     "--kv-cache-dtype": ["fp8_e4m3", "fp8_e5m2", "mxfp8", "nvfp4", "fp4_mx_block16"],

@@ -1,0 +1,41 @@
+"""Counters of what the policy did in one scheduler process."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from rkv_sglang.cache.lengths import RequestState
+from rkv_sglang.cache.plan import CompactionPlan
+
+
+@dataclass
+class PolicyStats:
+    """Counters since the start of this scheduler process.
+
+    Attributes:
+        compactions: Compactions done.
+        evicted_tokens: Tokens whose KV was dropped (per layer and head the same count).
+        requests_compressed: Requests compacted at least once.
+        requests_aborted: Requests ended because, once preempted, their history no longer fitted the pool.
+        peak_private_tokens: Most generated tokens any request ever held.
+    """
+
+    compactions: int = 0
+    evicted_tokens: int = 0
+    requests_compressed: int = 0
+    requests_aborted: int = 0
+    peak_private_tokens: int = 0
+
+    def count(self, plan: CompactionPlan, state: RequestState) -> None:
+        """Count one compaction, here and in the request's own state."""
+        self.compactions += 1
+        self.evicted_tokens += plan.evicted_tokens
+        self.requests_compressed += state.compactions == 0
+        self.peak_private_tokens = max(self.peak_private_tokens, plan.resident_len - plan.prompt_len)
+        state.compactions += 1
+        state.evicted_tokens += plan.evicted_tokens
+        state.evicted_in_all += plan.evicted_tokens
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the counters as plain integers."""
+        return asdict(self)
