@@ -6,9 +6,11 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import requests
+import sglang as sgl
 
 from tests.e2e.workload import Setting, assert_same_tokens, oracle, random_ids, six_prompts
 from tests.harness.server import Server
@@ -180,3 +182,29 @@ def test_server_info_counts_what_was_done(server):
     assert after["peak_private_tokens"] == 48
     assert (info["kv_policy"], info["rkv_budget"], info["rkv_buffer"]) == ("rkv", 30, 18)
     assert json.dumps(after)
+
+
+def test_a_frontend_program_forks_selects_and_takes_turns_on_a_server_that_compacts(server):
+    @sgl.function
+    def program(s: Any) -> None:
+        s += "Tell me of "
+        s += sgl.gen("first", max_tokens=90, ignore_eos=True)
+        forks = s.fork(3)
+        for i, fork in enumerate(forks):
+            fork += f"branch {i}: " + sgl.gen("branch", max_tokens=100, ignore_eos=True)
+        s += "In short: " + " ".join(fork["branch"][:4] for fork in forks)
+        s += "It is " + sgl.select("choice", choices=["good", "bad", "neither"])
+        s += " and " + sgl.gen("last", max_tokens=60, ignore_eos=True)
+
+    before = server.server_info()["internal_states"][0]["kv_policy_stats"]["requests_compressed"]
+    endpoint = sgl.RuntimeEndpoint(server.url)
+    runs = [program.run(backend=endpoint, temperature=0) for _ in range(2)]
+    assert runs[0]["choice"] in ("good", "bad", "neither")
+    assert [run[name] for run in runs for name in ("first", "choice", "last")] == [
+        *(runs[0][name] for name in ("first", "choice", "last")),
+    ] * 2
+    info = runs[0].get_meta_info("first")
+    assert (info["kv_policy"], info["kv_compactions"]) == ("rkv", len(range(48, 89, 18)))
+    after = server.server_info()["internal_states"][0]["kv_policy_stats"]["requests_compressed"]
+    # Of each run the first answer, three branches and the last one, each longer than budget and buffer.
+    assert after - before == 2 * 5
