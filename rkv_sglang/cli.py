@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from rkv_sglang import __version__
 from rkv_sglang.integration.plan_command import add_plan_flags, print_plan
+from rkv_sglang.view.command import add_view_flags, run_view
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,6 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor.add_argument("--details", action="store_true", help="then list hooks, and what is supported and refused")
     add_plan_flags(doctor)
     doctor.set_defaults(run=_doctor)
+    view = commands.add_parser("view", help="write an HTML page that shows which tokens of an answer the cache kept")
+    add_view_flags(view)
+    view.set_defaults(run=run_view)
     options = parser.parse_args(argv)
     return int(options.run(options))
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 PACKAGE = "rkv_sglang"
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = ("config", "algorithm", "policies", "kernels", "cache", "integration", "cli")
+LAYERS = ("config", "algorithm", "policies", "kernels", "cache", "view", "integration", "cli")
 # The package itself re-exports settings only, so it may be imported from everywhere but from them.
 RANKS = {layer: 2 * rank for rank, layer in enumerate(LAYERS)} | {"": 1}
 SGLANG_LAYER = "integration"

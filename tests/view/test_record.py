@@ -1,0 +1,131 @@
+"""Recording from a stand-in server: what is asked, what comes back, and one line for every way it can fail."""
+
+import socket
+
+import pytest
+
+from rkv_sglang.view.record import record
+from tests.cache.trace_cases import random_history
+from tests.view.expected import trace_of
+from tests.view.stand_in import events, server_info, stand_in
+
+
+@pytest.fixture
+def server():
+    with stand_in() as server:
+        yield server
+
+
+@pytest.fixture
+def trace(rng):
+    history = random_history(rng, num_layers=2, num_kv_heads=2, budget=9, buffer=4, num_tokens=40)
+    return trace_of(history, rng, tokens=[*(f" {number}" for number in range(37)), "", "", "🌟"])
+
+
+def recorded(server, prompt: str = "What is it?\n"):
+    return record(f"{server.url}/", prompt, max_new_tokens=640, temperature=0.7)
+
+
+@pytest.mark.parametrize("incremental", [False, True])
+def test_a_recording_is_what_the_server_sent(server, trace, incremental):
+    server.say("/server_info", server_info(trace, incremental_streaming_output=incremental))
+    server.stream(*events(trace, [1, 17], incremental))
+    assert recorded(server) == trace
+    (asked,) = server.asked
+    sampling = asked.pop("sampling_params")
+    assert asked == {
+        "text": "What is it?\n",
+        "stream": True,
+        "return_logprob": True,
+        "return_text_in_logprobs": True,
+    }
+    assert (sampling["max_new_tokens"], sampling["temperature"]) == (640, 0.7)
+    assert sampling["custom_params"] == {"kv_trace": True}
+    # Few events for a long answer, because each repeats the whole of it.
+    assert 640 / sampling["stream_interval"] <= 100
+
+
+def refusal(server) -> str:
+    with pytest.raises(ValueError) as caught:
+        recorded(server)
+    message = str(caught.value)
+    assert "\n" not in message and message.strip()
+    return message
+
+
+def test_no_server_and_no_address():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free = probe.getsockname()[1]
+    for address, said in (
+        (f"http://127.0.0.1:{free}", "is a server running there"),
+        ("127.0.0.1:30000", "write http://127.0.0.1:30000"),
+        ("file:///etc/passwd", "no address"),
+        ("http://127.0.0.1:port", "check --server"),
+        ("http://a b/", "check --server"),
+    ):
+        with pytest.raises(ValueError, match=said) as caught:
+            record(address, "x", max_new_tokens=1, temperature=0)
+        assert "\n" not in str(caught.value)
+
+
+def test_something_else_than_a_server_with_a_policy(server, trace):
+    assert "status 404" in refusal(server)
+    server.say("/server_info", b"<html>")
+    assert "no SGLang server" in refusal(server)
+    server.say("/server_info", [1])
+    assert "--kv-policy rkv --rkv-trace" in refusal(server)
+    server.say("/server_info", {"model_path": "m"})
+    assert "--kv-policy rkv --rkv-trace" in refusal(server)
+    server.say("/server_info", server_info(trace, kv_policy="none"))
+    assert "--kv-policy rkv --rkv-trace" in refusal(server)
+    assert server.asked == []
+
+
+def test_what_the_server_refuses_is_passed_on(server, trace):
+    message = "kv_trace is off on this server: start it with --rkv-trace or leave kv_trace out"
+    server.say("/server_info", server_info(trace))
+    server.say("/generate", {"error": {"message": message}}, status=400)
+    assert refusal(server) == f"the server refuses (status 400): {message}"
+    server.say("/generate", {"error": "two\nlines"}, status=400)
+    assert refusal(server) == "the server refuses (status 400): two lines"
+    server.say("/generate", b"<h1>oh</h1>", status=500)
+    assert "status 500" in refusal(server)
+    # A stream has begun with status 200 before the request is looked at.
+    server.stream({"error": {"message": message, "code": 400}})
+    assert refusal(server) == f"the server refuses: {message}"
+    aborted = events(trace, [])[-1]
+    aborted["meta_info"] |= {"finish_reason": {"type": "abort", "message": message, "status_code": 400}}
+    server.stream(aborted)
+    assert refusal(server) == f"the server refuses: {message}"
+
+
+def test_an_answer_that_makes_no_sense(server, trace):
+    server.say("/server_info", server_info(trace))
+    *first, last = events(trace, [10, 20])
+    server.stream(*first)
+    assert "middle of the answer" in refusal(server)
+    server.stream()
+    assert "middle of the answer" in refusal(server)
+    server.stream(b'{"text": "half')
+    assert "not JSON" in refusal(server)
+    server.stream({"text": "", "meta_info": {}})
+    assert "unlike SGLang" in refusal(server)
+    server.stream([])
+    assert "unlike SGLang" in refusal(server)
+    del last["meta_info"]["kv_trace"]
+    server.stream(last)
+    assert "recorded nothing" in refusal(server)
+    *_, last = events(trace, [])
+    last["meta_info"]["kv_trace"]["compactions"][0] = {**trace.compactions[0], "resident_len": 12}
+    server.stream(last)
+    assert "damaged" in refusal(server)
+    server.say("/server_info", {"kv_policy": "rkv"})
+    server.stream(events(trace, [])[-1])
+    assert "unlike SGLang" in refusal(server)
+
+
+def test_an_answer_that_breaks_off(server, trace):
+    server.say("/server_info", server_info(trace))
+    server.stream(*events(trace, [10])[:1], done=False)
+    assert "middle of the answer" in refusal(server)
