@@ -5,12 +5,12 @@
 
 Both servers (with R-KV, and SGLang without a policy) have the same pool and get the same requests, all at once, one
 server after the other in every round. SGLang's strict memory checks are on unless told otherwise. Writes ``memory.csv``
-(one row per round and server) and ``memory.png`` and prints the ratio of the throughputs with its spread.
+(one row per round and server; columns in ``tables.py``), ``memory.json`` and ``memory.png`` and prints the ratio of the
+throughputs with its spread.
 """
 
 import argparse
 import contextlib
-import csv
 import json
 import random
 import re
@@ -23,12 +23,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.launch import Server, exit_on_sigterm, launched_server
+from benchmarks.schema import Row, hardware_folder, run_info, write_table
+from benchmarks.tables import MEMORY
 from tests.tiny_models import VOCAB_SIZE, tiny_model_path
 
 STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "2", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}
 _RUNNING = re.compile(r"Decode batch, #running-req: (\d+)")
 _RETRACTED = re.compile(r"#retracted_reqs: (\d+)")
-Row = dict[str, str | int | float]
 
 
 def run_requests(server: Server, prompts: list[list[int]], num_tokens: int, progress: str) -> float:
@@ -141,16 +142,14 @@ def main() -> None:
     ):
         parser.add_argument(flag, type=int, default=default)
     parser.add_argument("--no-strict", action="store_true", help="leave SGLang's strict memory checks off")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu"))
+    parser.add_argument("--out", type=Path, default=None, help="folder of the results; by default that of this machine")
     options = parser.parse_args()
     exit_on_sigterm()
-    options.out.mkdir(parents=True, exist_ok=True)
+    out = options.out or hardware_folder()
     rows = measure(options, Path(".cache/logs"))
-    with (options.out / "memory.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    plot(rows, options.out / "memory.png")
+    info = run_info(model="llama-gqa (tiny, random)", strict_memory_checks=not options.no_strict)
+    write_table(out, MEMORY, rows, info)
+    plot(rows, out / "memory.png")
     speed = {(row["round"], row["setting"]): float(row["tokens_per_s"]) for row in rows}
     ratios = [speed[i, "rkv"] / speed[i, "none"] for i in range(options.rounds)]
     print(
