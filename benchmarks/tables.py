@@ -21,4 +21,82 @@ MEMORY = Table(
     ),
 )
 
-TABLES: tuple[Table, ...] = (MEMORY,)
+
+def _interval(name: str, unit: str, meaning: str) -> tuple[Column, ...]:
+    """Return the columns of a mean over prompts and of its 95 % percentile bootstrap interval."""
+    ends = [Column(f"{name}_{end}", float, unit, f"{end} end of the 95 % interval") for end in ("low", "high")]
+    return (Column(name, float, unit, f"{meaning}; mean over prompts"), *ends)
+
+
+_POLICY = (
+    Column("policy", str, "", "KV policy of the requests; none: not compressed"),
+    Column("budget", int, "tokens", "kv_budget; 0 without compression"),
+    Column("buffer", int, "tokens", "kv_buffer; 0 without compression"),
+)
+_AGAINST_FULL = (
+    *_interval("agreement", "", "share of steps at which the most likely token is that of the full cache"),
+    *_interval("kl", "nats", "KL(full cache || compressed cache) of a step"),
+    *_interval("nll_diff", "nats", "NLL of the full cache's greedy token, compressed less full"),
+)
+QUALITY_FORCED = Table(
+    "quality_forced",
+    "one policy and budget along the full cache's greedy answer, over one span of steps",
+    (
+        Column("server", str, "", "--kv-policy of the server; where policy is none, the self-check of that server"),
+        *_POLICY,
+        Column(
+            "span",
+            str,
+            "",
+            "all: every step; compacted: from the first compaction on; fresh: those of them whose token ends a 4-gram "
+            "that is new in the answer",
+        ),
+        Column("prompts", int, "", "prompts with such steps"),
+        Column("steps", int, "", "such steps in all"),
+        *_AGAINST_FULL,
+        Column("kl_max", float, "nats", "largest KL of any such step"),
+        *_interval("kl_less_random", "nats", "KL less that of random, prompt by prompt; NaN where random was not run"),
+    ),
+)
+QUALITY_POSITION = Table(
+    "quality_position",
+    "one policy and budget along the full cache's greedy answer, over one bin of positions",
+    (
+        *_POLICY,
+        Column("position", int, "tokens", "first position of the bin in the answer, from 0"),
+        Column("position_end", int, "tokens", "last position of the bin"),
+        Column("compactions", int, "", "compactions before the last position"),
+        Column("prompts", int, "", "prompts"),
+        *_AGAINST_FULL,
+    ),
+)
+QUALITY_FREE = Table(
+    "quality_free",
+    "one policy and budget, greedy and left to itself",
+    (
+        *_POLICY,
+        Column("prompts", int, "", "prompts"),
+        Column("num_tokens", int, "tokens", "generated; tokens that end an answer are passed over"),
+        *_interval("length", "tokens", "tokens before the model first preferred to end; num_tokens if it never did"),
+        *_interval("repetition", "", "share of 4-grams that stood earlier in the same answer"),
+        *_interval("divergence", "tokens", "first position that differs from the full cache's; num_tokens if none"),
+        *_interval("diverged", "", "share of answers that differ from the full cache's"),
+    ),
+)
+QUALITY_RECALL = Table(
+    "quality_recall",
+    "one policy and budget, over facts of the generated text that are as many compactions old when asked for",
+    (
+        *_POLICY,
+        Column("age", int, "", "least compactions between writing the fact and asking for it"),
+        Column("age_end", int, "", "most of them"),
+        Column("prompts", int, "", "texts with such facts"),
+        Column("facts", int, "", "such facts in all"),
+        *_interval("exact", "", "share of facts whose every digit is the most likely token"),
+        *_interval("nll", "nats", "NLL of a digit's token"),
+        Column("exact_full", float, "", "exact for the same facts with the full cache"),
+        *_interval("nll_diff", "nats", "NLL of a digit's token, compressed less full"),
+    ),
+)
+
+TABLES: tuple[Table, ...] = (MEMORY, QUALITY_FORCED, QUALITY_POSITION, QUALITY_FREE, QUALITY_RECALL)
