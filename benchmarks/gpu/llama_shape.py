@@ -1,0 +1,59 @@
+"""A model folder with the shape of Llama-3.1-8B and no weights, for ``--load-format dummy``.
+
+Speed, memory and scheduling are those of the real model; answers are noise. Sizes as in the model's public config.json.
+"""
+
+import json
+from pathlib import Path
+
+VOCAB_SIZE = 128256
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    # Newer transformers read the second, older ones the first.
+    "rope_theta": 500000.0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def write_model(folder: Path) -> Path:
+    """Write the config and a tokenizer of made-up words into ``folder`` and return it; what is there is kept."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    if (folder / "tokenizer_config.json").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG, indent=1))
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB_SIZE)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    # Last, so that its presence says that the folder is complete.
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+                "unk_token": "<unk>",
+            }
+        )
+    )
+    return folder

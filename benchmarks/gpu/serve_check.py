@@ -1,0 +1,200 @@
+"""On a real server: is every decode step a replayed CUDA graph, and what do steps cost with and without a policy?
+
+    python -m benchmarks.gpu.serve_check [--out FOLDER] [--batches 1 64] [--prompt-len 512] [--num-tokens 1600]
+        [--budget 1024] [--buffer 128] [--model PATH] [--flags "--attention-backend flashinfer"]
+
+Without ``--model`` it serves the shape of Llama-3.1-8B with dummy weights. A server without a policy and one with rkv
+run one after the other with the same flags; each gets every batch size, all requests at once. Step times are SGLang's
+own, from its decode log. Ends with status 1 if a step was not a replayed graph (on a GPU), or if an answer is not as
+long or not as often compacted as it must be. Writes ``serve_check.csv``, ``.json`` and ``.png``.
+"""
+
+import argparse
+import json
+import random
+import shlex
+import statistics
+import sys
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gpu.decode_log import Step, read_steps, steady
+from benchmarks.gpu.llama_shape import VOCAB_SIZE, write_model
+from benchmarks.launch import Server, exit_on_sigterm, has_gpu, launched_server
+from benchmarks.quality_stats import compactions_before
+from benchmarks.schema import Row, hardware_folder, read_table, run_info, write_table
+from benchmarks.tables import SERVE_CHECK
+
+NONE = "none"
+# The first batch builds what is built lazily, and fills no graph that a later one needs.
+WARM_UP_TOKENS = 16
+GPU_FLAGS = (
+    *("--dtype", "bfloat16", "--attention-backend", "triton", "--mem-fraction-static", "0.8"),
+    *("--context-length", "16384", "--cuda-graph-max-bs-decode", "64", "--max-running-requests", "64"),
+)
+
+
+def generate(server: Server, prompts: list[list[int]], num_tokens: int) -> list[dict[str, Any]]:
+    """Send all prompts in one call and return the answers."""
+    params = {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}
+    body = json.dumps({"input_ids": prompts, "sampling_params": params}).encode()
+    request = urllib.request.Request(server.url + "/generate", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=600) as response:
+        answers: list[dict[str, Any]] = json.load(response)
+    return answers
+
+
+def log_since(server: Server, offset: int) -> str:
+    """Return what the server printed from a byte on."""
+    with server.log_path.open(errors="replace") as log:
+        log.seek(offset)
+        return log.read()
+
+
+def measure(server: Server, setting: str, batch_size: int, options: argparse.Namespace) -> tuple[Row, list[str]]:
+    """Return the row of one batch size, and what is wrong with it."""
+    rng = random.Random(batch_size)
+    prompts = [[rng.randrange(3, options.vocab_size) for _ in range(options.prompt_len)] for _ in range(batch_size)]
+    generate(server, [prompt[:8] for prompt in prompts], WARM_UP_TOKENS)
+    offset = server.log_path.stat().st_size
+    start = time.perf_counter()
+    answers = generate(server, prompts, options.num_tokens)
+    seconds = time.perf_counter() - start
+    # The last lines may be a moment behind the answer.
+    time.sleep(1)
+    steps = read_steps(log_since(server, offset))
+    row = {"setting": setting, "batch_size": batch_size, **_sizes(options), "seconds": round(seconds, 3)}
+    row |= summary(steps, batch_size)
+    row["tokens_per_s"] = round(batch_size * options.num_tokens / seconds, 1)
+    row["compactions"] = sum(int(answer["meta_info"].get("kv_compactions", 0)) for answer in answers)
+    return row, wrong_with(row, answers, options)
+
+
+def _sizes(options: argparse.Namespace) -> Row:
+    return {name: getattr(options, name) for name in ("prompt_len", "num_tokens", "budget", "buffer")}
+
+
+def summary(steps: Sequence[Step], batch_size: int) -> Row:
+    """Return the figures of the steps of full batches; NaN where there is no such step."""
+    full = list(steady(steps, batch_size))
+    compacting = [step.time_ms for step in full if step.compacted]
+    row: Row = {"steps": len(full), "graph_steps": sum(step.graph for step in full)}
+    for name, times in (("step", [step.time_ms for step in full]), ("compacting", compacting)):
+        for quantile in (50, 99):
+            value = float(np.percentile(times, quantile)) if times else float("nan")
+            row[f"{name}_p{quantile}_ms"] = round(value, 4)
+    row["compacting_steps"] = len(compacting)
+    row["step_mean_ms"] = round(statistics.fmean(step.time_ms for step in full), 4) if full else float("nan")
+    return row
+
+
+def wrong_with(row: Row, answers: Sequence[dict[str, Any]], options: argparse.Namespace) -> list[str]:
+    """Return one line for each thing that must not be."""
+    where = f"{row['setting']}, batch {row['batch_size']}"
+    problems = []
+    lengths = {len(answer["output_ids"]) for answer in answers}
+    if lengths != {options.num_tokens}:
+        problems.append(f"{where}: answers of {sorted(lengths)} tokens instead of {options.num_tokens}")
+    expected = 0
+    if row["setting"] != NONE:
+        expected = len(answers) * compactions_before(options.num_tokens - 1, options.budget, options.buffer)
+    if row["compactions"] != expected:
+        problems.append(f"{where}: {row['compactions']} compactions instead of {expected}")
+    if has_gpu() and row["graph_steps"] != row["steps"]:
+        problems.append(f"{where}: {int(row['steps']) - int(row['graph_steps'])} of {row['steps']} steps ran no graph")
+    if row["steps"] == 0:
+        problems.append(f"{where}: no decode line was found in the server's log")
+    return problems
+
+
+def run_all(options: argparse.Namespace) -> tuple[list[Row], list[str]]:
+    """Run both servers, one after the other, and return the rows and what is wrong."""
+    model = options.model or str(write_model(options.work / "llama-3.1-8b-shape"))
+    flags = [*(GPU_FLAGS if has_gpu() else ()), "--decode-log-interval", "1"]
+    flags += [] if options.model else ["--load-format", "dummy"]
+    policy = ["--kv-policy", "rkv", "--rkv-budget", str(options.budget), "--rkv-buffer", str(options.buffer)]
+    rows, problems = [], []
+    for setting, own in (("rkv", policy), (NONE, [])):
+        print(f"{setting}: starting a server ...", flush=True)
+        start = time.perf_counter()
+        log_path = options.work / f"serve_check_{setting}.log"
+        with launched_server(model, *flags, *own, *shlex.split(options.flags), log_path=log_path) as server:
+            print(f"{setting}: ready after {time.perf_counter() - start:.0f} s", flush=True)
+            for batch_size in options.batches:
+                row, wrong = measure(server, setting, batch_size, options)
+                rows.append(row)
+                problems += wrong
+                print(row, flush=True)
+    return rows, problems
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Return the rows, rkv beside none, as a Markdown table."""
+    lines = [
+        "| batch | setting | tokens/s | step p50 ms | p99 | compacting p50 | p99 | graph steps |",
+        "|---" * 8 + "|",
+    ]
+    for row in sorted(rows, key=lambda row: (int(row["batch_size"]), str(row["setting"]))):
+        shown = [row["tokens_per_s"], row["step_p50_ms"], row["step_p99_ms"]]
+        shown += [row["compacting_p50_ms"], row["compacting_p99_ms"], f"{row['graph_steps']}/{row['steps']}"]
+        lines.append(f"| {row['batch_size']} | {row['setting']} | " + " | ".join(map(str, shown)) + " |")
+    return "\n".join(lines)
+
+
+def plot(folder: Path) -> Path:
+    """Draw ``serve_check.png`` from the CSV in ``folder``: step times, one group of bars a batch size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read_table(folder, SERVE_CHECK)
+    sizes = sorted({int(row["batch_size"]) for row in rows})
+    figure, places = pyplot.subplots(1, len(sizes), figsize=(4 * len(sizes), 3), layout="constrained", squeeze=False)
+    names = ("step_p50_ms", "step_p99_ms", "compacting_p50_ms", "compacting_p99_ms")
+    for axes, size in zip(places[0], sizes, strict=True):
+        mine = [row for row in rows if row["batch_size"] == size]
+        for i, row in enumerate(mine):
+            xs = [place + 0.4 * i for place in range(len(names))]
+            axes.bar(xs, [float(row[name]) for name in names], 0.4, label=str(row["setting"]))
+        axes.set_xticks(
+            [place + 0.2 for place in range(len(names))], [n.removesuffix("_ms") for n in names], fontsize=7
+        )
+        axes.set(title=f"batch {size}", ylabel="ms")
+        axes.legend()
+    path = folder / "serve_check.png"
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
+
+
+def main() -> int:
+    """Run the check from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or hub name; default: the shape of Llama-3.1-8B, dummy weights")
+    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help="prompts are random ids below it")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64], help="requests at once")
+    for flag, default in (("--prompt-len", 512), ("--num-tokens", 1600), ("--budget", 1024), ("--buffer", 128)):
+        parser.add_argument(flag, type=int, default=default, help="tokens, default %(default)s")
+    parser.add_argument("--flags", default="", help="further flags of both servers, in one string")
+    parser.add_argument("--work", type=Path, default=Path(".cache/serve_check"), help="models and logs")
+    parser.add_argument("--out", type=Path, help="folder of the results, default benchmarks/results/HARDWARE")
+    options = parser.parse_args()
+    exit_on_sigterm()
+    rows, problems = run_all(options)
+    folder = options.out or hardware_folder()
+    info = run_info(**{name: str(value) for name, value in vars(options).items()}, problems=problems)
+    write_table(folder, SERVE_CHECK, rows, info)
+    print(f"\n{markdown(rows)}\n\n{plot(folder)}")
+    for problem in problems:
+        print(f"serve_check: {problem}", file=sys.stderr)
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
