@@ -110,10 +110,15 @@ def read_table(folder: Path, table: Table) -> list[Row]:
         raw = list(csv.DictReader(file))
     kinds = {column.name: column.kind for column in table.columns}
     rows: list[Row] = []
-    for line in raw:
+    for number, line in enumerate(raw, start=1):
+        # A line with too many values has the rest under the name None, one with too few has None as a value.
         if set(line) != set(kinds):
-            raise ValueError(f"{table.name}.csv has the columns {sorted(line)} instead of {sorted(kinds)}")
-        rows.append({name: kinds[name](value) for name, value in line.items()})
+            found = [str(name) for name in line]
+            raise ValueError(f"{table.name}.csv has the columns {sorted(found)} instead of {sorted(kinds)}")
+        try:
+            rows.append({name: kinds[name](value) for name, value in line.items()})
+        except (TypeError, ValueError):
+            raise ValueError(f"{table.name}.csv, row {number} has a value of another type than its column") from None
     return rows
 
 

@@ -22,10 +22,10 @@ MEMORY = Table(
 )
 
 
-def _interval(name: str, unit: str, meaning: str) -> tuple[Column, ...]:
+def _interval(name: str, unit: str, meaning: str, over: str = "prompts") -> tuple[Column, ...]:
     """Return the columns of a mean over prompts and of its 95 % percentile bootstrap interval."""
     ends = [Column(f"{name}_{end}", float, unit, f"{end} end of the 95 % interval") for end in ("low", "high")]
-    return (Column(name, float, unit, f"{meaning}; mean over prompts"), *ends)
+    return (Column(name, float, unit, f"{meaning}; mean over {over}"), *ends)
 
 
 _POLICY = (
@@ -121,5 +121,37 @@ SERVE_CHECK = Table(
         Column("compactions", int, "", "of all requests, as their answers say"),
     ),
 )
+ACCURACY = Table(
+    "accuracy",
+    "one setting: a server's KV policy with its budget and buffer, or none",
+    (
+        Column("dataset", str, "", "file or data set of the problems"),
+        Column("setting", str, "", "none or POLICY:BUDGET:BUFFER"),
+        *_POLICY,
+        Column("problems", int, "", "problems asked"),
+        Column("samples", int, "", "answers sampled for every problem"),
+        *_interval("pass_at_1", "", "share of a problem's samples that are right", "problems"),
+        Column("no_answer", float, "", "share of samples without an answer that can be read; they count as wrong"),
+        Column("tokens_mean", float, "tokens", "output tokens of a sample, thoughts included"),
+        Column("tokens_median", float, "tokens", "median of them"),
+        Column("truncated", float, "", "share of samples that ended at --max-tokens"),
+        Column("compressed", float, "", "share of samples whose cache was compacted at least once"),
+        Column("compactions", float, "", "compactions of a sample; mean over samples"),
+        Column("seconds", float, "s", "time in which at least one sample was under way; starts of servers left out"),
+        Column("devices", int, "", "accelerators the server used; 1 for a machine without one"),
+        Column("correct_per_hour", float, "1/h", "right samples over seconds times devices"),
+        *_interval("pass_diff", "", "pass_at_1 less that of none, problem by problem; NaN without none", "problems"),
+        *_interval("tokens_diff", "tokens", "output tokens less those of none; NaN without none", "problems"),
+        Column("note", str, "", "what forbids to conclude from this row; often empty"),
+    ),
+)
 
-TABLES: tuple[Table, ...] = (MEMORY, QUALITY_FORCED, QUALITY_POSITION, QUALITY_FREE, QUALITY_RECALL, SERVE_CHECK)
+TABLES: tuple[Table, ...] = (
+    MEMORY,
+    QUALITY_FORCED,
+    QUALITY_POSITION,
+    QUALITY_FREE,
+    QUALITY_RECALL,
+    SERVE_CHECK,
+    ACCURACY,
+)
