@@ -146,6 +146,7 @@ def plot(folder: Path) -> Path:
         values = [float(row[column]) for row in rows]
         place.barh(range(len(rows)), values, alpha=0.4, xerr=_errors(rows, column), capsize=3)
         place.set_title(title, fontsize=10)
+        place.set_xlim(0, 1 if column == "pass_at_1" else None)
     for level, row in enumerate(rows):
         axes[1].annotate(f" {row['truncated']:.0%} truncated", (0, level), va="center", fontsize=8)
         axes[0].annotate(f" {row['compressed']:.0%} compressed", (0, level), va="center", fontsize=8)

@@ -119,8 +119,10 @@ def measure(options: argparse.Namespace, problems: Sequence[Problem]) -> dict[Se
 
 def write_results(options: argparse.Namespace, results: dict[Setting, ByProblem]) -> None:
     """Write the CSV, its JSON and the plot, and print the table."""
-    rows = accuracy_rows(Path(options.problems).name, results)
+    dataset = Path(options.problems).name if Path(options.problems).is_file() else options.problems
+    rows = accuracy_rows(dataset, results)
     settings = {**vars(options), "settings": [setting.name for setting in options.settings]}
+    settings["problems"] = dataset
     info = run_info(**{name: str(v) if isinstance(v, Path) else v for name, v in settings.items()})
     info["device_of_an_hour"] = DEVICE[has_gpu()]
     out = options.out or hardware_folder()

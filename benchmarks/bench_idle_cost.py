@@ -4,14 +4,14 @@ Three servers run side by side on one thread each, idle ones asleep. In each sho
 batch once, in an order that changes from round to round, so that noise of the machine hits all alike; ratios are taken
 within a round, of wall-clock time and of the CPU time of the server's processes (which other programs disturb less).
 
-    python -m benchmarks.bench_idle_cost [--rounds 150] [--batch-size 8] [--num-tokens 64]
+    python -m benchmarks.bench_idle_cost [--rounds 150] [--batch-size 8] [--num-tokens 64] [--out FOLDER] [--smoke]
 
-Writes ``idle_cost.csv`` (one row per round and server) and ``idle_cost.png`` and prints the ratios with their spread.
+Writes ``idle_cost.csv`` (one row per round and server; columns in ``tables.py``), ``idle_cost.json`` and
+``idle_cost.png`` and prints the ratios with their spread.
 """
 
 import argparse
 import contextlib
-import csv
 import json
 import random
 import statistics
@@ -23,8 +23,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.launch import Server, exit_on_sigterm, launched_server
+from benchmarks.schema import Row, Value, hardware_folder, read_table, run_info, write_table
+from benchmarks.tables import IDLE_COST
 from tests.tiny_models import VOCAB_SIZE, tiny_model_path
 
+SMOKE = {"rounds": 4, "batch_size": 2, "num_tokens": 16}
 BASELINE = "no package"
 SETTINGS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     # A name that no plugin has: SGLang then loads none.
@@ -61,11 +64,11 @@ def decode_step_time(server: Server, prompts: list[list[int]], num_tokens: int) 
     return StepTime(wall_ms=wall * 1000 / num_tokens, cpu_ms=cpu * 1000 / num_tokens)
 
 
-def measure(rounds: int, batch_size: int, num_tokens: int, log_dir: Path) -> list[dict[str, object]]:
+def measure(rounds: int, batch_size: int, num_tokens: int, log_dir: Path) -> list[Row]:
     """Return one row per round and server."""
     model = str(tiny_model_path("llama-gqa"))
     rng = random.Random(0)
-    rows: list[dict[str, object]] = []
+    rows: list[Row] = []
     with contextlib.ExitStack() as stack:
         servers = {
             name: stack.enter_context(
@@ -88,15 +91,15 @@ def measure(rounds: int, batch_size: int, num_tokens: int, log_dir: Path) -> lis
     return rows
 
 
-def ratios(rows: list[dict[str, object]], setting: str, measured: str) -> list[float]:
+def ratios(rows: list[Row], setting: str, measured: str) -> list[float]:
     """Return the setting's ``wall_ms`` or ``cpu_ms`` over the baseline's, round by round."""
-    by_round: dict[object, dict[object, float]] = {}
+    by_round: dict[Value, dict[Value, float]] = {}
     for row in rows:
-        by_round.setdefault(row["round"], {})[row["setting"]] = float(str(row[measured]))
+        by_round.setdefault(row["round"], {})[row["setting"]] = float(row[measured])
     return [steps[setting] / steps[BASELINE] for steps in by_round.values()]
 
 
-def summary(rows: list[dict[str, object]], setting: str, measured: str) -> str:
+def summary(rows: list[Row], setting: str, measured: str) -> str:
     """Return the ratios' median with its bootstrap interval, quartiles and range in one line."""
     values = ratios(rows, setting, measured)
     low, _, high = statistics.quantiles(values, n=4)
@@ -109,13 +112,14 @@ def summary(rows: list[dict[str, object]], setting: str, measured: str) -> str:
     )
 
 
-def plot(rows: list[dict[str, object]], path: Path) -> None:
-    """Draw every round's ratio."""
+def plot(folder: Path) -> Path:
+    """Draw every round's ratio in ``idle_cost.png``, from ``idle_cost.csv``."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rows = read_table(folder, IDLE_COST)
     figure, axes = pyplot.subplots(figsize=(7, 2.6), layout="constrained")
     for level, setting in enumerate(name for name in SETTINGS if name != BASELINE):
         values = ratios(rows, setting, "wall_ms")
@@ -125,7 +129,10 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
     axes.set_yticks(range(len(SETTINGS) - 1), [name for name in SETTINGS if name != BASELINE])
     axes.set_ylim(-0.5, len(SETTINGS) - 1.5)
     axes.set_xlabel(f"decode step time over '{BASELINE}' (dots: rounds, bar: median, dashes: 1.03)")
+    path = folder / "idle_cost.png"
     figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
 
 
 def main() -> None:
@@ -134,16 +141,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=150)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--num-tokens", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu"))
+    parser.add_argument("--out", type=Path, help="folder of the results; by default that of this machine")
+    parser.add_argument(
+        "--smoke", action="store_true", help="few short rounds; into .cache/idle_cost unless told otherwise"
+    )
     args = parser.parse_args()
+    if args.smoke:
+        vars(args).update(SMOKE, out=args.out or Path(".cache/idle_cost"))
+    if args.rounds < 2:
+        parser.error("--rounds must be at least 2 for quartiles")
     exit_on_sigterm()
-    args.out.mkdir(parents=True, exist_ok=True)
+    out = args.out or hardware_folder()
     rows = measure(args.rounds, args.batch_size, args.num_tokens, Path(".cache/logs"))
-    with (args.out / "idle_cost.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    plot(rows, args.out / "idle_cost.png")
+    info = run_info(model="llama-gqa (tiny, random)", rounds=args.rounds, num_tokens=args.num_tokens)
+    write_table(out, IDLE_COST, rows, info)
+    plot(out)
     for setting in SETTINGS:
         if setting != BASELINE:
             for measured in ("wall_ms", "cpu_ms"):

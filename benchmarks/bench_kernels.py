@@ -1,7 +1,7 @@
 """The compaction kernels against what memory allows, and against the quadratic formulation in torch.
 
-    python -m benchmarks.bench_kernels [--lengths 640 1152 ...] [--due 1 4 16 64] [--out FOLDER]
-    python -m benchmarks.bench_kernels --device cpu
+    python -m benchmarks.bench_kernels [--lengths 640 1152 ...] [--due 1 4 16 64] [--out FOLDER] [--smoke]
+    python -m benchmarks.bench_kernels --device cpu [--smoke]
 
 The shape is that of Llama-3.1-8B: 32 layers, 8 KV heads, 32 query heads, head_dim 128, bf16; window 8, and every
 request has `buffer` = 128 tokens above its budget. Keys come in two kinds: *clustered*, each one of 32 directions plus
@@ -12,23 +12,19 @@ to the end: the worst case. Slots are scattered at random over the pool.
 Bounds are taken at the copy bandwidth measured in the same run. A decode step is modelled, not run: 64 requests read
 the weights (8.03e9 of 2 bytes) and their KV once, at that bandwidth, nothing else: a real step takes longer.
 
-Writes ``kernels.csv``, one row per measurement, and ``kernels.png`` to ``benchmarks/results/<hardware>/``, takes under
-8 minutes, and needs torch, triton, matplotlib, tqdm and this repository. ``--device cpu`` times the torch path alone,
+Writes ``kernels.csv`` (one row per measurement; columns in ``tables.py``), ``kernels.json`` and ``kernels.png`` to
+``benchmarks/results/<hardware>/``, and takes under 8 minutes. ``--device cpu`` times the torch path alone,
 on one small layer, and then runs ``benchmarks.bench_scoring``: the closed form against the quadratic one, on keys of
 the small model (which ``make setup`` fetches) and on random keys.
 """
 
 import argparse
-import csv
-import re
 import subprocess
 import sys
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
-import triton
 from torch import Tensor
 from tqdm import tqdm
 
@@ -49,6 +45,8 @@ from benchmarks.kernel_bench_kit import (
     quadratic_scores,
     wall_times,
 )
+from benchmarks.schema import RESULTS, hardware_folder, run_info, write_table
+from benchmarks.tables import KERNELS
 from rkv_sglang.algorithm.scoring import rkv_scores
 from rkv_sglang.cache.compact import WORKING_BYTES, split_requests
 from rkv_sglang.kernels.capture import capture_queries
@@ -62,6 +60,7 @@ DECODE_BATCH = 64
 WEIGHT_BYTES = 8.03e9 * 2
 # Beyond this many requests the worst case teaches nothing new.
 MOST_RANDOM_DUE = 4
+SMOKE = {"lengths": [640], "due": [1]}
 
 
 def measure_parts(report: Report, pool: Pool, num_tokens: int, num_requests: int) -> None:
@@ -249,8 +248,13 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+")
     parser.add_argument("--due", type=int, nargs="+", default=[1, 4, 16, 64], help="requests due at once")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="folder of the results; by default that of this machine")
+    parser.add_argument(
+        "--smoke", action="store_true", help="one short length; into .cache/kernels unless told otherwise"
+    )
     args = parser.parse_args()
+    if args.smoke:
+        vars(args).update(SMOKE, out=args.out or Path(".cache/kernels"))
     on_gpu = args.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
         sys.exit(
@@ -261,20 +265,14 @@ def main() -> None:
     lengths = args.lengths or default_lengths
     with torch.inference_mode():
         report = measure_gpu(lengths, args.due) if on_gpu else measure_cpu(lengths)
-    hardware = torch.cuda.get_device_name() if on_gpu else "cpu"
-    out = args.out or Path("benchmarks/results") / re.sub(r"\W+", "-", hardware.lower())
-    out.mkdir(parents=True, exist_ok=True)
-    versions = {"hardware": hardware, "torch": torch.__version__, "triton": triton.__version__}
-    with (out / "kernels.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=[*asdict(report.rows[0]), *versions], lineterminator="\n")
-        writer.writeheader()
-        for row in report.rows:
-            numbers = {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(row).items()}
-            writer.writerow(numbers | versions)
-    plot(report.rows, out / "kernels.png")
+    out = args.out or (hardware_folder() if on_gpu else RESULTS / "cpu")
+    settings = {"device": args.device, "lengths": lengths, "due": args.due, "copy_bytes_per_s": round(report.bandwidth)}
+    write_table(out, KERNELS, [row.as_table_row() for row in report.rows], run_info(**settings))
+    plot(out)
     if not on_gpu:
         # The closed form against the quadratic one, on the keys of a real model and on random ones.
-        for flags in ([], ["--random", "--head-dim", "128"]):
+        size = ["--smoke"] if args.smoke else []
+        for flags in (size, [*size, "--random", "--head-dim", "128"]):
             subprocess.run([sys.executable, "-m", "benchmarks.bench_scoring", *flags, "--out", str(out)], check=True)
 
 

@@ -1,7 +1,7 @@
 """Many long requests in a pool that holds the full cache of one or two: requests at once, retractions, throughput.
 
     python -m benchmarks.bench_memory [--rounds 3] [--num-requests 64] [--prompt-len 64] [--num-tokens 2048]
-        [--pool 4096] [--budget 128] [--buffer 64] [--no-strict]
+        [--pool 4096] [--budget 128] [--buffer 64] [--no-strict] [--out FOLDER] [--smoke]
 
 Both servers (with R-KV, and SGLang without a policy) have the same pool and get the same requests, all at once, one
 server after the other in every round. SGLang's strict memory checks are on unless told otherwise. Writes ``memory.csv``
@@ -23,11 +23,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.launch import Server, exit_on_sigterm, launched_server
-from benchmarks.schema import Row, hardware_folder, run_info, write_table
+from benchmarks.schema import Row, hardware_folder, read_table, run_info, write_table
 from benchmarks.tables import MEMORY
 from tests.tiny_models import VOCAB_SIZE, tiny_model_path
 
 STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "2", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}
+SMOKE = {"rounds": 1, "num_requests": 8, "prompt_len": 16, "num_tokens": 192, "pool": 512, "budget": 32, "buffer": 16}
 _RUNNING = re.compile(r"Decode batch, #running-req: (\d+)")
 _RETRACTED = re.compile(r"#retracted_reqs: (\d+)")
 
@@ -110,13 +111,14 @@ def measure(options: argparse.Namespace, log_dir: Path) -> list[Row]:
     return rows
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """Draw throughput and requests at once, one bar a server, one dot a round."""
+def plot(folder: Path) -> Path:
+    """Draw ``memory.png`` from ``memory.csv``: throughput and requests at once, one bar a server, one dot a round."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rows = read_table(folder, MEMORY)
     figure, both = pyplot.subplots(1, 2, figsize=(7, 2.8), layout="constrained")
     for axes, column, title in zip(both, ("tokens_per_s", "peak_running"), ("tokens/s", "peak running"), strict=True):
         for place, name in enumerate(("none", "rkv")):
@@ -125,7 +127,10 @@ def plot(rows: list[Row], path: Path) -> None:
             axes.plot([place] * len(values), values, "k.")
         axes.set_xticks([0, 1], ["no policy", "rkv"])
         axes.set_title(title)
+    path = folder / "memory.png"
     figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
 
 
 def main() -> None:
@@ -143,13 +148,18 @@ def main() -> None:
         parser.add_argument(flag, type=int, default=default)
     parser.add_argument("--no-strict", action="store_true", help="leave SGLang's strict memory checks off")
     parser.add_argument("--out", type=Path, default=None, help="folder of the results; by default that of this machine")
+    parser.add_argument(
+        "--smoke", action="store_true", help="one short round; into .cache/memory unless told otherwise"
+    )
     options = parser.parse_args()
+    if options.smoke:
+        vars(options).update(SMOKE, out=options.out or Path(".cache/memory"))
     exit_on_sigterm()
     out = options.out or hardware_folder()
     rows = measure(options, Path(".cache/logs"))
     info = run_info(model="llama-gqa (tiny, random)", strict_memory_checks=not options.no_strict)
     write_table(out, MEMORY, rows, info)
-    plot(rows, out / "memory.png")
+    plot(out)
     speed = {(row["round"], row["setting"]): float(row["tokens_per_s"]) for row in rows}
     ratios = [speed[i, "rkv"] / speed[i, "none"] for i in range(options.rounds)]
     print(

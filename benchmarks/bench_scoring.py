@@ -1,17 +1,17 @@
 """The closed form of the redundancy against the quadratic one: time and extra memory, one thread.
 
     python -m benchmarks.bench_scoring [--lengths 1152 4224] [--model FOLDER] [--text FILE] [--random [--head-dim 128]]
+        [--out FOLDER] [--smoke]
 
 The keys are those that the model caches (after RoPE) while it reads a text: ``--text``, or its own answer of 450
 tokens, repeated up to the length. With ``--random`` they are Gaussian and no pair is above the threshold, so that no
 row leaves the scan early: the worst case of the closed form. Both forms run in every round, so that noise of the
 machine hits both alike; ratios are taken within a round. Times are CPU time of the one thread, so that a process
-beside it counts less. Writes ``scoring.csv`` or ``scoring_random.csv``, one row per length and form, and prints the
-ratios.
+beside it counts less. Writes ``scoring.csv`` or ``scoring_random.csv`` (one row per length and form; columns in
+``tables.py``), its JSON and ``scoring.png``, and prints the ratios.
 """
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+from benchmarks.schema import RESULTS, Row, Table, read_table, run_info, write_table
+from benchmarks.tables import SCORING, SCORING_RANDOM
 from rkv_sglang.algorithm.reference import NORM_EPS
 from rkv_sglang.algorithm.scoring import redundancy
 
@@ -31,6 +33,7 @@ CHUNK_LEN = 512
 THRESHOLD = 0.5
 # Gaussian keys of 64 or 128 dimensions have no pair above this one.
 RANDOM_THRESHOLD = 0.95
+SMOKE = {"lengths": [128, 640], "num_heads": 4, "rounds": 3}
 
 
 def quadratic_redundancy(keys: Tensor, threshold: float) -> Tensor:
@@ -87,7 +90,7 @@ def extra_bytes(form: Callable[[Tensor, float], Tensor], keys: Tensor, threshold
     return peak
 
 
-def measure(kind: str, keys: Tensor, threshold: float, rounds: int) -> tuple[list[dict[str, object]], list[float]]:
+def measure(kind: str, keys: Tensor, threshold: float, rounds: int) -> tuple[list[Row], list[float]]:
     """Return one row per form, and each round's time of the quadratic form over that of the closed one."""
     expected, actual = (form(keys, threshold) for form in FORMS.values())
     # A pair whose cosine is the threshold up to rounding moves a mean by 1/L: no difference between forms.
@@ -100,7 +103,7 @@ def measure(kind: str, keys: Tensor, threshold: float, rounds: int) -> tuple[lis
             form(keys, threshold)
             times[name].append((time.thread_time() - start) * 1e3)
     num_tokens, num_heads, head_dim = keys.shape
-    rows: list[dict[str, object]] = []
+    rows: list[Row] = []
     for name, form in FORMS.items():
         p20, _, _, p80 = statistics.quantiles(times[name], n=5)
         rows.append(
@@ -116,10 +119,42 @@ def measure(kind: str, keys: Tensor, threshold: float, rounds: int) -> tuple[lis
                 "p80_ms": round(p80, 3),
                 "rounds": rounds,
                 "extra_bytes": extra_bytes(form, keys, threshold),
-                "torch": torch.__version__,
             }
         )
     return rows, [slow / fast for slow, fast in zip(times["quadratic"], times["closed"], strict=True)]
+
+
+def plot(folder: Path) -> Path:
+    """Draw ``scoring.png`` from ``scoring.csv`` and ``scoring_random.csv``, either of which may be missing."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for table in (SCORING, SCORING_RANDOM) for row in _rows_of(folder, table)]
+    figure, both = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    for kind, form in dict.fromkeys((row["keys"], row["form"]) for row in rows):
+        line = [row for row in rows if (row["keys"], row["form"]) == (kind, form)]
+        lengths = [float(row["num_tokens"]) for row in line]
+        style = {"label": f"{form}, {kind} keys", "linestyle": "--" if kind == "random" else "-"}
+        times = [[float(row[name]) for row in line] for name in ("p20_ms", "p50_ms", "p80_ms")]
+        spread = [
+            [mid - low for low, mid in zip(*times[:2], strict=True)],
+            [high - mid for mid, high in zip(*times[1:], strict=True)],
+        ]
+        both[0].errorbar(lengths, times[1], spread, marker=".", capsize=2, **style)
+        both[1].plot(lengths, [int(row["extra_bytes"]) / 2**20 for row in line], marker=".", **style)
+    for axes, title in zip(both, ("CPU time of one thread, ms (p20, p50, p80)", "extra memory, MiB"), strict=True):
+        axes.set(xscale="log", yscale="log", xlabel="tokens", title=title)
+    both[0].legend(fontsize=7)
+    path = folder / "scoring.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def _rows_of(folder: Path, table: Table) -> list[Row]:
+    return read_table(folder, table) if (folder / f"{table.name}.csv").exists() else []
 
 
 def main() -> None:
@@ -132,8 +167,12 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="a text to read instead of the model's own answer")
     parser.add_argument("--random", action="store_true", help="Gaussian keys: nothing exits early")
     parser.add_argument("--head-dim", type=int, default=64, help="of random keys")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu"))
+    parser.add_argument("--out", type=Path, help="folder of the results, default benchmarks/results/cpu")
+    parser.add_argument("--smoke", action="store_true", help="short and few; into .cache/scoring unless told otherwise")
     args = parser.parse_args()
+    if args.smoke:
+        vars(args).update(SMOKE, out=args.out or Path(".cache/scoring"))
+    out = args.out or RESULTS / "cpu"
     if args.rounds < 2:
         parser.error("--rounds must be at least 2 for percentiles")
     torch.set_num_threads(1)
@@ -145,23 +184,21 @@ def main() -> None:
         kind, threshold = "recorded", THRESHOLD
         keys = recorded_keys(args.model, longest, args.text.read_text() if args.text else None)
         keys = keys[:, torch.randperm(keys.shape[1])[: args.num_heads]]
-    rows: list[dict[str, object]] = []
+    rows: list[Row] = []
     for num_tokens in args.lengths:
         # As the server runs it.
         with torch.inference_mode():
             form_rows, ratios = measure(kind, keys[:num_tokens].contiguous(), threshold, args.rounds)
         rows += form_rows
         low, _, _, high = statistics.quantiles(ratios, n=5)
-        memory = " and ".join(f"{row['form']} {int(str(row['extra_bytes'])) / 2**20:.1f} MiB" for row in form_rows)
+        memory = " and ".join(f"{row['form']} {int(row['extra_bytes']) / 2**20:.1f} MiB" for row in form_rows)
         print(
             f"{kind}, L = {num_tokens}: closed {statistics.median(ratios):.1f} times as fast "
             f"(p20 {low:.1f}, p80 {high:.1f}); extra memory {memory}"
         )
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / ("scoring_random.csv" if args.random else "scoring.csv")).open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    info = run_info(model=None if args.random else args.model, threads=1)
+    write_table(out, SCORING_RANDOM if args.random else SCORING, rows, info)
+    plot(out)
 
 
 if __name__ == "__main__":

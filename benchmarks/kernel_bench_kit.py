@@ -4,7 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d, normalize
 from tqdm import tqdm
 
+from benchmarks.schema import read_table
+from benchmarks.tables import KERNELS
 from rkv_sglang.algorithm.reference import NORM_EPS
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import DueRequest, compact_requests
@@ -42,6 +44,10 @@ class Row:
     over_bound: float = 0.0
     extra_bytes: int = 0
     note: str = ""
+
+    def as_table_row(self) -> dict[str, Any]:
+        """Return it as a row of ``tables.KERNELS``, rounded."""
+        return {name: round(value, 4) if isinstance(value, float) else value for name, value in asdict(self).items()}
 
 
 @dataclass
@@ -158,13 +164,14 @@ def quadratic_scores(
     return mix_lambda * important - (1.0 - mix_lambda) * redundant[:, : num_tokens - window]
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """Draw times over their bounds, and the speed-up over the quadratic form."""
+def plot(folder: Path) -> Path:
+    """Draw ``kernels.png`` from ``kernels.csv``: times over their bounds, and the speed-up over the quadratic form."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rows = [Row(**row) for row in read_table(folder, KERNELS)]  # type: ignore[arg-type]
     figure, (bounds, speed_ups) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     bounded = [row for row in rows if row.bound_ms and row.keys]
     for op, keys, due in sorted({(row.op, row.keys, row.num_requests) for row in bounded}):
@@ -190,4 +197,7 @@ def plot(rows: list[Row], path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=6)
+    path = folder / "kernels.png"
     figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path

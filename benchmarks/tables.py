@@ -121,6 +121,49 @@ SERVE_CHECK = Table(
         Column("compactions", int, "", "of all requests, as their answers say"),
     ),
 )
+IDLE_COST = Table(
+    "idle_cost",
+    "one server in one round",
+    (
+        Column("round", int, "", "round, from 0; all servers decode the same batch in a round"),
+        Column("setting", str, "", "no package; policy none; policy rkv, not due"),
+        Column("batch_size", int, "requests", "decoded together"),
+        Column("wall_ms", float, "ms", "wall-clock time of a decode step, mean over the batch's steps"),
+        Column("cpu_ms", float, "ms", "CPU time that the server's processes used in a step, mean over them"),
+    ),
+)
+_SCORING = (
+    Column("keys", str, "", "recorded: a model's own; random: Gaussian, no pair above the threshold"),
+    Column("num_tokens", int, "tokens", "keys of each head"),
+    Column("num_heads", int, "", "heads scored together"),
+    Column("head_dim", int, "", "dimensions of a key"),
+    Column("threshold", float, "", "similarity threshold"),
+    Column("form", str, "", "quadratic or closed"),
+    Column("p20_ms", float, "ms", "20th percentile over rounds of the CPU time of one thread"),
+    Column("p50_ms", float, "ms", "median of it"),
+    Column("p80_ms", float, "ms", "80th percentile of it"),
+    Column("rounds", int, "", "rounds"),
+    Column("extra_bytes", int, "bytes", "most memory held at once beyond the keys"),
+)
+SCORING = Table("scoring", "one length and one form of the redundancy, on a model's keys", _SCORING)
+SCORING_RANDOM = Table("scoring_random", "one length and one form of the redundancy, on random keys", _SCORING)
+KERNELS = Table(
+    "kernels",
+    "one operation on so many requests of one length",
+    (
+        Column("op", str, "", "what was timed; all layers together unless the note says otherwise"),
+        Column("keys", str, "", "clustered or random; empty where keys do not matter"),
+        Column("num_tokens", int, "tokens", "resident tokens of a request"),
+        Column("num_requests", int, "requests", "compacted together"),
+        Column("p20_ms", float, "ms", "20th percentile of the time of one call"),
+        Column("p50_ms", float, "ms", "median of it"),
+        Column("p80_ms", float, "ms", "80th percentile of it"),
+        Column("bound_ms", float, "ms", "time its bytes take at the copy bandwidth; 0 without a bound"),
+        Column("over_bound", float, "", "p50_ms over bound_ms; 0 without a bound"),
+        Column("extra_bytes", int, "bytes", "most memory held at once beyond the pool; 0 where not measured"),
+        Column("note", str, "", "what the bound is, or what follows from the time"),
+    ),
+)
 ACCURACY = Table(
     "accuracy",
     "one setting: a server's KV policy with its budget and buffer, or none",
@@ -147,11 +190,7 @@ ACCURACY = Table(
 )
 
 TABLES: tuple[Table, ...] = (
-    MEMORY,
-    QUALITY_FORCED,
-    QUALITY_POSITION,
-    QUALITY_FREE,
-    QUALITY_RECALL,
-    SERVE_CHECK,
+    *(MEMORY, IDLE_COST, SCORING, SCORING_RANDOM, KERNELS, SERVE_CHECK),
+    *(QUALITY_FORCED, QUALITY_POSITION, QUALITY_FREE, QUALITY_RECALL),
     ACCURACY,
 )

@@ -1,0 +1,81 @@
+"""Plots from CSVs alone: those that are kept, and what a user is told of folders that cannot be drawn."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.plots import PLOTS, draw_all
+from benchmarks.schema import RESULTS
+from benchmarks.tables import MEMORY, SERVE_CHECK, TABLES
+
+ROOT = Path(__file__).resolve().parents[2]
+KEPT = ROOT / RESULTS / "cpu"
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_command_draws_every_kept_result_again(tmp_path: Path) -> None:
+    for path in KEPT.glob("*.csv"):
+        shutil.copy(path, tmp_path)
+    command = [sys.executable, "-m", "rkv_sglang.cli", "plot", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    pictures = {Path(line) for line in done.stdout.splitlines()}
+    assert pictures == set(tmp_path.glob("*.png")) and {path.name for path in pictures} >= {"memory.png", "scoring.png"}
+    for path in pictures:
+        content = path.read_bytes()
+        assert content.startswith(PNG) and len(content) > 5000
+    # Whatever is kept has its plot, so a benchmark cannot be forgotten in the list.
+    drawn = {table.name for plot in PLOTS for table in plot.tables}
+    assert {path.stem for path in KEPT.glob("*.csv")} <= drawn
+
+
+def test_every_table_has_one_plot() -> None:
+    drawn = [table.name for plot in PLOTS for table in plot.tables]
+    # The figures of a single check on a GPU are read as a table.
+    assert sorted(drawn) == sorted(table.name for table in TABLES if table != SERVE_CHECK)
+
+
+@pytest.mark.parametrize("folder", ["", "gone"])
+def test_a_folder_without_results_is_one_line(tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").write_text("nothing")
+    assert draw_all(tmp_path / folder) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "has no results" in line and "memory.csv" in line
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda text: text.replace("seconds", "hours"), "has the columns"),
+        (lambda text: text.replace("\n", ",1\n"), "has the columns"),
+        (lambda text: text.replace("925.0", "fast"), "row 1 has a value of another type"),
+        (lambda text: text[: text.rindex(",")], "has a value of another type"),
+        (lambda text: text.splitlines(keepends=True)[0], "has no rows"),
+    ],
+)
+def test_a_csv_that_does_not_fit_is_one_line_and_the_others_are_drawn(
+    tmp_path: Path, change, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = change((KEPT / "memory.csv").read_text())
+    (tmp_path / f"{MEMORY.name}.csv").write_text(wrong)
+    shutil.copy(KEPT / "scoring.csv", tmp_path)
+    assert draw_all(tmp_path) == 1
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert "memory.csv" in line and message in line
+    assert printed.out.splitlines() == [str(tmp_path / "scoring.png")]
+    assert [path.name for path in tmp_path.glob("*.png")] == ["scoring.png"]
+
+
+def test_an_installed_package_without_a_checkout_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rkv_sglang import cli
+
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "rkv_sglang" / "cli.py"))
+    assert cli.main(["plot", str(KEPT)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "needs a checkout" in line
