@@ -1,6 +1,7 @@
 # All targets work on a fresh machine, with or without a GPU: each sets up .venv first (quick when nothing changed).
 #   make demo                                  the same question with and without R-KV, and one table
 #   make test                                  set-up, checks and every test
+#   make bench-smoke                           every benchmark, tiny, and a check of what it writes
 #   make serve [MODEL=...] [ARGS="..."]        an SGLang server with --kv-policy rkv, in the foreground
 # Variables: PYTHON (3.11 or newer), DEVICE=cpu|gpu, TORCH_INDEX_URL, MODEL, PORT, ARGS.
 
@@ -11,7 +12,7 @@ BIN := .venv/bin
 # A file's tests stay on one worker, so that they share its servers; the long files come first.
 PYTEST_FLAGS := -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
-.PHONY: setup demo test check serve clean distclean
+.PHONY: setup demo test bench-smoke check serve clean distclean
 
 setup:
 	@$(PYTHON) tests/env/setup.py $(if $(DEVICE),--device $(DEVICE))
@@ -32,6 +33,9 @@ test: check
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then set -x; $(BIN)/python -m pytest $(PYTEST_FLAGS) $(ARGS); \
 	else set -x; $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not gpu" $(ARGS); fi
+
+bench-smoke: setup
+	@$(BIN)/python -m benchmarks.smoke $(ARGS)
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

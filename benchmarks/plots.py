@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks.schema import Table, read_table
 from benchmarks.tables import (
     ACCURACY,
+    FRONTEND,
     IDLE_COST,
     KERNELS,
     MEMORY,
@@ -61,6 +62,7 @@ PLOTS = (
     Plot("benchmarks.kernel_bench_kit:plot", (KERNELS,)),
     Plot("benchmarks.quality_report:plot", (QUALITY_FORCED, QUALITY_POSITION, QUALITY_FREE, QUALITY_RECALL)),
     Plot("benchmarks.accuracy_report:plot", (ACCURACY,)),
+    Plot("benchmarks.frontend_report:plot", (FRONTEND,)),
 )
 
 

@@ -188,9 +188,32 @@ ACCURACY = Table(
         Column("note", str, "", "what forbids to conclude from this row; often empty"),
     ),
 )
+FRONTEND = Table(
+    "frontend",
+    "one frontend program on one server; both servers of a program in two rows, none first",
+    (
+        Column("program", str, "", "what it does, and short (never compacted) or long (every answer is)"),
+        Column("setting", str, "", "none or rkv"),
+        Column("budget", int, "tokens", "--rkv-budget; 0 without a policy"),
+        Column("buffer", int, "tokens", "--rkv-buffer; 0 without a policy"),
+        Column("variables", int, "", "variables the program set"),
+        Column("equal_texts", int, "", "those of them with the same text as without a policy"),
+        Column("choices", str, "", "what its selections chose"),
+        Column("calls", int, "requests", "requests made of the server; each choice of a selection is one"),
+        Column("compressed", int, "requests", "those compacted at least once"),
+        Column("compactions", int, "", "compactions of all of them"),
+        Column("output_tokens", int, "tokens", "generated"),
+        Column("prompt_tokens", int, "tokens", "of all requests"),
+        Column("cached_tokens", int, "tokens", "those of them found in the prefix cache"),
+        Column(
+            "compared_calls", int, "requests", "requests with a prompt that both servers got, none compacted before"
+        ),
+        Column("compared_cached_tokens", int, "tokens", "prefix hits of those: must be the same on both servers"),
+    ),
+)
 
 TABLES: tuple[Table, ...] = (
     *(MEMORY, IDLE_COST, SCORING, SCORING_RANDOM, KERNELS, SERVE_CHECK),
     *(QUALITY_FORCED, QUALITY_POSITION, QUALITY_FREE, QUALITY_RECALL),
-    ACCURACY,
+    *(ACCURACY, FRONTEND),
 )

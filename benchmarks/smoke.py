@@ -1,0 +1,154 @@
+"""Run every benchmark at a size that proves only that it works, and check what it wrote: ``make bench-smoke``.
+
+    python -m benchmarks.smoke [--only memory,accuracy] [--out .cache/bench-smoke]
+
+Each step is one command; its output goes to a log beside its results. Afterwards every table of ``tables.py`` that the
+step writes must be there, have rows, and fit its columns. The figures mean nothing. Exit status 1 if any step fails.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from benchmarks.launch import end_process_tree, exit_on_sigterm
+from benchmarks.plots import PLOTS
+from benchmarks.schema import Table, read_table
+from benchmarks.tables import (
+    ACCURACY,
+    FRONTEND,
+    IDLE_COST,
+    KERNELS,
+    MEMORY,
+    QUALITY_FORCED,
+    QUALITY_FREE,
+    QUALITY_POSITION,
+    QUALITY_RECALL,
+    SCORING,
+    SCORING_RANDOM,
+)
+
+# A step takes one or two minutes on two idle cores; a busy machine may take much longer.
+TIMEOUT_S = 1200
+LOG_LINES = 15
+
+
+@dataclass(frozen=True)
+class Step:
+    """A benchmark's module, its arguments behind ``--smoke --out FOLDER``, and the tables it must write."""
+
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+    tables: tuple[Table, ...]
+
+    def command(self, out: Path) -> list[str]:
+        """Return the command line; ``{out}`` in an argument is the folder."""
+        arguments = [argument.format(out=out) for argument in self.arguments]
+        return [sys.executable, "-m", self.module, "--smoke", "--out", str(out), *arguments]
+
+
+STEPS = (
+    Step("kernels", "benchmarks.bench_kernels", ("--device", "cpu"), (KERNELS, SCORING, SCORING_RANDOM)),
+    Step("frontend", "benchmarks.frontend_programs", (), (FRONTEND,)),
+    Step("memory", "benchmarks.bench_memory", (), (MEMORY,)),
+    Step("idle_cost", "benchmarks.bench_idle_cost", (), (IDLE_COST,)),
+    Step("accuracy", "benchmarks.bench_accuracy", ("--work", "{out}/work"), (ACCURACY,)),
+    Step(
+        "quality",
+        "benchmarks.bench_quality",
+        ("--work", "{out}/work"),
+        (QUALITY_FORCED, QUALITY_POSITION, QUALITY_FREE, QUALITY_RECALL),
+    ),
+)
+
+
+def run_command(command: list[str], log_path: Path, timeout_s: float) -> str | None:
+    """Run a command with its output in a file; return one line on what went wrong, or nothing."""
+    with log_path.open("wb") as log:
+        process = psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    try:
+        status = process.wait(timeout_s)
+    except psutil.TimeoutExpired:
+        return f"not done after {timeout_s:.0f} s"
+    finally:
+        end_process_tree(process)
+    return f"exit status {status}" if status else None
+
+
+def table_problem(folder: Path, table: Table) -> str | None:
+    """Return one line on what is wrong with a table's CSV, or nothing."""
+    if not (folder / f"{table.name}.csv").exists():
+        return f"{table.name}.csv is missing"
+    try:
+        rows = read_table(folder, table)
+        for row in rows:
+            table.check(row)
+    except ValueError as error:
+        return str(error)
+    return None if rows else f"{table.name}.csv has no rows"
+
+
+def plot_problem(folder: Path, tables: tuple[Table, ...]) -> str | None:
+    """Return one line if a plot of the tables cannot be drawn from the CSVs alone, or nothing."""
+    for plot in PLOTS:
+        if set(plot.tables) & set(tables):
+            try:
+                plot.draw(folder)
+            except (ValueError, OSError) as error:
+                return f"{plot.function}: {error}"
+    return None
+
+
+def run_step(step: Step, out: Path, timeout_s: float = TIMEOUT_S) -> str | None:
+    """Run a step and check what it wrote; return one line on what went wrong, or nothing."""
+    for table in step.tables:
+        (out / f"{table.name}.csv").unlink(missing_ok=True)
+    problem = run_command(step.command(out), out / f"{step.name}.log", timeout_s)
+    for table in step.tables:
+        problem = problem or table_problem(out, table)
+    return problem or plot_problem(out, step.tables)
+
+
+def run_steps(steps: tuple[Step, ...], out: Path) -> int:
+    """Run the steps into a new folder, print a line each, and return how many failed."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    failed = 0
+    for number, step in enumerate(steps, start=1):
+        print(f"smoke {number}/{len(steps)}: {step.name} ...", end=" ", flush=True)
+        start = time.monotonic()
+        problem = run_step(step, out)
+        print(f"{time.monotonic() - start:.0f} s, {problem or 'passed'}", flush=True)
+        if problem:
+            failed += 1
+            log = out / f"{step.name}.log"
+            lines = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+            print("\n".join([*(f"  {line}" for line in lines), f"  ({log})"]), flush=True)
+    print(f"{len(steps) - failed} passed, {failed} failed", flush=True)
+    return failed
+
+
+def main() -> int:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="names of steps, comma-separated; all: " + ",".join(step.name for step in STEPS))
+    parser.add_argument(
+        "--out", type=Path, default=Path(".cache/bench-smoke"), help="emptied first; default %(default)s"
+    )
+    options = parser.parse_args()
+    wanted = options.only.split(",") if options.only else [step.name for step in STEPS]
+    unknown = set(wanted) - {step.name for step in STEPS}
+    if unknown:
+        parser.error(f"no step {', '.join(sorted(unknown))}: choose from {', '.join(step.name for step in STEPS)}")
+    exit_on_sigterm()
+    return 1 if run_steps(tuple(step for step in STEPS if step.name in wanted), options.out) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

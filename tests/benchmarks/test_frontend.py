@@ -1,0 +1,89 @@
+"""What the comparison of frontend programs counts as the same structure, on hand-made runs."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.frontend_programs import all_programs
+from benchmarks.frontend_report import frontend_rows, markdown, plot
+from benchmarks.frontend_run import Call, ProgramRun, compared_hits, structure_differences
+from benchmarks.schema import write_table
+from benchmarks.tables import FRONTEND
+
+CHOICES = {"mood": ("good", "bad")}
+
+
+def call(prompt: str, answer: str, cached: int = 0, compactions: int = 0) -> Call:
+    return Call(prompt, answer, len(prompt), cached, len(answer), compactions)
+
+
+def run(calls: Sequence[Call], mood: str = "good", **texts: str) -> ProgramRun:
+    return ProgramRun({**texts, "mood": mood}, {"mood": mood}, calls)
+
+
+# Without a policy the second request finds all of the first one, and the third only what the first two share.
+NONE = run([call("ab", "cd"), call("abcd.", "ef", cached=4), call("abx", "y", cached=2)], first="cd", second="ef")
+# Compacted in the first answer, which therefore is not in the cache; its text happens to be the same.
+RKV = run(
+    [call("ab", "cd", compactions=2), call("abcd.", "eg", cached=2), call("abx", "y", cached=2)],
+    first="cd",
+    second="eg",
+)
+
+
+def test_hits_behind_a_compacted_answer_are_not_compared() -> None:
+    assert compared_hits(NONE, RKV) == [(0, 0), (2, 2)]
+    assert structure_differences(NONE, RKV, CHOICES) == []
+
+
+@pytest.mark.parametrize(
+    "ours, told",
+    [
+        (run(RKV.calls, first="cd"), "other variables: \\['second'\\]"),
+        (run(RKV.calls[:2], first="cd", second="eg"), "2 requests instead of 3"),
+        (run(RKV.calls, "awful", first="cd", second="eg"), "mood is 'awful'"),
+        (
+            run([*RKV.calls[:2], call("abx", "y", cached=1)], first="cd", second="eg"),
+            "prefix hits differ for 1 of the same prompts",
+        ),
+        (run(NONE.calls, first="cd", second="other"), "although nothing was compacted"),
+    ],
+)
+def test_each_difference_is_told(ours: ProgramRun, told: str) -> None:
+    (line,) = structure_differences(NONE, ours, CHOICES)
+    assert re.search(told, line), line
+
+
+def test_rows_by_hand(tmp_path: Path) -> None:
+    none, rkv = frontend_rows({"turns": NONE}, {"turns": RKV}, 64, 16)
+    expected: dict[str, Any] = {
+        "program": "turns",
+        "setting": "rkv",
+        "budget": 64,
+        "buffer": 16,
+        "variables": 3,
+        "equal_texts": 2,
+        "choices": "good",
+        "calls": 3,
+        "compressed": 1,
+        "compactions": 2,
+        "output_tokens": 5,
+        "prompt_tokens": 10,
+        "cached_tokens": 4,
+        "compared_calls": 2,
+        "compared_cached_tokens": 2,
+    }
+    assert rkv == expected
+    same = {"setting": "none", "budget": 0, "buffer": 0, "equal_texts": 3, "compressed": 0, "compactions": 0}
+    assert none == {**expected, **same, "cached_tokens": 6}
+    write_table(tmp_path, FRONTEND, [none, rkv], {})
+    assert plot(tmp_path).stat().st_size > 5000
+    assert "| turns | 3 | 2 | 3/3 | 1 | 2 | 6/4 | 2/2 |" in markdown([none, rkv])
+
+
+def test_half_of_the_programs_are_compacted() -> None:
+    names = [program.name for program in all_programs(64, 16)]
+    assert len(set(names)) == 6 and sum(name.endswith("_long") for name in names) == 3
