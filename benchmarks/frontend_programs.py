@@ -3,9 +3,10 @@
     python -m benchmarks.frontend_programs [--model M] [--budget 64] [--buffer 16] [--out FOLDER] [--smoke]
 
 Programs generate, fork, select and take turns, greedily: the *short* ones never hold budget + buffer generated tokens,
-the *long* ones pass that in every answer. Both servers start each program with an empty prefix cache. A policy must not
-change a program's structure: the same variables, the same number of requests, choices of the same set, the same prefix
-hits for the same prompts, and the same texts as long as nothing was compacted. Exit status 1 if one of these differs.
+the *long* ones pass that in every answer. Both servers run each program twice, from an empty prefix cache on; texts are
+those of the first run, requests those of both. A policy must not change a program's structure: the same variables, the
+same number of requests, choices of the same set, the same prefix hits for the same prompts, and the same texts as long
+as nothing was compacted. Exit status 1 if one of these differs.
 
 From the first compaction on, texts may differ. A prompt that goes on behind a compacted answer hits the prefix cache up
 to the end of that answer's prompt only, because compacted KV is not put there.

@@ -83,16 +83,16 @@ def plot(folder: Path) -> Path:
         hits.barh([level + shift for level in range(len(programs))], shares, 0.38, label=setting)
     ours = [row for row in rows if row["setting"] == "rkv"]
     equal = [float(row["equal_texts"]) / float(row["variables"]) for row in ours]
-    texts.barh(range(len(programs)), equal, 0.6, color="grey")
+    texts.barh(range(len(programs)), equal, 0.6, color="lightgrey")
     for level, row in enumerate(ours):
         texts.annotate(
             f" {row['compressed']} of {row['calls']} requests compressed", (0, level), va="center", fontsize=8
         )
-    hits.set(title="share of prompt tokens found in the prefix cache", xlim=(0, 1))
+    hits.set(xlabel="share of prompt tokens found in the prefix cache", xlim=(0, 1))
     hits.set_yticks(range(len(programs)), programs)
     hits.invert_yaxis()
     hits.legend()
-    texts.set(title="share of variables with the same text as without a policy", xlim=(0, 1))
+    texts.set(xlabel="share of texts equal to those without a policy", xlim=(0, 1))
     path = folder / "frontend.png"
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

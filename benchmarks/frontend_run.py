@@ -63,7 +63,9 @@ class RecordingEndpoint(RuntimeEndpoint):
 
 
 def run_program(url: str, program: Any, names: Sequence[str], choices: Sequence[str]) -> ProgramRun:
-    """Run a program greedily on an empty prefix cache.
+    """Run a program greedily twice: on an empty prefix cache, then on the one that the first run left behind.
+
+    The texts are those of the first run, the calls those of both.
 
     Args:
         url: Of the server, on which nothing else runs.
@@ -73,8 +75,8 @@ def run_program(url: str, program: Any, names: Sequence[str], choices: Sequence[
     """
     endpoint = RecordingEndpoint(url)
     endpoint.flush_cache()
-    state = program.run(backend=endpoint, temperature=0)
-    texts = {name: state[name] for name in names}
+    first, _ = (program.run(backend=endpoint, temperature=0) for _ in range(2))
+    texts = {name: first[name] for name in names}
     return ProgramRun(texts, {name: texts[name] for name in choices}, endpoint.calls)
 
 
@@ -88,11 +90,14 @@ def compared_hits(theirs: ProgramRun, ours: ProgramRun) -> list[tuple[int, int]]
 
     Prompts behind a compacted answer are left out: what it generated is not in the prefix cache.
     """
-    hits = {call.prompt: call.cached_tokens for call in theirs.calls}
+    hits: dict[str, list[int]] = {}
+    for call in theirs.calls:
+        hits.setdefault(call.prompt, []).append(call.cached_tokens)
+    # The first run's request with a prompt comes before the second run's on both servers.
     return [
-        (hits[call.prompt], call.cached_tokens)
+        (hits[call.prompt].pop(0), call.cached_tokens)
         for call in ours.calls
-        if call.prompt in hits and not continues_compacted(call, ours.calls)
+        if hits.get(call.prompt) and not continues_compacted(call, ours.calls)
     ]
 
 

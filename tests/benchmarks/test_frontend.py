@@ -36,7 +36,16 @@ RKV = run(
 
 def test_hits_behind_a_compacted_answer_are_not_compared() -> None:
     assert compared_hits(NONE, RKV) == [(0, 0), (2, 2)]
+    assert compared_hits(NONE, NONE) == [(0, 0), (4, 4), (2, 2)]
     assert structure_differences(NONE, RKV, CHOICES) == []
+
+
+def test_a_prompt_of_both_runs_is_compared_run_by_run() -> None:
+    theirs = run([call("ab", "c"), call("ab", "c", cached=1)])
+    assert compared_hits(theirs, theirs) == [(0, 0), (1, 1)]
+    assert compared_hits(theirs, run([call("ab", "c"), call("ab", "c", cached=2)])) == [(0, 0), (1, 2)]
+    # A request more than the other server had has nothing to be compared with.
+    assert compared_hits(run(theirs.calls[:1]), theirs) == [(0, 0)]
 
 
 @pytest.mark.parametrize(
