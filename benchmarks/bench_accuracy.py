@@ -24,6 +24,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.accuracy_checker import check
 from benchmarks.accuracy_problems import DRY_RUN_PROBLEMS, Problem, load_problems
 from benchmarks.accuracy_report import ByProblem, accuracy_rows, markdown, plot
 from benchmarks.accuracy_run import Sampling, Setting, parse_setting, run_samples, setting_server
@@ -78,6 +79,7 @@ def parse_arguments() -> argparse.Namespace:
 def make_store(options: argparse.Namespace, setting: Setting, sampling: Sampling) -> SampleStore:
     """Open the samples of a setting; what is in the description here decides which runs belong together."""
     info = run_info()
+    hardware = {name: value for name, value in info["hardware"].items() if name != "memory_gib"}
     description = {
         "model": options.model,
         "setting": setting.name,
@@ -85,7 +87,7 @@ def make_store(options: argparse.Namespace, setting: Setting, sampling: Sampling
         "concurrency": options.concurrency,
         "server_args": options.server_args,
         "versions": info["versions"],
-        "hardware": info["hardware"],
+        "hardware": hardware,
     }
     return SampleStore(options.work, setting.name, description)
 
@@ -139,6 +141,9 @@ def main() -> int:
     exit_on_sigterm()
     try:
         problems = load_problems(options.problems, options.split, options.subset)[: options.limit]
+        for problem in problems:
+            # An answer that cannot be read must not end the run hours later.
+            check("", problem.answer)
         write_results(options, measure(options, problems))
     except (ServerError, ValueError, ModuleNotFoundError) as error:
         print(f"bench_accuracy: {error}", file=sys.stderr)

@@ -33,7 +33,7 @@ CHUNK_LEN = 512
 THRESHOLD = 0.5
 # Gaussian keys of 64 or 128 dimensions have no pair above this one.
 RANDOM_THRESHOLD = 0.95
-SMOKE = {"lengths": [128, 640], "num_heads": 4, "rounds": 3}
+SMOKE = {"lengths": [128, 640], "num_heads": 4, "rounds": 3, "answer_len": 48}
 
 
 def quadratic_redundancy(keys: Tensor, threshold: float) -> Tensor:
@@ -54,7 +54,7 @@ def quadratic_redundancy(keys: Tensor, threshold: float) -> Tensor:
 FORMS: dict[str, Callable[[Tensor, float], Tensor]] = {"quadratic": quadratic_redundancy, "closed": redundancy}
 
 
-def recorded_keys(folder: str, num_tokens: int, text: str | None) -> Tensor:
+def recorded_keys(folder: str, num_tokens: int, text: str | None, answer_len: int) -> Tensor:
     """Return the keys of every layer and head that a Hugging Face model caches, ``[num_tokens, heads, head_dim]``."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -67,7 +67,7 @@ def recorded_keys(folder: str, num_tokens: int, text: str | None) -> Tensor:
                 chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
             torch.manual_seed(0)
-            lengths = {"min_new_tokens": ANSWER_LEN, "max_new_tokens": ANSWER_LEN}
+            lengths = {"min_new_tokens": answer_len, "max_new_tokens": answer_len}
             ids = model.generate(**prompt, **lengths, do_sample=True, temperature=0.6, top_p=0.95)[0]
         else:
             ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
@@ -169,6 +169,7 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=64, help="of random keys")
     parser.add_argument("--out", type=Path, help="folder of the results, default benchmarks/results/cpu")
     parser.add_argument("--smoke", action="store_true", help="short and few; into .cache/scoring unless told otherwise")
+    parser.set_defaults(answer_len=ANSWER_LEN)
     args = parser.parse_args()
     if args.smoke:
         vars(args).update(SMOKE, out=args.out or Path(".cache/scoring"))
@@ -182,7 +183,7 @@ def main() -> None:
         kind, threshold, keys = "random", RANDOM_THRESHOLD, torch.randn(longest, args.num_heads, args.head_dim)
     else:
         kind, threshold = "recorded", THRESHOLD
-        keys = recorded_keys(args.model, longest, args.text.read_text() if args.text else None)
+        keys = recorded_keys(args.model, longest, args.text.read_text() if args.text else None, args.answer_len)
         keys = keys[:, torch.randperm(keys.shape[1])[: args.num_heads]]
     rows: list[Row] = []
     for num_tokens in args.lengths:

@@ -82,6 +82,11 @@ def test_a_number_before_a_cut_is_no_answer_but_a_boxed_one_is() -> None:
     assert check("It is \\boxed{42}. Let me check that", "42", truncated=True).outcome == "right"
 
 
+def test_a_known_answer_that_cannot_be_read_is_an_error() -> None:
+    with pytest.raises(ValueError, match="cannot be read"):
+        check("\\boxed{1}", "")
+
+
 def test_answers_of_every_known_problem_are_right_and_those_of_the_others_wrong() -> None:
     problems = load_problems(str(DRY_RUN_PROBLEMS))
     assert 4 <= len(problems) <= 8
