@@ -1,12 +1,11 @@
 """One compaction of many requests, on whatever device the pool is: the one place that chooses what runs.
 
-On a GPU, a policy with a paged scorer takes a constant number of launches for all layers, heads and requests; other
-policies score in torch, layer by layer, and share the move. On a CPU everything is torch.
+On a GPU, this package's policies take a constant number of launches for all layers and heads; those of other packages
+score in torch, layer by layer, and share the move. On a CPU everything is torch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,26 +13,10 @@ from torch import Tensor
 from rkv_sglang.algorithm.selection import select_kept
 from rkv_sglang.kernels.move import move_kept_paged, move_kept_torch
 from rkv_sglang.kernels.paged_batch import FP8_DTYPES, PagedBatch, PagedBuffers, pages_needed
-from rkv_sglang.kernels.score import rkv_scores_paged, snapkv_scores_paged
 from rkv_sglang.kernels.score_config import padded_head_dim, padded_window
+from rkv_sglang.kernels.scorers import PAGED_SCORERS, History, PagedInputs, scores_of_kept
 from rkv_sglang.kernels.select import select_kept_paged
-from rkv_sglang.policies import RKV, Policy, ScoreInputs, SnapKV, is_stateful, needs_values
-
-PagedScorer = Callable[[Any, PagedBuffers, PagedBatch, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class History:
-    """What a compaction must know of a request beyond its cache, for policies that ask for it.
-
-    Attributes:
-        logical_len: Tokens ever seen, evicted ones included.
-        kept_scores: Scores that the last compaction gave to the tokens kept for their score,
-            ``[num_layers, num_kv_heads, budget - window]``, fp32; None before the first.
-    """
-
-    logical_len: int
-    kept_scores: Tensor | None = None
+from rkv_sglang.policies import Policy, ScoreInputs, is_stateful, needs_values
 
 
 @dataclass(frozen=True)
@@ -65,25 +48,6 @@ def working_bytes_per_token(keys: PagedBuffers, window: int) -> int:
     return keys.num_layers * keys.num_kv_heads * (16 + block_sums // 32)
 
 
-def _rkv_scores(policy: RKV, keys: PagedBuffers, batch: PagedBatch, queries: Tensor) -> Tensor:
-    return rkv_scores_paged(
-        keys,
-        batch,
-        queries,
-        mix_lambda=policy.mix_lambda,
-        kernel_size=policy.kernel_size,
-        similarity_threshold=policy.similarity_threshold,
-    )
-
-
-def _snapkv_scores(policy: SnapKV, keys: PagedBuffers, batch: PagedBatch, queries: Tensor) -> Tensor:
-    return snapkv_scores_paged(keys, batch, queries, kernel_size=policy.kernel_size)
-
-
-# By exact class: what a subclass overrides, a kernel would not know. None of these is stateful.
-PAGED_SCORERS: dict[type, PagedScorer] = {RKV: _rkv_scores, SnapKV: _snapkv_scores}
-
-
 @torch.no_grad()
 def compact_paged(
     keys: PagedBuffers,
@@ -108,17 +72,25 @@ def compact_paged(
     Raises:
         ValueError: A shape, dtype or device does not fit.
     """
-    scorer = PAGED_SCORERS.get(type(policy))
     if not runs_triton(keys):
         kept = choose_kept_torch(keys, values, batch, queries, policy, history)
         move_kept_torch(keys, values, batch, kept.indices)
         return kept
+    scorer = PAGED_SCORERS.get(type(policy))
     if scorer is None:
         kept = choose_kept_torch(keys, values, batch, queries, policy, history)
     else:
-        kept = Kept(select_kept_paged(scorer(policy, keys, batch, queries), batch))
+        past = _nothing_evicted(batch) if history is None else history
+        inputs = PagedInputs(keys=keys, values=values, batch=batch, queries=queries, history=past)
+        scores = scorer(policy, inputs)
+        indices = select_kept_paged(scores, batch)
+        kept = Kept(indices, scores_of_kept(scores, indices, batch) if is_stateful(policy) else None)
     move_kept_paged(keys, values, batch, kept.indices)
     return kept
+
+
+def _nothing_evicted(batch: PagedBatch) -> list[History]:
+    return [History(kv_len) for kv_len in batch.kv_lens_cpu]
 
 
 def choose_kept_torch(
@@ -133,8 +105,7 @@ def choose_kept_torch(
     wanted = [keys.num_layers, batch.num_requests, batch.window]
     if queries.dim() != 5 or list(queries.shape[:3]) != wanted:
         raise ValueError(f"queries must be [*{wanted}, num_qo_heads, head_dim], got {list(queries.shape)}")
-    if history is None:
-        history = [History(kv_len) for kv_len in batch.kv_lens_cpu]
+    history = _nothing_evicted(batch) if history is None else history
     shape = (keys.num_layers, batch.num_requests, keys.num_kv_heads, batch.max_budget)
     kept_indices = torch.full(shape, -1, dtype=torch.int32, device=keys.device)
     kept_scores: list[Tensor] = []

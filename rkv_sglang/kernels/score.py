@@ -6,6 +6,7 @@ and some per block. The function is that of ``rkv_sglang.algorithm.scoring`` wit
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from rkv_sglang.algorithm.validation import check_kernel_size, check_mix_lambda, check_threshold
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
+from rkv_sglang.kernels.pool_pass import check_pool
 from rkv_sglang.kernels.score_blocks import score_tokens_kernel, summarise_blocks_kernel
 from rkv_sglang.kernels.score_config import (
     CHUNK,
@@ -83,18 +85,92 @@ def snapkv_scores_paged(
     return _scores(keys, batch, queries, kernel_size, 1.0, None, config)
 
 
+def h2o_scores_paged(
+    keys: PagedBuffers, batch: PagedBatch, queries: Tensor, *, config: ScoreConfig | None = None
+) -> Tensor:
+    """Score every token by the attention that all queries of the window pay it, as H2O adds it up. Queues no sync.
+
+    Args:
+        keys, batch, queries, config: As in ``rkv_scores_paged``.
+
+    Returns:
+        As ``rkv_scores_paged``; what earlier compactions counted is not in it.
+
+    Raises:
+        ValueError: A shape, dtype, device, stride or value differs from the above.
+
+    Reference: ``rkv_sglang.policies.H2O``.
+    """
+    return _scores(keys, batch, queries, 1, float(batch.window), None, config)
+
+
 def _scores(
     keys: PagedBuffers,
     batch: PagedBatch,
     queries: Tensor,
     kernel_size: int,
-    mix_lambda: float,
+    importance_weight: float,
     threshold: float | None,
     config: ScoreConfig | None,
 ) -> Tensor:
-    """``rkv_scores_paged``; without a threshold, importance only."""
+    """``rkv_scores_paged``; without a threshold, the weighted importance only."""
     check_kernel_size(kernel_size)
-    _check(keys, batch, queries)
+    check_score_inputs(keys, batch, queries)
+    passes = run_key_passes(keys, batch, queries, threshold=threshold, num_unscored=batch.window, config=config)
+    grid = (triton.cdiv(batch.max_kv_len, COMBINE_BLOCK), batch.num_requests, keys.num_layers * keys.num_kv_heads)
+    combine_scores_kernel[grid](
+        *(batch.token_indptr, passes.attention, passes.exp_sums, passes.column_means),
+        *(batch.num_tokens, passes.num_blocks, kernel_size // 2),
+        importance_weight,
+        1.0 - importance_weight,
+        WINDOW=batch.window,
+        KEY_BLOCK=passes.block,
+        BLOCK=COMBINE_BLOCK,
+        CHUNK=CHUNK,
+        WITH_REDUNDANCY=threshold is not None,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+    return passes.column_means
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyPasses:
+    """What the passes over the keys leave behind.
+
+    Attributes:
+        attention: Mean over the queries of the attention that each token gets, -inf where it is not scored,
+            ``[num_layers, num_kv_heads, num_tokens]``, fp32.
+        column_means: Mean of each similarity column, of the same shape; unwritten without a threshold.
+        exp_sums: Per block, the sum of their exponentials; None without a threshold.
+        num_blocks: Rows of per-block results.
+        block: Tokens of a block.
+    """
+
+    attention: Tensor
+    column_means: Tensor
+    exp_sums: Tensor | None
+    num_blocks: int
+    block: int
+
+
+def run_key_passes(
+    keys: PagedBuffers,
+    batch: PagedBatch,
+    queries: Tensor,
+    *,
+    threshold: float | None,
+    num_unscored: int,
+    config: ScoreConfig | None,
+) -> KeyPasses:
+    """Run the passes that read keys and the reduction between them, on inputs that were checked.
+
+    Args:
+        queries: ``[num_layers, num_requests, window, num_qo_heads, head_dim]``; the window may be any, and the logits
+            of one query are the largest over its group of heads.
+        threshold: For the redundancy; None leaves it out.
+        num_unscored: Last tokens that get no attention.
+    """
     num_layers, num_requests, window, num_qo_heads, head_dim = queries.shape
     factor_dtype = choose_factor_dtype(keys.dtype, queries.dtype)
     config = score_config(head_dim, factor_dtype) if config is None else config
@@ -109,6 +185,7 @@ def _scores(
         head_dim=head_dim,
         config=config,
         with_redundancy=threshold is not None,
+        num_unscored=num_unscored,
     )
     block_w, block_d = constants["BLOCK_W"], constants["BLOCK_D"]
     num_heads, num_tokens = num_layers * keys.num_kv_heads, batch.num_tokens
@@ -118,14 +195,13 @@ def _scores(
     def fp32(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=keys.device)
 
-    scores = fp32(num_layers, keys.num_kv_heads, num_tokens)
-    attention = fp32(num_heads, num_tokens)
+    attention, column_means = (fp32(num_layers, keys.num_kv_heads, num_tokens) for _ in range(2))
     logit_maxima, logit_sums = fp32(num_heads, num_blocks, block_w), fp32(num_heads, num_blocks, block_w)
     logit_totals = fp32(num_heads, num_requests, 2, block_w)
-    key_sums = key_totals = exp_sums = exempt = column_means = None
+    key_sums = key_totals = exp_sums = exempt = None
     if threshold is not None:
         key_sums, key_totals = fp32(num_heads, num_blocks, block_d), fp32(num_heads, num_requests, block_d)
-        exp_sums, column_means = fp32(num_heads, num_blocks), scores
+        exp_sums = fp32(num_heads, num_blocks)
         exempt = torch.zeros(num_heads, num_tokens, dtype=torch.int64, device=keys.device)
 
     pool = (keys.pointers, keys.scales, queries, batch.kv_indptr, batch.kv_indices, batch.token_indptr)
@@ -133,7 +209,6 @@ def _scores(
     softmax_scale = 1.0 / math.sqrt(head_dim)
     grid = (triton.cdiv(batch.max_kv_len, config.block), num_requests, num_heads)
     key_shape = {"num_warps": config.num_warps, "num_stages": NUM_STAGES}
-    shape = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES}
     summarise_blocks_kernel[grid](
         *pool,
         *(key_sums, logit_maxima, logit_sums, exempt),
@@ -153,36 +228,27 @@ def _scores(
         BLOCK_W=block_w,
         BLOCK_D=block_d,
         WITH_REDUNDANCY=threshold is not None,
-        **shape,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
     )
+    means = column_means if threshold is not None else None
     score_tokens_kernel[grid](
         *pool,
-        *(key_totals, logit_totals, exempt, attention, column_means, exp_sums),
+        *(key_totals, logit_totals, exempt, attention, means, exp_sums),
         *sizes,
         *queries.stride()[:4],
         softmax_scale,
         **constants,
         **key_shape,
     )
-    combine_scores_kernel[(triton.cdiv(batch.max_kv_len, COMBINE_BLOCK), num_requests, num_heads)](
-        *(batch.token_indptr, attention, exp_sums, scores),
-        *(num_tokens, num_blocks, kernel_size // 2),
-        float(mix_lambda),
-        1.0 - mix_lambda,
-        WINDOW=window,
-        KEY_BLOCK=config.block,
-        BLOCK=COMBINE_BLOCK,
-        CHUNK=CHUNK,
-        WITH_REDUNDANCY=threshold is not None,
-        **shape,
+    return KeyPasses(
+        attention=attention, column_means=column_means, exp_sums=exp_sums, num_blocks=num_blocks, block=config.block
     )
-    return scores
 
 
-def _check(keys: PagedBuffers, batch: PagedBatch, queries: Tensor) -> None:
+def check_score_inputs(keys: PagedBuffers, batch: PagedBatch, queries: Tensor) -> None:
     """Raise ``ValueError`` unless the three fit together and are within what the kernels support."""
-    if keys.page_size != batch.page_size:
-        raise ValueError(f"keys have page_size {keys.page_size} and batch {batch.page_size}: they must be equal")
+    check_pool("keys", keys, batch)
     if not 1 <= batch.window <= MAX_WINDOW:
         raise ValueError(f"batch has a window of {batch.window}: at most {MAX_WINDOW} is supported")
     wanted = [keys.num_layers, batch.num_requests, batch.window, keys.head_dim]
@@ -200,6 +266,5 @@ def _check(keys: PagedBuffers, batch: PagedBatch, queries: Tensor) -> None:
             f"queries must be bf16, fp16 or fp32 with stride 1 along head_dim, "
             f"got {queries.dtype} with strides {list(queries.stride())}"
         )
-    for name, device in (("queries", queries.device), ("batch", batch.device)):
-        if device != keys.device:
-            raise ValueError(f"{name} is on {device} and keys on {keys.device}: put all on one device")
+    if queries.device != keys.device:
+        raise ValueError(f"queries is on {queries.device} and keys on {keys.device}: put all on one device")

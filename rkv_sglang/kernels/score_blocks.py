@@ -64,8 +64,12 @@ def summarise_blocks_kernel(
     BLOCK_D: tl.constexpr,
     DOT_WIDTH: tl.constexpr,
     WITH_REDUNDANCY: tl.constexpr,
+    NUM_UNSCORED: tl.constexpr,
 ):
-    """Per block of keys: sum of the unit keys, maximum and sum of exp of the logits, and each row's exempt column."""
+    """Per block of keys: sum of the unit keys, maximum and sum of exp of the logits, and each row's exempt column.
+
+    The last ``NUM_UNSCORED`` keys are left out of the softmax.
+    """
     request = tl.program_id(1)
     layer_head = tl.program_id(2).to(tl.int64)
     layer, head = layer_head // num_kv_heads, layer_head % num_kv_heads
@@ -94,7 +98,7 @@ def summarise_blocks_kernel(
         stride_query_token,
         stride_query_head,
         softmax_scale * scale,
-        tokens < kv_len - WINDOW,
+        tokens < kv_len - NUM_UNSCORED,
         WINDOW,
         GROUP_SIZE,
         HEAD_DIM,
@@ -184,8 +188,12 @@ def score_tokens_kernel(
     BLOCK_D: tl.constexpr,
     DOT_WIDTH: tl.constexpr,
     WITH_REDUNDANCY: tl.constexpr,
+    NUM_UNSCORED: tl.constexpr,
 ):
-    """Per token: the window's mean attention, -inf in the window itself, and the mean of its similarity column."""
+    """Per token: the mean attention of the window's queries and the mean of its similarity column.
+
+    The attention of the last ``NUM_UNSCORED`` keys is -inf.
+    """
     request = tl.program_id(1)
     layer_head = tl.program_id(2).to(tl.int64)
     layer, head = layer_head // num_kv_heads, layer_head % num_kv_heads
@@ -204,7 +212,7 @@ def score_tokens_kernel(
     rows = key_rows(base, page_ptr, tokens, inside, stride_page, stride_slot, PAGE_SIZE, ALIGNMENT)
     keys = load_tile(rows, inside, 0, HEAD_DIM, BLOCK_D, E4M3)
 
-    scored = tokens < kv_len - WINDOW
+    scored = tokens < kv_len - NUM_UNSCORED
     query_ptr = queries_ptr + layer * stride_query_layer + request.to(tl.int64) * stride_query_request
     query_ptr += head * GROUP_SIZE * stride_query_head
     # [BLOCK_W, BLOCK]

@@ -74,8 +74,9 @@ def key_constants(
     head_dim: int,
     config: ScoreConfig,
     with_redundancy: bool,
+    num_unscored: int | None = None,
 ) -> dict[str, Any]:
-    """Return the compile-time arguments that both passes over the keys share."""
+    """Return the compile-time arguments that both passes over the keys share; by default the window is unscored."""
     return {
         "ELEMENT": ELEMENTS[storage_dtype],
         "E4M3": dtype == torch.float8_e4m3fn,
@@ -90,6 +91,7 @@ def key_constants(
         "BLOCK_D": padded_head_dim(head_dim),
         "DOT_WIDTH": config.dot_width or padded_head_dim(head_dim),
         "WITH_REDUNDANCY": with_redundancy,
+        "NUM_UNSCORED": window if num_unscored is None else num_unscored,
     }
 
 

@@ -43,12 +43,15 @@ class Random:
         num_tokens, num_kv_heads, _ = inputs.keys.shape
         indices = torch.arange(num_tokens - inputs.queries.shape[0], device=inputs.keys.device)
         # Right for the tokens that were never scored: what was evicted came before all of them.
-        positions = indices + inputs.evicted_tokens
-        fresh = ((_mix(_mix(positions) ^ self.seed) >> 8).float() / 2**24).expand(num_kv_heads, -1)
+        fresh = self.of_positions(indices + inputs.evicted_tokens).expand(num_kv_heads, -1)
         if inputs.state is None:
             return fresh
         scored_end = inputs.prompt_len + inputs.num_scored
         return torch.cat([fresh[:, : inputs.prompt_len], inputs.state, fresh[:, scored_end:]], dim=1)
+
+    def of_positions(self, positions: Tensor) -> Tensor:
+        """Return the scores of tokens by their logical positions, int64 to fp32."""
+        return (_mix(_mix(positions) ^ self.seed) >> 8).float() / 2**24
 
 
 def _mix(numbers: Tensor) -> Tensor:

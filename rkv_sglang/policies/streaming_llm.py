@@ -29,6 +29,9 @@ class StreamingLLM:
     def score(self, inputs: ScoreInputs) -> Tensor:
         """See ``Policy.score``."""
         num_tokens, num_kv_heads, _ = inputs.keys.shape
-        indices = torch.arange(num_tokens - inputs.queries.shape[0], device=inputs.keys.device, dtype=torch.float32)
-        recency = torch.where(indices < self.num_sinks, 2 * num_tokens - indices, indices)
-        return recency.expand(num_kv_heads, -1)
+        indices = torch.arange(num_tokens - inputs.queries.shape[0], device=inputs.keys.device)
+        return self.of_places(indices, num_tokens).expand(num_kv_heads, -1)
+
+    def of_places(self, indices: Tensor, num_tokens: Tensor | int) -> Tensor:
+        """Return the scores of tokens by their index in a request of that many tokens, int64 to fp32."""
+        return torch.where(indices < self.num_sinks, 2 * num_tokens - indices, indices).float()

@@ -3,7 +3,7 @@
 Every launch compiles for sm_90 what a GPU would be given, and launches nothing. Prints the counts as JSON, those after
 the warm-up and those at the end. Triton's interpreter must be off.
 
-    python -m tests.kernels.count_variants rkv|snapkv
+    python -m tests.kernels.count_variants POLICY
 """
 
 import json
@@ -17,7 +17,17 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from rkv_sglang.config import PolicyConfig
-from rkv_sglang.kernels import capture, dispatch, move, score_blocks, score_totals, select, warmup
+from rkv_sglang.kernels import (
+    capture,
+    dispatch,
+    move,
+    score_blocks,
+    score_keys,
+    score_totals,
+    score_values,
+    select,
+    warmup,
+)
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
 from rkv_sglang.policies import make_policy
 
@@ -39,7 +49,7 @@ class AbsentGpu:
 
 def kernel_counts() -> dict[str, int]:
     """Return how many variants of each kernel were compiled."""
-    modules = (capture, move, score_blocks, score_totals, select)
+    modules = (capture, move, score_blocks, score_keys, score_totals, score_values, select)
     kernels = {name: value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
     return {name: len(kernel.device_caches[0][0]) for name, kernel in kernels.items()}
 

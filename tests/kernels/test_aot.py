@@ -29,7 +29,19 @@ def test_every_shipped_configuration_compiles_without_spills_and_fits(tmp_path, 
     usages = json.loads(out.read_text())
     assert {usage["target"] for usage in usages} == set(TARGETS)
     # Each file of kernels ships something.
-    for part in ("capture", "move", "summarise", "score", "reduce", "combine", "select"):
+    for part in (
+        "capture",
+        "move",
+        "summarise",
+        "score",
+        "reduce",
+        "combine",
+        "select",
+        "sum",
+        "mean",
+        "compare",
+        "weigh",
+    ):
         assert any(usage["name"].startswith(part) for usage in usages), part
     assert [usage for usage in usages if usage["local_bytes"]] == []
     assert [usage for usage in usages if usage["shared_bytes"] > TARGETS[usage["target"]]] == []

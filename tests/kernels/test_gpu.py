@@ -13,15 +13,16 @@ from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import DueRequest, compact_requests
 from rkv_sglang.cache.plan import plan_compaction
 from rkv_sglang.cache.query_window import QueryWindow
+from rkv_sglang.config import PolicyConfig
 from rkv_sglang.kernels import capture, move, score_blocks, score_totals, select
 from rkv_sglang.kernels.capture import capture_queries, capture_queries_torch
-from rkv_sglang.kernels.dispatch import compact_paged, working_bytes_per_token
+from rkv_sglang.kernels.dispatch import choose_kept_torch, compact_paged, working_bytes_per_token
 from rkv_sglang.kernels.move import move_kept_paged, move_kept_torch
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
 from rkv_sglang.kernels.score import rkv_scores_paged
 from rkv_sglang.kernels.select import select_kept_paged
 from rkv_sglang.kernels.warmup import warm_up
-from rkv_sglang.policies import H2O, RKV, Policy, SnapKV
+from rkv_sglang.policies import POLICIES, RKV, Policy, make_policy
 from tests.kernels.test_api import GPU_ATTENTIONS, check_attention
 
 pytestmark = pytest.mark.gpu
@@ -111,6 +112,22 @@ def test_scores_and_the_choice_are_those_of_the_oracle(seed, dtype, head_dim):
                 assert (chosen >= least - 2 * TOLERANCE * least.abs()).float().mean() > 0.99
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_every_policy_chooses_as_in_torch(seed, name, dtype):
+    case = Case(seed, dtype)
+    policy = make_policy(PolicyConfig(policy=name))
+    keys, values = case.buffers.keys, case.buffers.values
+    expected = choose_kept_torch(keys, values, case.batch, case.queries, policy).indices
+    kept = compact_paged(keys, values, case.batch, case.queries, policy).indices
+    # Products in another order move a score by its last bits, so the last one kept may change places with the next.
+    shared = [
+        len(set(mine) & set(its)) / len(set(its))
+        for mine, its in zip(kept.flatten(0, 2).tolist(), expected.flatten(0, 2).tolist(), strict=True)
+    ]
+    assert min(shared) > 0.97 and sum(shared) / len(shared) > 0.999
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 def test_what_moves_is_what_moves_in_torch_every_time(seed, dtype, head_dim):
@@ -125,8 +142,9 @@ def test_what_moves_is_what_moves_in_torch_every_time(seed, dtype, head_dim):
         assert equal_bytes(keys, expected_keys) and equal_bytes(values, expected_values)
 
 
-@pytest.mark.parametrize("policy", [RKV(), SnapKV(), H2O()], ids=lambda policy: type(policy).__name__)
-def test_a_compaction_repeats_itself_to_the_byte(seed, policy):
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_a_compaction_repeats_itself_to_the_byte(seed, name):
+    policy = make_policy(PolicyConfig(policy=name))
     case = Case(seed, torch.bfloat16)
     twin = copy_of(case.buffers.keys), copy_of(case.buffers.values)
     first = compact_paged(case.buffers.keys, case.buffers.values, case.batch, case.queries, policy)
@@ -177,13 +195,15 @@ def served(seed: int, num_requests: int) -> tuple[KVBuffers, QueryWindow, Callab
     return case.buffers, window, compact
 
 
-def test_a_compaction_waits_for_nothing_on_the_gpu(seed):
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_a_compaction_waits_for_nothing_on_the_gpu(seed, name):
+    policy = make_policy(PolicyConfig(policy=name))
     _, _, compact = served(seed, 5)
-    compact(RKV())
+    compact(policy)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        compact(RKV())
+        compact(policy)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -1,0 +1,233 @@
+"""Every policy's scorer of a whole batch against the policy's own score, request by request, and what it remembers."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from rkv_sglang.kernels import dispatch
+from rkv_sglang.kernels.dispatch import choose_kept_torch, compact_paged
+from rkv_sglang.kernels.score import h2o_scores_paged
+from rkv_sglang.kernels.score_keys import keydiff_scores_paged, manifoldkv_scores_paged
+from rkv_sglang.kernels.score_values import longflow_scores_paged
+from rkv_sglang.kernels.scorers import PAGED_SCORERS, History, PagedInputs, scores_of_kept
+from rkv_sglang.kernels.select import select_kept_paged
+from rkv_sglang.policies import POLICIES, KeyDiff, LongFlow, ManifoldKV, Policy, ScoreInputs, is_stateful
+from tests.algorithm.cases import KEY_MAKERS
+from tests.kernels.paged import columns_of, make_batch, make_pool
+from tests.kernels.score_cases import Case, make_case, poison_memory
+from tests.policies.cases import CASES, case_id, policy_of
+
+# numpy warns where a GPU computes inf or NaN in silence, in places that are masked out later.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+RTOL = 2e-5
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    poison_memory(monkeypatch)
+
+
+class Served:
+    """A case with values, and for stateful policies a past."""
+
+    def __init__(self, case: Case, values: list[list[Tensor]], value_scales: list[float] | None = None) -> None:
+        self.case, self.values = case, values
+        self.value_pool = make_pool(case.batch, values, scales=value_scales)
+        self.history = [History(kv_len) for kv_len in case.batch.kv_lens_cpu]
+
+    def inputs(self) -> PagedInputs:
+        case = self.case
+        return PagedInputs(
+            keys=case.pool, values=self.value_pool, batch=case.batch, queries=case.queries, history=self.history
+        )
+
+    def own_score(self, policy: Policy, layer: int, request: int) -> Tensor:
+        """What the policy itself says of one request in one layer, in fp32 as it is served on a CPU."""
+        past = self.history[request]
+        return policy.score(
+            ScoreInputs(
+                queries=self.case.queries[layer, request],
+                keys=self.case.keys[layer][request].float() * self.case.pool.scales[layer],
+                prompt_len=self.case.batch.prompt_lens_cpu[request],
+                values=self.values[layer][request].float() * self.value_pool.scales[layer],
+                logical_len=past.logical_len,
+                state=None if past.kept_scores is None else past.kept_scores[layer],
+            )
+        )
+
+
+def serve(rng: random.Random, *, value_dim: int = 48, **sizes: Any) -> Served:
+    case = make_case(rng, **sizes)
+    dtype = case.pool.dtype
+    values = []
+    for of_layer in case.keys:
+        drawn = [torch.randn(len(keys), case.pool.num_kv_heads, value_dim) for keys in of_layer]
+        for of_request in drawn:
+            of_request[::5] = 0.0
+        values.append([of_request.to(dtype) for of_request in drawn])
+    scales = [rng.uniform(0.3, 2.0) for _ in values] if dtype.itemsize == 1 else None
+    return Served(case, values, scales)
+
+
+def check(served: Served, policy: Policy, scores: Tensor) -> None:
+    case, batch = served.case, served.case.batch
+    assert scores.dtype == torch.float32 and scores.is_contiguous()
+    assert scores.shape == (case.pool.num_layers, case.pool.num_kv_heads, batch.num_tokens)
+    for layer in range(case.pool.num_layers):
+        for request, kv_len in enumerate(batch.kv_lens_cpu):
+            mine = scores[layer, :, columns_of(batch, request)]
+            expected = served.own_score(policy, layer, request)
+            assert (mine[:, kv_len - batch.window :] == -torch.inf).all(), "the window"
+            atol = 2e-6 * (1 + float(case.keys[layer][request].float().norm(dim=-1).max()) * case.pool.scales[layer])
+            if isinstance(policy, KeyDiff):
+                atol = 1e-6 * error_scale(case.keys[layer][request])
+            torch.testing.assert_close(mine[:, : kv_len - batch.window], expected, rtol=RTOL, atol=float(atol))
+
+
+def error_scale(keys: Tensor) -> float:
+    """How much a rounded sum of unit keys is magnified where they nearly cancel out."""
+    unit = keys.double() / (keys.double().norm(dim=-1, keepdim=True) + 1e-8)
+    return float(1 + 1 / (unit.mean(dim=0).norm(dim=-1).min() + 1e-8))
+
+
+def test_every_policy_of_this_package_has_one() -> None:
+    assert set(PAGED_SCORERS) == set(POLICIES.values())
+
+
+@pytest.mark.parametrize("kind", KEY_MAKERS)
+@pytest.mark.parametrize("case", [case for case in CASES if case[0] not in ("rkv", "snapkv")], ids=case_id)
+def test_scores_are_the_policys_own(rng, case, kind):
+    served = serve(rng, kind=kind, head_dim=64)
+    policy = policy_of(*case)
+    check(served, policy, PAGED_SCORERS[type(policy)](policy, served.inputs()))
+
+
+@pytest.mark.parametrize("name", ["h2o", "keydiff", "manifoldkv", "longflow"])
+@pytest.mark.parametrize(
+    ("dtype", "query_dtype", "head_dim", "group"),
+    [
+        (torch.bfloat16, torch.bfloat16, 80, 1),
+        (torch.float16, torch.float16, 256, 16),
+        (torch.float8_e4m3fn, torch.bfloat16, 96, 3),
+        (torch.float8_e5m2, torch.float16, 128, 2),
+    ],
+    ids=str,
+)
+def test_every_dtype_head_dim_and_group(rng, name, dtype, query_dtype, head_dim, group):
+    sizes = {"head_dim": head_dim, "gqa_group_size": group, "num_layers": 2, "lens": [rng.randint(12, 40), 14]}
+    served = serve(rng, dtype=dtype, query_dtype=query_dtype, num_kv_heads=1, value_dim=head_dim, **sizes)
+    policy = policy_of(name, {})
+    check(served, policy, PAGED_SCORERS[type(policy)](policy, served.inputs()))
+
+
+@pytest.mark.parametrize("block", [16, 32, 128])
+def test_the_sizes_of_programs_do_not_matter(rng, monkeypatch, block):
+    for module in ("score", "score_keys"):
+        monkeypatch.setattr(f"rkv_sglang.kernels.{module}.CHUNK", 2)
+    served = serve(rng, head_dim=80, num_layers=2, lens=[rng.randint(65, 90), 32, 33])
+    case = served.case
+    keys, batch = case.pool, case.batch
+    check(served, KeyDiff(), keydiff_scores_paged(keys, batch, block=block))
+    for mean_tokens in (1, 20, 1000):
+        policy = ManifoldKV(mean_tokens=mean_tokens)
+        check(served, policy, manifoldkv_scores_paged(keys, batch, mean_tokens=mean_tokens, block=block))
+    check(served, LongFlow(), longflow_scores_paged(keys, served.value_pool, batch, case.queries, block=block))
+
+
+@pytest.mark.parametrize("name", ["keydiff", "manifoldkv", "longflow", "h2o"])
+def test_a_broken_token_spoils_its_own_head_only(rng, name):
+    served = serve(rng, lens=[40, 30], num_layers=2)
+    policy = policy_of(name, {})
+    before = PAGED_SCORERS[type(policy)](policy, served.inputs())
+    served.case.keys[1][0][rng.randrange(10), 1] = torch.nan
+    served.case.pool = make_pool(served.case.batch, served.case.keys)
+    after = PAGED_SCORERS[type(policy)](policy, served.inputs())
+    before[1, 1, : 40 - served.case.batch.window] = 0.0
+    after[1, 1, : 40 - served.case.batch.window] = 0.0
+    assert torch.equal(after, before)
+
+
+def test_a_key_older_than_the_mean_does_not_enter_it(rng):
+    served = serve(rng, lens=[40], window=4)
+    served.case.keys[0][0][0] = torch.nan
+    served.case.pool = make_pool(served.case.batch, served.case.keys)
+    scores = manifoldkv_scores_paged(served.case.pool, served.case.batch, mean_tokens=20)
+    assert scores[:, :, 0].isnan().all() and not scores[:, :, 1:].isnan().any()
+
+
+@pytest.mark.parametrize("name", ["h2o", "random"])
+def test_a_stateful_policy_goes_on_from_what_it_said(rng, name):
+    """Two compactions of requests with a past and of one without, against the policy request by request."""
+    policy = policy_of(name, {})
+    served = serve(rng, lens=[50, 41, 30], num_layers=2, window=4)
+    batch = served.case.batch
+    for request, (kv_len, prompt_len) in enumerate(zip(batch.kv_lens_cpu, batch.prompt_lens_cpu, strict=True)):
+        num_scored = rng.randint(0, kv_len - prompt_len - batch.window)
+        if request != 1 and num_scored:
+            state = torch.rand(2, served.case.pool.num_kv_heads, num_scored)
+            served.history[request] = History(kv_len + rng.randint(1, 500), state)
+    scores = PAGED_SCORERS[type(policy)](policy, served.inputs())
+    check(served, policy, scores)
+    kept = select_kept_paged(scores, batch, block=64)
+    for request, best in enumerate(scores_of_kept(scores, kept, batch)):
+        num_best = batch.budgets_cpu[request] - batch.window
+        assert best.shape == (2, served.case.pool.num_kv_heads, num_best)
+        columns = columns_of(batch, request).start + batch.prompt_lens_cpu[request] + kept[:, request, :, :num_best]
+        for layer in range(2):
+            assert torch.equal(best[layer], scores[layer].gather(1, columns[layer].long()))
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_a_compaction_by_kernels_is_that_in_torch(rng, monkeypatch, name):
+    """Keys and values end up alike, byte for byte, and so does what is remembered."""
+    served = serve(rng, kind="random", num_layers=2, lens=[60, 45], page_size=1)
+    case, policy = served.case, policy_of(name, {})
+    expected = choose_kept_torch(case.pool, served.value_pool, case.batch, case.queries, policy)
+    monkeypatch.setattr(dispatch, "runs_triton", lambda buffers: True)
+    kept = compact_paged(case.pool, served.value_pool, case.batch, case.queries, policy)
+    assert torch.equal(kept.indices, expected.indices)
+    if is_stateful(policy):
+        for mine, its in zip(kept.scores, expected.scores, strict=True):
+            torch.testing.assert_close(mine, its, rtol=RTOL, atol=1e-6)
+    else:
+        assert kept.scores is None
+
+
+@pytest.mark.parametrize("name", ["h2o", "keydiff", "manifoldkv", "longflow"])
+def test_launches_do_not_grow_with_layers_heads_and_requests(rng, monkeypatch, name):
+    launched: list[str] = []
+    run = JITFunction.run
+
+    def recorded(kernel, *args, **kwargs):
+        launched.append(kernel.fn.__name__)
+        return run(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(JITFunction, "run", recorded)
+    policy, counts = policy_of(name, {}), []
+    for sizes in ({"lens": [30], "num_kv_heads": 1}, {"lens": [40, 64, 33], "num_layers": 3}):
+        launched.clear()
+        PAGED_SCORERS[type(policy)](policy, serve(rng, window=4, **sizes).inputs())
+        counts.append(launched.copy())
+    assert counts[0] == counts[1] and 3 <= len(counts[0]) <= 4
+
+
+def test_what_does_not_fit_is_refused_by_name(rng):
+    served = serve(rng, lens=[20], window=4, gqa_group_size=1, page_size=1)
+    case = served.case
+    other = make_batch(rng, 3, kv_lens=[20], prompt_lens=[2], budgets=[9], window=4)
+    for score in (keydiff_scores_paged, lambda keys, batch: manifoldkv_scores_paged(keys, batch, mean_tokens=3)):
+        with pytest.raises(ValueError, match="keys have page_size 1 and batch 3"):
+            score(case.pool, other)
+    fewer = make_pool(case.batch, [[of_request[:, :1] for of_request in layer] for layer in served.values])
+    with pytest.raises(ValueError, match="values have 1 layers of 1 heads and keys 1 of 2"):
+        longflow_scores_paged(case.pool, fewer, case.batch, case.queries)
+    wide = torch.randn(1, 1, 4, 2 * 65, case.pool.head_dim)
+    with pytest.raises(ValueError, match="a query group of 65 heads: at most 64"):
+        longflow_scores_paged(case.pool, served.value_pool, case.batch, wide)
+    with pytest.raises(ValueError, match="num_qo_heads 3 of queries must be a multiple"):
+        h2o_scores_paged(case.pool, case.batch, torch.randn(1, 1, 4, 3, case.pool.head_dim))
