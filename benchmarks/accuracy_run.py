@@ -106,23 +106,33 @@ def run_samples(
     """Ask for the samples in ``todo``, each a problem and a number from 0, and put them into the store.
 
     Raises:
-        ServerError: A request failed. What was finished before is in the store.
+        ServerError: A request failed. No further ones were sent, and all answers that came are in the store.
     """
     devices = num_devices(server)
+    failures: list[ServerError] = []
+
+    def ask(problem: Problem, sample: int) -> tuple[dict[str, Any], float, float] | None:
+        try:
+            return None if failures else _ask(server, sampling.request(problem, sample), timeout_s)
+        except ServerError as error:
+            failures.append(error)
+            return None
+
     pool = ThreadPoolExecutor(concurrency)
     try:
-        asked = {
-            pool.submit(_ask, server, sampling.request(problem, sample), timeout_s): (problem, sample)
-            for problem, sample in todo
-        }
+        asked = {pool.submit(ask, problem, sample): (problem, sample) for problem, sample in todo}
         for done in tqdm(
             as_completed(asked), total=len(asked), desc=server.log_path.stem, unit="sample", mininterval=2
         ):
-            problem, sample = asked[done]
-            # Judged in this thread: the checker limits its time by a signal.
-            store.add(_sample(problem, sample, devices, *done.result()))
+            answer, (problem, sample) = done.result(), asked[done]
+            if answer is not None:
+                # Judged in this thread: the checker limits its time by a signal.
+                store.add(_sample(problem, sample, devices, *answer))
     finally:
+        # After an interrupt: the server ends next, and with it the requests under way.
         pool.shutdown(wait=False, cancel_futures=True)
+    if failures:
+        raise failures[0]
 
 
 def _ask(server: Server, body: dict[str, Any], timeout_s: float) -> tuple[dict[str, Any], float, float]:

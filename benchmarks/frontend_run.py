@@ -72,11 +72,21 @@ def run_program(url: str, program: Any, names: Sequence[str], choices: Sequence[
         program: What ``sgl.function`` returns, without arguments.
         names: Its variables.
         choices: Those of them that ``select`` sets.
+
+    Raises:
+        RuntimeError: The server refused a request or did not answer.
     """
     endpoint = RecordingEndpoint(url)
     endpoint.flush_cache()
-    first, _ = (program.run(backend=endpoint, temperature=0) for _ in range(2))
-    texts = {name: first[name] for name in names}
+    states = []
+    for _ in range(2):
+        state = program.run(backend=endpoint, temperature=0)
+        # A program goes on in threads of its own, and what fails there would only be a warning.
+        state.sync()
+        if state.error() is not None:
+            raise RuntimeError(f"the program failed: {state.error()}")
+        states.append(state)
+    texts = {name: states[0][name] for name in names}
     return ProgramRun(texts, {name: texts[name] for name in choices}, endpoint.calls)
 
 
