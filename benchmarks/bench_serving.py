@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub name; the default is a tiny random Llama")
     parser.add_argument("--settings", default="none,rkv:64:32", help="comma-separated, default %(default)s")
-    parser.add_argument("--pools", default="640,1280,2560,5120,12288", help="comma-separated, default %(default)s")
+    parser.add_argument("--pools", default="640,1280,2560,5120,8192,12288", help="comma-separated, default %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="default %(default)s")
     parser.add_argument("--arrivals", default="lockstep", help="lockstep, poisson or both, default %(default)s")
     parser.add_argument("--rate", type=float, default=2.0, help="conversations a second (poisson), default %(default)s")

@@ -1,10 +1,10 @@
 """Replay a trace against a server and record when each token came.
 
-SGLang's own client (``sglang.benchmark.serving``) does not fit. It keeps nothing of ``meta_info`` but the cached
-tokens, so neither compactions nor queue time nor retractions can be told; it draws Poisson gaps while it sends, so no
-two servers would get the same arrivals; its multi-turn requests are chats of text, whose prompts need not be the
-tokens that the cache holds; and it cannot be imported without the package ``datasets``. Its definitions of TTFT,
-inter-token latency and throughput are kept (``serving_report.py``).
+SGLang's own client (``sglang.benchmark.serving``) does not fit. Of ``meta_info`` it keeps no more than cached tokens
+and speculation, so neither compactions nor queue time nor retractions can be told; its multi-turn requests are chats
+of text, whose prompts need not be the tokens that the cache holds; and it cannot be imported without the package
+``datasets``, which a server does not need. Its definitions of TTFT, inter-token latency and throughput are kept
+(``serving_report.py``).
 """
 
 import asyncio

@@ -149,12 +149,12 @@ def require_equal_memory(rows: Iterable[Row]) -> None:
     Where the pool is a share of the GPU's memory, SGLang divides what it finds, and equality is not checked.
     """
     rows = [row for row in rows if float(row["pool"]) >= 1]
-    allowed = {row["pool"]: row["memory_bytes"] for row in rows if row["policy"] == NO_POLICY}
     for row in rows:
-        if float(row["memory_bytes"]) > float(allowed.get(row["pool"], row["memory_bytes"])):
+        sizes = [int(r["memory_bytes"]) for r in rows if r["pool"] == row["pool"] and r["policy"] == NO_POLICY]
+        if sizes and int(row["memory_bytes"]) > min(sizes):
             raise ValueError(
                 f"{row['setting']} had {row['memory_bytes']} bytes of memory at pool {row['pool']:g}, "
-                f"a server without a policy {allowed[row['pool']]}"
+                f"a server without a policy {min(sizes)}"
             )
 
 
@@ -171,12 +171,30 @@ class Ratio:
 
     @property
     def verdict(self) -> str:
-        """Whether the setting pays: only where every round agrees, and there are rounds that can."""
+        """Whether the setting has more throughput: only where there are several rounds and all of them agree."""
         if self.uncompressed:
             return NOTHING_COMPRESSED
         if len(self.by_round) < 2:
             return "one round: no verdict"
-        return "pays" if self.low > 1 else "costs" if self.high < 1 else "rounds disagree"
+        return "more" if self.low > 1 else "less" if self.high < 1 else "rounds disagree"
+
+
+def crossover(ratios: Mapping[float, Ratio]) -> str:
+    """Say between which pools a setting stops to have more throughput; ``ratios`` are those of one setting by pool.
+
+    Pools at which a round compressed nothing are left out.
+    """
+    pools = sorted(pool for pool, ratio in ratios.items() if not ratio.uncompressed)
+    if not pools:
+        return NOTHING_COMPRESSED
+    more = [pool for pool in pools if ratios[pool].median > 1]
+    if not more:
+        return "more at no pool"
+    if len(more) == len(pools):
+        return f"more at every pool, so the crossover lies above {pools[-1]:g}"
+    if more != pools[: len(more)]:
+        return f"more at pools {', '.join(f'{pool:g}' for pool in more)} and no others: no single crossover"
+    return f"more up to pool {more[-1]:g} and not from {pools[len(more)]:g} on: the crossover lies between"
 
 
 def throughput_ratios(rows: Iterable[Row], baseline: str) -> dict[tuple[str, str, float], Ratio]:

@@ -9,8 +9,10 @@ import pytest
 from benchmarks.schema import Row
 from benchmarks.serving_report import (
     NOTHING_COMPRESSED,
+    Ratio,
     RequestRecord,
     compaction_steps,
+    crossover,
     own_compaction_gaps,
     percentiles_ms,
     request_figures,
@@ -158,7 +160,7 @@ def test_ratios_are_taken_within_a_round() -> None:
     ratios = throughput_ratios(rows, "none")
     assert set(ratios) == {("lockstep", "rkv", 10.0), ("lockstep", "rkv", 99.0)}
     small, large = ratios["lockstep", "rkv", 10.0], ratios["lockstep", "rkv", 99.0]
-    assert (small.median, small.low, small.high) == pytest.approx((1.4, 1.2, 1.5)) and small.verdict == "pays"
+    assert (small.median, small.low, small.high) == pytest.approx((1.4, 1.2, 1.5)) and small.verdict == "more"
     assert small.by_round == pytest.approx((1.5, 1.2, 1.4)) and large.verdict == "rounds disagree"
     slower = [
         run_row("none", 1, 0, 100),
@@ -166,7 +168,7 @@ def test_ratios_are_taken_within_a_round() -> None:
         run_row("none", 1, 1, 100),
         run_row("rkv", 1, 1, 80),
     ]
-    assert throughput_ratios(slower, "none")["lockstep", "rkv", 1.0].verdict == "costs"
+    assert throughput_ratios(slower, "none")["lockstep", "rkv", 1.0].verdict == "less"
     assert "no verdict" in throughput_ratios(slower[:2], "none")["lockstep", "rkv", 1.0].verdict
 
 
@@ -178,6 +180,19 @@ def test_a_round_without_compression_takes_the_verdict_away() -> None:
     ]
     ratio = throughput_ratios(rows, "none")["lockstep", "rkv", 10.0]
     assert ratio.uncompressed == 1 and ratio.verdict == NOTHING_COMPRESSED
+
+
+def test_the_crossover_lies_where_the_medians_fall_to_one() -> None:
+    def by_pool(*medians: float) -> dict[float, Ratio]:
+        return {10.0 * 2**i: Ratio(median, median, median, (median,), 0) for i, median in enumerate(medians)}
+
+    assert crossover(by_pool(2, 1.1, 1, 0.9)) == "more up to pool 20 and not from 40 on: the crossover lies between"
+    assert crossover(by_pool(0.9, 1)) == "more at no pool"
+    assert "above 20" in crossover(by_pool(2, 1.01))
+    assert "pools 10, 40 and no others" in crossover(by_pool(2, 0.9, 1.1))
+    idle = Ratio(2, 2, 2, (2,), 1)
+    assert crossover({10: idle}) == NOTHING_COMPRESSED
+    assert crossover({**by_pool(0.9, 0.8), 5: idle}) == "more at no pool"
 
 
 def test_more_memory_for_a_policy_is_refused() -> None:
