@@ -44,7 +44,8 @@ def replay(
 async def _replay(
     url: str, trace: Sequence[Conversation], timeout_s: float, ignore_eos: bool, progress: tqdm | None
 ) -> list[RequestRecord]:
-    timeout = aiohttp.ClientTimeout(total=timeout_s)
+    # One limit for the whole, below; aiohttp would give every request 5 minutes.
+    timeout = aiohttp.ClientTimeout(total=None)
     # By default aiohttp has at most 100 connections, and would queue where the server should.
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(
