@@ -8,8 +8,9 @@ from typing import Any
 from benchmarks.schema import Row, read_table
 from benchmarks.serving_report import Ratio, crossover, throughput_ratios
 from benchmarks.tables import SERVING
+from rkv_sglang.config import NO_POLICY
 
-BASELINES = ("none", "stock")
+BASELINES = (NO_POLICY, "stock")
 
 
 def baseline_of(rows: Sequence[Row]) -> str:
@@ -55,8 +56,13 @@ def summary(rows: Sequence[Row]) -> str:
         by_setting.setdefault((arrivals, name), {})[pool] = ratio
         values = (f"{value:.2f}" for value in (ratio.median, ratio.low, ratio.high))
         lines.append(_line(arrivals, f"{pool:g}", name, *values, ratio.verdict))
+    policies = {str(row["setting"]) for row in rows if row["policy"] != NO_POLICY}
     lines += [""]
-    lines += [f"{name}, {arrivals}, by medians: {crossover(mine)}" for (arrivals, name), mine in by_setting.items()]
+    lines += [
+        f"{name}, {arrivals}, by medians: {crossover(mine)}"
+        for (arrivals, name), mine in by_setting.items()
+        if name in policies
+    ]
     return "\n".join(lines)
 
 
