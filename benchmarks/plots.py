@@ -25,6 +25,7 @@ from benchmarks.tables import (
     QUALITY_RECALL,
     SCORING,
     SCORING_RANDOM,
+    SERVING,
 )
 
 
@@ -63,6 +64,7 @@ PLOTS = (
     Plot("benchmarks.quality_report:plot", (QUALITY_FORCED, QUALITY_POSITION, QUALITY_FREE, QUALITY_RECALL)),
     Plot("benchmarks.accuracy_report:plot", (ACCURACY,)),
     Plot("benchmarks.frontend_report:plot", (FRONTEND,)),
+    Plot("benchmarks.serving_plot:plot", (SERVING,)),
 )
 
 

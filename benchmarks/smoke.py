@@ -31,6 +31,7 @@ from benchmarks.tables import (
     QUALITY_RECALL,
     SCORING,
     SCORING_RANDOM,
+    SERVING,
 )
 
 # A step takes one or two minutes on two idle cores; a busy machine may take much longer.
@@ -58,6 +59,7 @@ STEPS = (
     Step("frontend", "benchmarks.frontend_programs", (), (FRONTEND,)),
     Step("memory", "benchmarks.bench_memory", (), (MEMORY,)),
     Step("idle_cost", "benchmarks.bench_idle_cost", (), (IDLE_COST,)),
+    Step("serving", "benchmarks.bench_serving", (), (SERVING,)),
     Step("accuracy", "benchmarks.bench_accuracy", ("--work", "{out}/work"), (ACCURACY,)),
     Step(
         "quality",

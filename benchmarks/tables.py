@@ -215,8 +215,58 @@ FRONTEND = Table(
     ),
 )
 
+
+def _latency(name: str, meaning: str) -> tuple[Column, ...]:
+    """Return the columns of the median and the 99th percentile of a time."""
+    return tuple(Column(f"{name}_{q}", float, "ms", f"{meaning}; {q}") for q in ("p50", "p99"))
+
+
+SERVING = Table(
+    "serving",
+    "one server and one pool in one round of one kind of arrivals",
+    (
+        Column("arrivals", str, "", "lockstep: all conversations at once; poisson: at random moments"),
+        Column("pool", float, "tokens", "memory of every server: the pool of one without a policy; below 1, a share"),
+        Column("round", int, "", "from 0; all servers and pools get the same trace in a round"),
+        Column("setting", str, "", "none, stock (plugin not loaded), fp8 (KV in fp8), or policy:budget:buffer"),
+        Column("policy", str, "", "--kv-policy; none without one"),
+        Column("budget", int, "tokens", "--rkv-budget; 0 without a policy"),
+        Column("buffer", int, "tokens", "--rkv-buffer; 0 without a policy"),
+        Column(
+            "pool_tokens", int, "tokens", "slots of this server's KV pool, what the policy's buffers take taken off"
+        ),
+        Column("side_bytes", int, "bytes", "the policy's own buffers"),
+        Column("memory_bytes", int, "bytes", "KV pool and side buffers"),
+        Column("trace_tokens", int, "tokens", "that the trace would hold uncompressed if all its requests ran at once"),
+        Column("answered", int, "requests", "answered in full"),
+        Column("failed", int, "requests", "not answered; left out of all figures"),
+        Column("seconds", float, "s", "from the first request to the last answer"),
+        Column("tokens_per_s", float, "tokens/s", "generated tokens of all answers over seconds"),
+        Column("requests_per_s", float, "1/s", "answers over seconds"),
+        *_latency("ttft", "from sending a request to the first chunk of its answer"),
+        *_latency("itl", "between two tokens of an answer; tokens of one chunk share its time"),
+        *_latency(
+            "itl_compaction", "the same, where the request's own compaction lies between the tokens; NaN without"
+        ),
+        *_latency("queue", "wait of a request for its first prefill, as the server says"),
+        Column("compaction_gaps", int, "", "gaps that itl_compaction is made from"),
+        Column("single_token_chunks", float, "", "share of gaps between tokens that came in chunks of their own"),
+        Column("peak_running", int, "requests", "largest decode batch, of every tenth step"),
+        Column("mean_running", float, "requests", "mean decode batch, of every tenth step; NaN if there were too few"),
+        Column("retractions", int, "", "times a request was stopped for lack of memory, to be computed again"),
+        Column("prefix_hit_rate", float, "", "prompt tokens found in the prefix cache over all prompt tokens"),
+        Column("compactions", int, "", "of all requests"),
+        Column("compressed_share", float, "", "share of answered requests with a compaction"),
+        Column("output_len_mean", float, "tokens", "of an answer"),
+        Column("output_len_min", int, "tokens", "of an answer"),
+        Column("output_len_max", int, "tokens", "of an answer"),
+        Column("peak_memory_bytes", int, "bytes", "most GPU memory in use; on a CPU, the server's peak resident set"),
+        Column("note", str, "", "why the row proves nothing; empty otherwise"),
+    ),
+)
+
 TABLES: tuple[Table, ...] = (
     *(MEMORY, IDLE_COST, SCORING, SCORING_RANDOM, KERNELS, SERVE_CHECK),
     *(QUALITY_FORCED, QUALITY_POSITION, QUALITY_FREE, QUALITY_RECALL),
-    *(ACCURACY, FRONTEND),
+    *(ACCURACY, FRONTEND, SERVING),
 )
