@@ -93,6 +93,12 @@ def test_rows_by_hand(tmp_path: Path) -> None:
     assert "| turns | 3 | 2 | 3/3 | 1 | 2 | 6/4 | 2/2 |" in markdown([none, rkv])
 
 
+def test_a_row_has_the_hits_of_its_own_server() -> None:
+    fewer = run([*RKV.calls[:2], call("abx", "y", cached=1)], first="cd", second="eg")
+    none, rkv = frontend_rows({"turns": NONE}, {"turns": fewer}, 64, 16)
+    assert (none["compared_cached_tokens"], rkv["compared_cached_tokens"]) == (2, 1)
+
+
 def test_half_of_the_programs_are_compacted() -> None:
     names = [program.name for program in all_programs(64, 16)]
     assert len(set(names)) == 6 and sum(name.endswith("_long") for name in names) == 3
