@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -126,6 +127,25 @@ def test_bad_problems_are_refused_in_one_line(tmp_path: Path, content: str, mess
 def test_a_missing_file_is_no_data_set_of_the_hub(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no file"):
         load_problems(str(tmp_path / "gone.jsonl"))
+
+
+def test_a_data_set_of_the_hub_needs_its_package_and_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="pip install datasets"):
+        load_problems("openai/gsm8k")
+    asked = []
+
+    def load_dataset(name: str, subset: str | None, split: str) -> list[dict[str, str]]:
+        asked.append((name, subset, split))
+        if subset is None:
+            raise RuntimeError("Config name is missing.\nPlease pick one.")
+        return [{"question": "How many?", "answer": "Two.\n#### 2"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert load_problems("openai/gsm8k", "train", "main") == [Problem("How many?", "2")]
+    assert asked == [("openai/gsm8k", "main", "train")]
+    with pytest.raises(ValueError, match=r"could not be loaded: Config name is missing\.$"):
+        load_problems("openai/gsm8k")
 
 
 def test_settings_are_read_and_become_flags() -> None:
