@@ -25,6 +25,7 @@ from benchmarks.tables import (
     QUALITY_RECALL,
     SCORING,
     SCORING_RANDOM,
+    SERVE_CHECK,
     SERVING,
 )
 
@@ -65,6 +66,7 @@ PLOTS = (
     Plot("benchmarks.accuracy_report:plot", (ACCURACY,)),
     Plot("benchmarks.frontend_report:plot", (FRONTEND,)),
     Plot("benchmarks.serving_plot:plot", (SERVING,)),
+    Plot("benchmarks.gpu.serve_check:plot", (SERVE_CHECK,)),
 )
 
 

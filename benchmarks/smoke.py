@@ -31,6 +31,7 @@ from benchmarks.tables import (
     QUALITY_RECALL,
     SCORING,
     SCORING_RANDOM,
+    SERVE_CHECK,
     SERVING,
 )
 
@@ -60,6 +61,7 @@ STEPS = (
     Step("memory", "benchmarks.bench_memory", (), (MEMORY,)),
     Step("idle_cost", "benchmarks.bench_idle_cost", (), (IDLE_COST,)),
     Step("serving", "benchmarks.bench_serving", (), (SERVING,)),
+    Step("serve_check", "benchmarks.gpu.serve_check", (), (SERVE_CHECK,)),
     Step("accuracy", "benchmarks.bench_accuracy", ("--work", "{out}/work"), (ACCURACY,)),
     Step(
         "quality",

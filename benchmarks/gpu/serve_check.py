@@ -1,7 +1,7 @@
 """On a real server: is every decode step a replayed CUDA graph, and what do steps cost with and without a policy?
 
     python -m benchmarks.gpu.serve_check [--out FOLDER] [--batches 1 64] [--prompt-len 512] [--num-tokens 1600]
-        [--budget 1024] [--buffer 128] [--model PATH] [--flags "--attention-backend flashinfer"]
+        [--budget 1024] [--buffer 128] [--model PATH] [--flags "--attention-backend flashinfer"] [--smoke]
 
 Without ``--model`` it serves the shape of Llama-3.1-8B with dummy weights. A server without a policy and one with rkv
 run one after the other with the same flags; each gets every batch size, all requests at once. Step times are SGLang's
@@ -31,6 +31,8 @@ from benchmarks.schema import Row, hardware_folder, read_table, run_info, write_
 from benchmarks.tables import SERVE_CHECK
 
 NONE = "none"
+# Tiny model and sizes, with or without a GPU.
+SMOKE: dict[str, Any] = {"batches": [1, 4], "prompt_len": 16, "num_tokens": 150, "budget": 32, "buffer": 16}
 # The first batch builds what is built lazily, and fills no graph that a later one needs.
 WARM_UP_TOKENS = 16
 GPU_FLAGS = (
@@ -184,7 +186,15 @@ def main() -> int:
     parser.add_argument("--flags", default="", help="further flags of both servers, in one string")
     parser.add_argument("--work", type=Path, default=Path(".cache/serve_check"), help="models and logs")
     parser.add_argument("--out", type=Path, help="folder of the results, default benchmarks/results/HARDWARE")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model and short answers; needs --out")
     options = parser.parse_args()
+    if options.smoke:
+        if options.out is None:
+            parser.error("--smoke must not overwrite results: name another folder with --out")
+        from tests import tiny_models
+
+        model = str(tiny_models.tiny_model_path("llama-gqa"))
+        vars(options).update(SMOKE, model=model, vocab_size=tiny_models.VOCAB_SIZE, work=options.out / "work")
     exit_on_sigterm()
     rows, problems = run_all(options)
     folder = options.out or hardware_folder()

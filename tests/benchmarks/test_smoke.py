@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.schema import RESULTS
 from benchmarks.smoke import STEPS, Step, run_command, run_steps
-from benchmarks.tables import MEMORY, SERVE_CHECK, TABLES
+from benchmarks.tables import MEMORY, TABLES
 
 KEPT = Path(__file__).resolve().parents[2] / RESULTS / "cpu" / "memory.csv"
 COPY = f"import shutil; shutil.copy({str(KEPT)!r}, sys.argv[1])"
@@ -60,5 +60,4 @@ def test_a_step_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
 
 def test_every_table_is_written_by_one_step() -> None:
     written = [table.name for step in STEPS for table in step.tables]
-    # One check of a server on a GPU; nothing else needs one.
-    assert sorted(written) == sorted(table.name for table in TABLES if table != SERVE_CHECK)
+    assert sorted(written) == sorted(table.name for table in TABLES)
