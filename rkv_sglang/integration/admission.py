@@ -266,8 +266,7 @@ ADMISSION_HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         target=(
-            "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
-            "_observe_weight_load"
+            "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager._observe_weight_load"
         ),
         kind="BEFORE",
         function=drop_before_weights,

@@ -157,8 +157,8 @@ def _restore(runtime: Runtime, batch: Any, req: Any) -> None:
     matched_len, saved_len = req.prefix_len, copy.num_tokens
     if req.extend_end != saved_len + 1 or not matched_len == kv.cache_protected_len <= state.prompt_len:
         raise RuntimeError(
-            f"request {req.rid}: {saved_len} tokens were saved of which the tree has {matched_len}, and SGLang prefills "
-            f"up to {req.extend_end}. Please report this with the server's flags"
+            f"request {req.rid}: {saved_len} tokens were saved, the tree has {matched_len} of them, and SGLang prefills up "
+            f"to {req.extend_end}; please report this with the server's flags"
         )
     from sglang.srt.mem_cache.allocation import alloc_req_slots
 
@@ -193,12 +193,14 @@ def _alloc_slots(batch: Any, shared: torch.Tensor | None, saved_len: int) -> tor
     from sglang.srt.mem_cache.allocation import alloc_paged_token_slots_extend, alloc_token_slots
 
     matched_len = 0 if shared is None else len(shared)
+    slots: torch.Tensor
     if batch.tree_cache.page_size == 1:
-        return alloc_token_slots(batch.tree_cache, saved_len - matched_len)
+        slots = alloc_token_slots(batch.tree_cache, saved_len - matched_len)
+        return slots
     before, after = torch.tensor([matched_len]), torch.tensor([saved_len])
     device = batch.device
     last = torch.tensor([-1], device=device) if shared is None else shared[-1:]
-    return alloc_paged_token_slots_extend(
+    slots = alloc_paged_token_slots_extend(
         tree_cache=batch.tree_cache,
         prefix_lens=before.to(device),
         prefix_lens_cpu=before,
@@ -207,6 +209,7 @@ def _alloc_slots(batch: Any, shared: torch.Tensor | None, saved_len: int) -> tor
         last_loc=last,
         extend_num_tokens=saved_len - matched_len,
     )
+    return slots
 
 
 def add_evicted_tokens(forward_batch: Any, batch: Any) -> None:
