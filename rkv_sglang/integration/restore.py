@@ -157,8 +157,8 @@ def _restore(runtime: Runtime, batch: Any, req: Any) -> None:
     matched_len, saved_len = req.prefix_len, copy.num_tokens
     if req.extend_end != saved_len + 1 or not matched_len == kv.cache_protected_len <= state.prompt_len:
         raise RuntimeError(
-            f"request {req.rid}: {saved_len} tokens were saved, the tree has {matched_len} of them, and SGLang prefills up "
-            f"to {req.extend_end}; please report this with the server's flags"
+            f"request {req.rid}: {saved_len} tokens were saved, {matched_len} of them are in the tree, and SGLang "
+            f"prefills up to {req.extend_end}; please report this with the server's flags"
         )
     from sglang.srt.mem_cache.allocation import alloc_req_slots
 
@@ -178,10 +178,12 @@ def _restore(runtime: Runtime, batch: Any, req: Any) -> None:
     runtime.stats.requests_restored += 1
     if runtime.metrics is not None:
         runtime.metrics.count(runtime.stats)
-    logger.info(
-        "Restored request %s after %d tokens: %d tokens of its KV came back from the host, %d from the prefix cache.",
-        *(req.rid, len(req.output_ids), saved_len - matched_len, matched_len),
-    )
+    # Every rank restores it; one says so.
+    if scheduler.metrics_reporter.is_stats_logging_rank:
+        logger.info(
+            "Restored request %s after %d tokens: %d tokens of its KV came back from the host, %d from the prefix cache.",
+            *(req.rid, len(req.output_ids), saved_len - matched_len, matched_len),
+        )
 
 
 def _alloc_slots(batch: Any, shared: torch.Tensor | None, saved_len: int) -> torch.Tensor:
