@@ -193,6 +193,8 @@ def drop_host_copies(scheduler: Any, why: str) -> None:
     They wait for it because they are too long to be computed again.
     """
     dropped = [req for req in scheduler.waiting_queue if host_copy_of(req) is not None]
+    if not dropped:
+        return
     scheduler.waiting_queue = [req for req in scheduler.waiting_queue if host_copy_of(req) is None]
     for req in dropped:
         get_runtime().state_of(req).forget_cache()

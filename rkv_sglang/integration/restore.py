@@ -81,6 +81,10 @@ def copy_before_release(*, req: Any, **kwargs: Any) -> None:
     if can_be_admitted(req, num_seen) or not can_be_admitted(req, saved_len + 1):
         return
     state.host_copy = _save(runtime, req, saved_len)
+    assert runtime.window is not None
+    # Else a request that ends while it waits would be kept, with its copy, until its row is needed.
+    if runtime.window.has_row(req.kv.req_pool_idx, req):
+        runtime.window.release(req.kv.req_pool_idx)
 
 
 def _save(runtime: Runtime, req: Any, saved_len: int) -> HostCopy | None:
@@ -181,7 +185,7 @@ def _restore(runtime: Runtime, batch: Any, req: Any) -> None:
     # Every rank restores it; one says so.
     if scheduler.metrics_reporter.is_stats_logging_rank:
         logger.info(
-            "Restored request %s after %d tokens: %d tokens of its KV came back from the host, %d from the prefix cache.",
+            "Restored request %s after %d tokens: KV of %d came back from the host, of %d from the prefix cache.",
             *(req.rid, len(req.output_ids), saved_len - matched_len, matched_len),
         )
 
