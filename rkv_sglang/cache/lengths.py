@@ -25,6 +25,7 @@ class RequestState:
         evicted_in_all: Tokens evicted over the whole life; those computed again after a retraction may count twice.
         next_check: Forward count before which the request needs no look; ``NEVER`` if it can never be due.
         kept_scores: What a stateful policy is given back at the next compaction; a tensor that is only carried here.
+        host_copy: The resident KV of a request that waits to be restored from it, a ``HostCopy``; only carried here.
     """
 
     prompt_len: int
@@ -34,6 +35,7 @@ class RequestState:
     evicted_in_all: int = 0
     next_check: float = 0
     kept_scores: Any = None
+    host_copy: Any = None
 
     def generated_len(self, resident_len: int) -> int:
         """Return how many generated tokens have had their KV written since the last prefill, kept or not."""
@@ -48,6 +50,7 @@ class RequestState:
         self.evicted_tokens = 0
         self.next_check = 0
         self.kept_scores = None
+        self.host_copy = None
 
 
 def can_ever_compact(config: PolicyConfig, max_new_tokens: int) -> bool:

@@ -25,14 +25,21 @@ def decode_growth(
     return min(max(tokens_left, 0), steps_until_due(config, prompt_len, resident_len, decode_steps))
 
 
-def tokens_to_reserve(config: PolicyConfig, *, output_len: int, max_new_tokens: int) -> int:
+def tokens_to_reserve(
+    config: PolicyConfig, *, output_len: int, max_new_tokens: int, held_len: int | None = None
+) -> int:
     """Return the tokens that a waiting request can grow by after its prefill.
 
-    ``min(max_new_tokens, capacity)`` for a new request; a retracted one is prefilled with its ``output_len`` tokens.
+    ``min(max_new_tokens, capacity)`` for a new request; a retracted one is prefilled with its ``output_len`` tokens, or
+    restored with ``held_len`` of them.
     """
     # The prompt cancels out.
     return decode_growth(
-        config, prompt_len=0, resident_len=output_len, tokens_left=max_new_tokens - output_len, decode_steps=0
+        config,
+        prompt_len=0,
+        resident_len=output_len if held_len is None else held_len,
+        tokens_left=max_new_tokens - output_len,
+        decode_steps=0,
     )
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import Any
 
 from rkv_sglang.cache.lengths import can_ever_compact
 from rkv_sglang.cache.plan import ceil_to_page
-from rkv_sglang.cache.reservation import decode_growth, fits_pool, most_growth, tokens_to_reserve
+from rkv_sglang.cache.reservation import decode_growth, fits_pool, most_growth
 from rkv_sglang.integration.hook import Hook
 from rkv_sglang.integration.process import get_runtime
+from rkv_sglang.integration.restore import can_be_admitted, growth_after_prefill, host_copy_of, len_after_prefill
 
 
 @contextlib.contextmanager
@@ -25,11 +27,8 @@ def _estimate(req: Any) -> Iterator[None]:
         yield
         return
     stock = schedule_policy.CLIP_MAX_NEW_TOKENS
-    reserved = tokens_to_reserve(
-        config, output_len=len(req.output_ids), max_new_tokens=req.sampling_params.max_new_tokens
-    )
-    held = len(req.origin_input_ids) + len(req.output_ids)
-    schedule_policy.CLIP_MAX_NEW_TOKENS = max(reserved, _least_growth(req, held))
+    held = len_after_prefill(req)
+    schedule_policy.CLIP_MAX_NEW_TOKENS = max(growth_after_prefill(req, held), _least_growth(req, held))
     try:
         yield
     finally:
@@ -66,6 +65,31 @@ def _one_estimate_for_all(req: Any) -> Iterator[None]:
         params.ignore_eos = stock
 
 
+@contextlib.contextmanager
+def _in_one_piece(adder: Any, req: Any) -> Iterator[None]:
+    """Within it, a request that is to be restored is admitted whole, and charged for the one token it computes.
+
+    SGLang would cut it where a chunk of prefill ends, as if its other tokens were computed too.
+    """
+    copy = host_copy_of(req)
+    if copy is None:
+        yield
+        return
+    chunk_tokens, input_tokens = adder.rem_chunk_tokens, adder.rem_input_tokens
+    num_logged, num_reprocessed = adder.log_input_tokens, adder.reprocessed_log_input_tokens
+    num_admitted = len(adder.can_run_list)
+    adder.rem_chunk_tokens, adder.rem_input_tokens = None, sys.maxsize
+    try:
+        yield
+    finally:
+        num_computed = len(adder.can_run_list) - num_admitted
+        charge = num_computed * adder.page_size
+        adder.rem_chunk_tokens = None if chunk_tokens is None else chunk_tokens - charge
+        adder.rem_input_tokens = input_tokens - charge
+        adder.log_input_tokens = num_logged + num_computed
+        adder.reprocessed_log_input_tokens = num_reprocessed + num_computed
+
+
 @functools.cache
 def adder_class(base: Any) -> Any:
     """Return SGLang's ``PrefillAdder`` with exact reservations for requests under a policy."""
@@ -97,7 +121,7 @@ def adder_class(base: Any) -> Any:
             return float(reserved)
 
         def add_one_req(self, req: Any, *args: Any, **kwargs: Any) -> Any:
-            with _estimate(req), _one_estimate_for_all(req):
+            with _estimate(req), _one_estimate_for_all(req), _in_one_piece(self, req):
                 return super().add_one_req(req, *args, **kwargs)
 
         def add_chunked_req(self, req: Any) -> Any:
@@ -153,27 +177,52 @@ def set_limits(limit: Callable[..., None], scheduler: Any, req: Any) -> None:
 
 
 def end_if_too_long(enqueue: Callable[..., None], scheduler: Any, req: Any, is_retracted: bool = False) -> None:
-    """End a retracted request whose history would never fit the pool again, instead of letting it wait for ever."""
+    """End a retracted request that can neither be computed again nor restored, instead of letting it wait for ever."""
     config = get_runtime().settings_of(req)
-    if config is not None and len(req.output_ids) > 0 and not req.finished():
+    if config is not None and len(req.output_ids) > 0 and not req.finished() and host_copy_of(req) is None:
         history_len = len(req.origin_input_ids) + len(req.output_ids)
-        growth = tokens_to_reserve(
-            config, output_len=len(req.output_ids), max_new_tokens=req.sampling_params.max_new_tokens
-        )
-        if not fits_pool(history_len, growth, scheduler.max_total_num_tokens, scheduler.page_size):
-            _abort(scheduler, req, history_len)
+        if not can_be_admitted(req, history_len):
+            _abort(scheduler, req, "no copy of its compressed KV could be kept")
             return
     enqueue(scheduler, req, is_retracted)
 
 
-def _abort(scheduler: Any, req: Any, history_len: int) -> None:
+def drop_host_copies(scheduler: Any, why: str) -> None:
+    """End all requests that wait to be restored: their KV no longer is what the model would compute.
+
+    They wait for it because they are too long to be computed again.
+    """
+    dropped = [req for req in scheduler.waiting_queue if host_copy_of(req) is not None]
+    if not dropped:
+        return
+    scheduler.waiting_queue = [req for req in scheduler.waiting_queue if host_copy_of(req) is None]
+    for req in dropped:
+        get_runtime().state_of(req).forget_cache()
+        _abort(scheduler, req, why)
+
+
+def drop_after_flush(is_flushed: bool, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Flush the copies on the host together with the cache."""
+    if is_flushed:
+        drop_host_copies(scheduler, "the cache was flushed before its compressed KV was put back")
+
+
+def drop_before_weights(manager: Any, source: str) -> None:
+    """Drop KV of the old weights."""
+    scheduler = get_runtime().scheduler
+    if scheduler is not None:
+        drop_host_copies(scheduler, "the weights changed before its compressed KV was put back")
+
+
+def _abort(scheduler: Any, req: Any, why: str) -> None:
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
     from sglang.srt.managers.scheduler import _make_abort_req
 
+    history_len = len(req.origin_input_ids) + len(req.output_ids)
     message = (
         f"The request was preempted after {len(req.output_ids)} tokens, and its history of {history_len} tokens does "
-        f"not fit the KV pool of {scheduler.max_total_num_tokens} tokens to be computed again: send it again, and give "
-        "the pool more memory (--mem-fraction-static) or do not preempt requests of this length."
+        f"not fit the KV pool of {scheduler.max_total_num_tokens} tokens to be computed again, and {why}: send it "
+        "again, and give the pool more memory (--mem-fraction-static) or do not preempt requests of this length."
     )
     req.to_finish = FINISH_ABORT(message, status_code=HTTPStatus.SERVICE_UNAVAILABLE)
     scheduler._release_aborted_request(req)
@@ -208,5 +257,23 @@ ADMISSION_HOOKS: tuple[Hook, ...] = (
         signature="(self, req, is_retracted=False)",
         why="A preempted request with a history longer than the pool would wait for ever to be prefilled again.",
         upstream="Retraction keeps a host copy of the compacted KV.",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.flush_cache",
+        kind="AFTER",
+        function=drop_after_flush,
+        signature="(self, empty_cache=True)",
+        why="Who flushes the cache, as after new weights, must not meet the old KV again in a restored request.",
+        upstream="A `kv_policy.flush()` call in flush_cache.",
+    ),
+    Hook(
+        target=(
+            "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager._observe_weight_load"
+        ),
+        kind="BEFORE",
+        function=drop_before_weights,
+        signature="(self, source)",
+        why="All ways to load new weights pass here; KV of the old ones must not come back in a restored request.",
+        upstream="The same call before weights are loaded.",
     ),
 )

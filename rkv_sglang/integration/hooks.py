@@ -10,6 +10,7 @@ from rkv_sglang.integration.hook import Hook
 from rkv_sglang.integration.metrics import METRICS_HOOKS
 from rkv_sglang.integration.model_hooks import MODEL_HOOKS
 from rkv_sglang.integration.process_hooks import CONTROLLER_HOOKS, LAUNCHER_HOOKS, PROCESS_HOOKS
+from rkv_sglang.integration.restore import RESTORE_HOOKS
 from rkv_sglang.integration.scheduler_hooks import SCHEDULER_HOOKS
 
 HOOKS: tuple[Hook, ...] = (
@@ -20,6 +21,7 @@ HOOKS: tuple[Hook, ...] = (
     *CONTROLLER_HOOKS,
     *MODEL_HOOKS,
     *ADMISSION_HOOKS,
+    *RESTORE_HOOKS,
     *SCHEDULER_HOOKS,
     *STREAMER_HOOKS,
     *METRICS_HOOKS,

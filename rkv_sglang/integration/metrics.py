@@ -22,7 +22,8 @@ COUNTERS = {
     "compactions": "Compactions of a request's KV cache.",
     "evicted_tokens": "Tokens whose KV was dropped, in every layer and KV head the same number.",
     "requests_compressed": "Requests compacted at least once.",
-    "requests_aborted": "Requests ended because, once preempted, their history no longer fitted the KV pool.",
+    "requests_restored": "Times that a preempted request went on from a host copy of its compacted KV.",
+    "requests_aborted": "Requests ended because, once preempted, they could neither be computed again nor restored.",
 }
 GAUGES = {
     "resident_tokens": "Tokens that the running requests hold in the KV pool, shared prompts counted once a request.",

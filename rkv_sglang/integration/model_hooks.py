@@ -8,6 +8,7 @@ from typing import Any
 from rkv_sglang.cache.memory_plan import ModelShape
 from rkv_sglang.integration.hook import Hook
 from rkv_sglang.integration.process import get_runtime
+from rkv_sglang.integration.restore import add_evicted_tokens
 from rkv_sglang.policies import is_stateful
 
 
@@ -44,11 +45,13 @@ def capture_queries(layer: Any, q: Any, k: Any, v: Any, forward_batch: Any, *arg
 
 
 def use_logical_positions(result: Any, _: type, batch: Any, *args: Any, **kwargs: Any) -> None:
-    """Count decode positions by every token ever seen, not by those still resident."""
+    """Count positions by every token ever seen, not by those still resident."""
     if result.forward_mode.is_decode():
         from sglang.srt.model_executor.forward_batch_info import clamp_position
 
         result.positions = clamp_position(batch.orig_seq_lens)
+    elif result.forward_mode.is_extend():
+        add_evicted_tokens(result, batch)
 
 
 MODEL_HOOKS: tuple[Hook, ...] = (
@@ -84,7 +87,7 @@ MODEL_HOOKS: tuple[Hook, ...] = (
             "(batch, model_runner, *, capture_hidden_mode=None, return_hidden_states_before_norm, "
             "extend_position_info=None, spec_mrope_positions=None, kv_loc_plan=None, write_cols=None)"
         ),
-        why="Decode positions are taken from seq_lens, which counts resident tokens once a request was compacted.",
-        upstream="ForwardBatch.init_new takes decode positions from `orig_seq_lens`.",
+        why="Positions are taken from seq_lens, which counts resident tokens once a request was compacted.",
+        upstream="ForwardBatch.init_new takes positions from `orig_seq_lens`.",
     ),
 )

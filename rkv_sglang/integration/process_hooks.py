@@ -13,6 +13,7 @@ from rkv_sglang.integration.metrics import METRICS_HOOKS
 from rkv_sglang.integration.model_hooks import MODEL_HOOKS
 from rkv_sglang.integration.process import set_runtime
 from rkv_sglang.integration.refusals import refuse_runtime
+from rkv_sglang.integration.restore import RESTORE_HOOKS
 from rkv_sglang.integration.scheduler_hooks import POLICY_KEY, SCHEDULER_HOOKS
 from rkv_sglang.integration.verify import install
 
@@ -30,7 +31,7 @@ def start_scheduler(init: Callable[..., None], scheduler: Any, server_args: Any,
 
     runtime = Runtime(config_from_args(server_args))
     set_runtime(runtime)
-    install(MODEL_HOOKS + ADMISSION_HOOKS + SCHEDULER_HOOKS + STREAMER_HOOKS + METRICS_HOOKS)
+    install(MODEL_HOOKS + ADMISSION_HOOKS + RESTORE_HOOKS + SCHEDULER_HOOKS + STREAMER_HOOKS + METRICS_HOOKS)
     init(scheduler, server_args, *args, **kwargs)
     refuse_runtime(scheduler)
     runtime.bind_scheduler(scheduler)

@@ -158,7 +158,7 @@ class Runtime:
             if due:
                 self._compact(batch, due)
             else:
-                with self._forward_stream():
+                with self.on_forward_stream():
                     self.window.flush()
 
     def _is_due(self, req: Req, forward_ct: int) -> bool:
@@ -193,7 +193,7 @@ class Runtime:
             jobs.append((req, plan, slots))
             evicted[i] = plan.evicted_tokens
         timed = self.metrics.timed() if self.metrics is not None else contextlib.nullcontext()
-        with self._forward_stream() as stream, timed:
+        with self.on_forward_stream() as stream, timed:
             self.window.flush()
             requests, places = [], []
             for req, plan, slots in jobs:
@@ -262,13 +262,15 @@ class Runtime:
         self.stats.count(plan, self.state_of(req))
 
     def on_retract(self, req: Req) -> None:
-        """Forget what was cached; keep the recomputed KV of generated tokens out of the tree."""
+        """Forget what was cached, unless it comes back; keep recomputed KV of generated tokens out of the tree."""
         state = self.state_of(req)
-        state.forget_cache()
+        if state.host_copy is None:
+            state.forget_cache()
+        state.next_check = 0
         if len(req.output_ids) > 0 and self.may_compact(req):
             req.skip_radix_cache_insert = True
 
-    def _forward_stream(self) -> contextlib.AbstractContextManager[Any]:
+    def on_forward_stream(self) -> contextlib.AbstractContextManager[Any]:
         """Enter the stream on which forward passes run, behind what the scheduler's stream has done so far."""
         scheduler = self.scheduler
         assert scheduler is not None

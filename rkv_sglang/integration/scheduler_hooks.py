@@ -7,6 +7,7 @@ from typing import Any
 
 from rkv_sglang.integration.hook import Hook
 from rkv_sglang.integration.process import get_runtime
+from rkv_sglang.integration.restore import use_resident_ids
 
 # Where a ready message names the policy.
 POLICY_KEY = "kv_policy"
@@ -33,6 +34,7 @@ def match_prompt_only(compute: Callable[..., int], req: Any, input_len: int) -> 
 def forget_cache(_: None, req: Any) -> None:
     """Reset the policy's view of a retracted request."""
     get_runtime().on_retract(req)
+    use_resident_ids(req)
 
 
 def add_policy_stats(result: Any, scheduler: Any, recv_req: Any) -> None:

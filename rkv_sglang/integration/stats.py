@@ -16,13 +16,15 @@ class PolicyStats:
         compactions: Compactions done.
         evicted_tokens: Tokens whose KV was dropped (per layer and head the same count).
         requests_compressed: Requests compacted at least once.
-        requests_aborted: Requests ended because, once preempted, their history no longer fitted the pool.
+        requests_restored: Times that a preempted request went on from a host copy of its compacted KV.
+        requests_aborted: Requests ended because, once preempted, they could neither be computed again nor restored.
         peak_private_tokens: Most generated tokens any request ever held.
     """
 
     compactions: int = 0
     evicted_tokens: int = 0
     requests_compressed: int = 0
+    requests_restored: int = 0
     requests_aborted: int = 0
     peak_private_tokens: int = 0
 

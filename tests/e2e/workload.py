@@ -77,9 +77,24 @@ def retracting(interval: int) -> dict[str, str]:
 
 def outputs_at_retractions(result: RunResult, rid: str) -> list[int]:
     """Return after how many output tokens a request was prefilled again, each time."""
-    points, last = [], 0
+    return [output_len for output_len, is_restored in _comebacks(result, rid) if not is_restored]
+
+
+def outputs_at_restores(result: RunResult, rid: str) -> list[int]:
+    """Return after how many output tokens a request came back with what it had kept, each time."""
+    return [output_len for output_len, is_restored in _comebacks(result, rid) if is_restored]
+
+
+def _comebacks(result: RunResult, rid: str) -> list[tuple[int, bool]]:
+    """Return, of each time that a request came back after a retraction, its output tokens and whether it kept its KV.
+
+    One that is prefilled again holds all that it has seen before it generates another token.
+    """
+    first: dict[int, int] = {}
+    held: dict[int, int] = {}
     for entry in result.probe.per_request(rid):
-        if entry["retractions"] > last:
-            last = entry["retractions"]
-            points.append(entry["output_len"])
-    return points
+        count = entry["retractions"]
+        output_len = first.setdefault(count, entry["output_len"])
+        if entry["output_len"] == output_len:
+            held[count] = max(held.get(count, 0), entry["allocated_len"] - entry["prompt_len"])
+    return [(first[count], held[count] < first[count]) for count in sorted(first) if count > 0]

@@ -5,7 +5,7 @@ between socket and scheduler: it waits until all have come, then hands out each 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -20,11 +20,27 @@ class Arrival:
     abort_after_tokens: int | None
 
 
+@dataclass(frozen=True)
+class Control:
+    """A message to the scheduler itself, at the first pass of the event loop from ``at_step`` on.
+
+    Attributes:
+        at_step: The pass.
+        message: Name of a class of ``sglang.srt.managers.io_struct``, such as ``PauseGenerationReqInput``.
+        fields: What it is made with.
+    """
+
+    at_step: int
+    message: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
 class Gate:
     """Hooks of SGLang's request receiver and scheduler; one per process."""
 
-    def __init__(self, arrivals: Sequence[Arrival]) -> None:
+    def __init__(self, arrivals: Sequence[Arrival], controls: Sequence[Control] = ()) -> None:
         self._arrivals = list(arrivals)
+        self._controls = sorted(controls, key=lambda control: control.at_step)
         self._waiting_for = {arrival.rid for arrival in arrivals}
         self._held: dict[str, Any] = {}
         self._control: list[Any] = []
@@ -66,6 +82,7 @@ class Gate:
         return self._due()
 
     def _due(self) -> list[Any]:
+        from sglang.srt.managers import io_struct
         from sglang.srt.managers.io_struct import AbortReq
 
         due: list[Any] = []
@@ -85,9 +102,12 @@ class Gate:
             if self._is_abort_due(arrival):
                 due.append(AbortReq(rid=arrival.rid))
                 self._to_abort.remove(arrival)
+        while self._controls and self._pass >= self._controls[0].at_step:
+            control = self._controls.pop(0)
+            due.append(getattr(io_struct, control.message)(**control.fields))
         if due:
             self._idle_passes = 0
-        elif not self._arrivals and self._idle_passes >= 2:
+        elif not self._arrivals and not self._controls and self._idle_passes >= 2:
             # Control messages (the shutdown) pass when all is done and the idle checks have run.
             due, self._control = self._control, []
         return due

@@ -49,7 +49,7 @@ def scheduler_process(job: dict[str, Any], arguments: bytes, tp_rank: int, write
     torch.set_num_threads(job["num_threads"])
     # As in a spawned child, the arguments are unpickled before the plugins are loaded.
     server_args, port_args = pickle.loads(arguments)
-    Gate(job["arrivals"]).register()
+    Gate(job["arrivals"], job["controls"]).register()
     # It swallows its exception after printing it; the parent sees the exit code.
     failed: list[bool] = []
     signal.signal(signal.SIGQUIT, lambda signum, frame: None)

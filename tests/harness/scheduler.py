@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Client
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import psutil
 
 from tests.harness.environment import PROJECT_ROOT, child_environment, device_flags, with_defaults
-from tests.harness.gate import Arrival
+from tests.harness.gate import Arrival, Control
 from tests.harness.probe_log import ProbeLog
 
 # Small enough to start fast, large enough for any tiny test; a test that needs pressure names its own.
@@ -109,6 +110,7 @@ def run_scheduler(
     flags: list[str],
     requests: list[Request],
     *,
+    controls: Sequence[Control] = (),
     env: dict[str, str] | None = None,
     timeout: float = 240.0,
     num_threads: int = 1,
@@ -118,6 +120,7 @@ def run_scheduler(
     Args:
         flags: As for ``python -m sglang.launch_server``; the flags for a CPU and a small pool are added.
         requests: See ``Request``; may be empty (start and stop only).
+        controls: Messages to the scheduler itself; what it answers to them is dropped.
         env: Environment variables for this run, such as ``SGLANG_TEST_RETRACT``.
         timeout: Seconds for the whole run.
         num_threads: Threads of torch; one is fastest for a tiny model.
@@ -148,6 +151,7 @@ def run_scheduler(
         "timeout": timeout,
         "requests": [(arrival.rid, request) for arrival, request in zip(arrivals, requests, strict=True)],
         "arrivals": arrivals,
+        "controls": list(controls),
     }
     try:
         answer = _Zygote.get().run(job, timeout)

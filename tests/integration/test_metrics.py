@@ -47,7 +47,7 @@ def test_counters_follow_the_stats_and_are_never_counted_twice(registry):
         return registry.get_sample_value(PREFIX + name, {key: str(value) for key, value in LABELS.items()})
 
     assert (value("compactions_total"), value("evicted_tokens_total")) == (3, 6 + 6 + 3)
-    assert (value("requests_compressed_total"), value("requests_aborted_total")) == (3, 0)
+    assert [value(f"requests_{what}_total") for what in ("compressed", "restored", "aborted")] == [3, 0, 0]
     assert value("compaction_seconds_count") == 3
 
 

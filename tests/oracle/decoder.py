@@ -53,6 +53,10 @@ class LayerCache:
         self.length = 0
         self.queries.clear()
 
+    def drop_last(self) -> None:
+        """Drop the newest entry of every head."""
+        self.length -= 1
+
     def append(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> None:
         """Add ``n`` tokens: keys and values ``[num_kv_heads, n, head_dim]``, positions ``[n]``."""
         end = self.length + keys.shape[1]

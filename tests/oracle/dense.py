@@ -80,6 +80,8 @@ def dense_generate(
     similarity_threshold: float = 0.5,
     eos_token_ids: Collection[int] = (),
     recompute_at: Collection[int] = (),
+    restore_at: Collection[int] = (),
+    restored_in_flight: bool = False,
     forced_output_ids: Sequence[int] | None = None,
     score: ScoreFunction | None = None,
 ) -> DenseResult:
@@ -95,6 +97,10 @@ def dense_generate(
         eos_token_ids: Tokens that end the answer.
         recompute_at: Numbers of output tokens after which the request is retracted: prompt and outputs so far are
             prefilled again with full attention before the next token.
+        restore_at: Numbers of output tokens after which the request is retracted and comes back with what it held: the
+            last output is fed again to the cache as it is, and decode queries are counted anew.
+        restored_in_flight: At each of ``restore_at`` the next token was being computed, as under overlap scheduling: it
+            is forgotten and computed once more, after a compaction if one was due.
         forced_output_ids: Take these as outputs instead of the greedy ones: ``logprobs`` then judges a sampled answer,
             or one that went another way at a near-tie. Generation stops when they run out.
         score: The policy, such as ``policy_scores.score_function`` makes one; R-KV with the settings above when
@@ -132,11 +138,25 @@ def dense_generate(
                 logits = decoder.forward([*prompt_ids, *result.output_ids], 0, caches)
                 num_decoded_since_prefill = 0
                 continue
-            num_resident_generated = caches[0].length - prompt_len
-            if num_resident_generated >= budget + buffer and num_decoded_since_prefill >= window:
-                result.compactions.append(_compact(caches, num_outputs, prompt_len, budget, window, score))
-            logits = decoder.forward(result.output_ids[-1:], prompt_len + num_outputs - 1, caches)
+            is_restored = num_outputs in restore_at
+            position = prompt_len + num_outputs - 1
+            for is_in_flight in [True, False] if is_restored and restored_in_flight else [False]:
+                num_resident_generated = caches[0].length - prompt_len
+                if num_resident_generated >= budget + buffer and num_decoded_since_prefill >= window:
+                    num_seen = num_outputs + (is_restored and restored_in_flight and not is_in_flight)
+                    result.compactions.append(_compact(caches, num_seen, prompt_len, budget, window, score))
+                if is_in_flight:
+                    decoder.forward(result.output_ids[-1:], position, caches)
+                    num_decoded_since_prefill += 1
+            if is_restored and restored_in_flight:
+                for layer_cache in caches:
+                    layer_cache.drop_last()
+            logits = decoder.forward(result.output_ids[-1:], position, caches)
             num_decoded_since_prefill += 1
+            if is_restored:
+                num_decoded_since_prefill = 0
+                for layer_cache in caches:
+                    layer_cache.queries.clear()
 
 
 def _append_output(result: DenseResult, logits: torch.Tensor, forced_id: int | None, resident_len: int) -> None:

@@ -201,6 +201,48 @@ def test_schedule_after_a_retraction(retractions: tuple[int, ...], compacted_at:
         assert result.resident_lens[retraction] == len(prompt) + retraction
 
 
+@pytest.mark.parametrize("in_flight", [False, True])
+@pytest.mark.parametrize(
+    ("restores", "compacted_at"),
+    [
+        # Early enough: the window of new queries is full by the next compaction.
+        ((40,), [33, 45, 57]),
+        # It has to wait for that window.
+        ((41,), [33, 46, 58]),
+        ((44,), [33, 49, 61]),
+        # Right after a compaction, and in the very step of one.
+        ((34,), [33, 45, 57]),
+        ((45,), [33, 45, 57]),
+        ((35, 40), [33, 45, 57]),
+    ],
+)
+def test_schedule_after_a_restore(
+    restores: tuple[int, ...], compacted_at: list[int], in_flight: bool, rng: random.Random
+) -> None:
+    model = load_model(tiny_model_path("llama-gqa"))
+    prompt = random_prompt(rng, 11)
+    settings = {"budget": 20, "buffer": 12, "window": 4}
+    if in_flight and restores == (44,):
+        # The step in flight makes the compaction due, and it takes place before the request is stopped.
+        compacted_at = [33, 45, 57]
+    result = dense_generate(
+        model,
+        prompt,
+        62,
+        **settings,
+        restore_at=restores,
+        restored_in_flight=in_flight,  # type: ignore[arg-type]
+    )
+    assert [c.num_outputs for c in result.compactions] == compacted_at
+    undisturbed = dense_generate(model, prompt, 62, **settings)  # type: ignore[arg-type]
+    # A request that came back right after a compaction in flight computes its last token with what that left.
+    if compacted_at == [33, 45, 57] and not (in_flight and restores == (44,)):
+        assert result.output_ids == undisturbed.output_ids
+        assert result.resident_lens == undisturbed.resident_lens
+    else:
+        assert result.output_ids[: restores[0]] == undisturbed.output_ids[: restores[0]]
+
+
 def test_stops_at_the_first_end_token(rng: random.Random) -> None:
     path = tiny_model_path("llama-gqa")
     prompt = random_prompt(rng, 9)
