@@ -7,6 +7,7 @@ step writes must be there, have rows, and fit its columns. The figures mean noth
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,8 @@ from benchmarks.tables import (
 # A step takes one or two minutes on two idle cores; a busy machine may take much longer.
 TIMEOUT_S = 1200
 LOG_LINES = 15
+# The models are tiny and several servers run at once: on a busy machine more threads mostly wait for each other.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", **os.environ}
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ STEPS = (
 def run_command(command: list[str], log_path: Path, timeout_s: float) -> str | None:
     """Run a command with its output in a file; return one line on what went wrong, or nothing."""
     with log_path.open("wb") as log:
-        process = psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        process = psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=ENVIRONMENT)
     try:
         status = process.wait(timeout_s)
     except psutil.TimeoutExpired:
