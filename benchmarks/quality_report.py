@@ -81,13 +81,17 @@ def plot(folder: Path) -> Path:
     )
     for place, (rows, x, y, title) in zip(axes.flat, panels, strict=True):
         _draw(place, rows, policies, x, y)
+        if not rows:
+            place.set(xticks=[], yticks=[])
+            place.text(0.5, 0.5, "not measured", ha="center", va="center", transform=place.transAxes)
         place.set(title=title, xlabel={"age": "compactions since the fact was written"}.get(x, f"{x}, tokens"))
     full = [row for row in free if row["policy"] == NO_POLICY]
     if full:
         axes[1, 1].axhline(float(full[0]["repetition"]), color="black", linestyle=":", label="full cache")
     same = [row for row in _of_budget(recall, least) if row["policy"] == policies[0]]
-    axes[1, 2].plot([row["age"] for row in same], [row["exact_full"] for row in same], "k:", label="full cache")
-    axes[1, 2].set_xscale("symlog", base=2)
+    if same:
+        axes[1, 2].plot([row["age"] for row in same], [row["exact_full"] for row in same], "k:", label="full cache")
+        axes[1, 2].set_xscale("symlog", base=2)
     handles = {
         label: line for place in axes.flat for line, label in zip(*place.get_legend_handles_labels(), strict=True)
     }
