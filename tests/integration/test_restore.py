@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.managers import schedule_policy
 
 from rkv_sglang.cache.host_copy import HostCopy
 from rkv_sglang.cache.lengths import RequestState
 from rkv_sglang.config import PolicyConfig
-from rkv_sglang.integration import restore
+from rkv_sglang.integration import admission, restore
 
 PROMPT_LEN, RESIDENT_LEN = 20, 50
 
@@ -41,6 +42,7 @@ def saved(monkeypatch):
 
     runtime = SimpleNamespace(
         scheduler=SimpleNamespace(max_total_num_tokens=90, page_size=1),
+        config=PolicyConfig(budget=24, buffer=16),
         settings_of=lambda req: PolicyConfig(budget=24, buffer=16),
         window=SimpleNamespace(has_row=lambda req_pool_idx, req: False),
     )
@@ -73,7 +75,7 @@ def test_what_is_left_as_it_was(saved):
     assert saved == []
 
 
-def test_a_request_that_waits_for_its_copy_counts_by_what_it_kept(saved):
+def test_a_request_that_waits_for_its_copy_counts_by_what_it_kept(saved, monkeypatch):
     req = a_request(81)
     req.rkv_state.host_copy = HostCopy(*torch.zeros(2, 1, RESIDENT_LEN, 1, 1))
     restore.use_resident_ids(req)
@@ -86,6 +88,9 @@ def test_a_request_that_waits_for_its_copy_counts_by_what_it_kept(saved):
     # From 31 generated tokens up to its capacity of 40; computed again, it would need its window of 8.
     assert restore.growth_after_prefill(req, RESIDENT_LEN + 1) == 9
     assert restore.growth_after_prefill(req, PROMPT_LEN + 81) == 8
+    monkeypatch.setattr(admission, "get_runtime", restore.get_runtime)
+    with admission._estimate(req):
+        assert schedule_policy.CLIP_MAX_NEW_TOKENS == 9
 
 
 @pytest.mark.parametrize("num_outputs", [79, 82])
