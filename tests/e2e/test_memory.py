@@ -147,7 +147,8 @@ def test_shared_prompts_hit_as_without_a_policy_and_unused_nodes_are_evicted(see
 def test_shared_prompts_of_long_requests_hit_as_without_a_policy(seed):
     rng = random.Random(seed)
     shared = [random_ids(rng, 64) for _ in range(4)]
-    requests = [greedy(prompt, 2, when_idle=True) for prompt in shared]
+    # One token each: it is never fed back, so nothing but the prompt gets into the tree.
+    requests = [greedy(prompt, 1, when_idle=True) for prompt in shared]
     # All at once, as soon as the four prompts are in the tree. No two go on with the same token, else they would find
     # more, depending on which comes first.
     requests += [greedy([*shared[i % 4], 3 + i, 7, 7], 200, when_idle=i == 0) for i in range(40)]
