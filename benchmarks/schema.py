@@ -77,8 +77,13 @@ def run_info(**settings: Any) -> dict[str, Any]:
         "commit": _commit(),
         "versions": versions,
         "hardware": _hardware(),
-        "settings": settings,
+        "settings": {name: _in_checkout(value) for name, value in settings.items()},
     }
+
+
+def _in_checkout(value: Any) -> Any:
+    """Return a path within the working directory as one that means the same on another machine."""
+    return value.removeprefix(f"{Path.cwd()}/") if isinstance(value, str) else value
 
 
 def write_table(folder: Path, table: Table, rows: Iterable[Mapping[str, Value]], info: Mapping[str, Any]) -> Path:

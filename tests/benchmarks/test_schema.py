@@ -27,11 +27,12 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path, rng: random.Random)
         {"name": rng.choice(["a", 'b,"c"', "line\nbreak", ""]), "count": rng.randint(-9, 9), "speed": rng.random()}
         for _ in range(rng.randint(0, 8))
     ]
-    path = write_table(tmp_path / "deeper", TABLE, rows, run_info(flags=["--x"]))
+    info = run_info(flags=["--x"], file=str(Path.cwd() / "a" / "b.txt"))
+    path = write_table(tmp_path / "deeper", TABLE, rows, info)
     assert read_table(path.parent, TABLE) == rows
     info = json.loads(path.with_suffix(".json").read_text())
     assert {"command", "date", "commit", "versions", "hardware", "settings"} == set(info)
-    assert info["settings"] == {"flags": ["--x"]} and info["versions"]["sglang"] == "0.5.23"
+    assert info["settings"] == {"flags": ["--x"], "file": "a/b.txt"} and info["versions"]["sglang"] == "0.5.23"
 
 
 @pytest.mark.parametrize(
