@@ -5,8 +5,9 @@
 Programs generate, fork, select and take turns, greedily: the *short* ones never hold budget + buffer generated tokens,
 the *long* ones pass that in every answer. Both servers run each program twice, from an empty prefix cache on; texts are
 those of the first run, requests those of both. A policy must not change a program's structure: the same variables, the
-same number of requests, choices of the same set, the same prefix hits for the same prompts, and the same texts as long
-as nothing was compacted. Exit status 1 if one of these differs.
+same number of requests, choices of the same set, the same prefix hits for the same prompts (of a program that
+forks, in its second run: in the first, what a branch hits depends on which comes first), and the same texts as long as
+nothing was compacted. Exit status 1 if one of these differs.
 
 From the first compaction on, texts may differ. A prompt that goes on behind a compacted answer hits the prefix cache up
 to the end of that answer's prompt only, because compacted KV is not put there.
@@ -32,18 +33,19 @@ from benchmarks.tables import FRONTEND
 SMALL_MODEL = ".cache/models/SmolLM2-135M-Instruct"
 SMOKE = {"budget": 32, "buffer": 8}
 OPINIONS = ("good", "bad", "neither")
-# Other first letters, so that what a branch hits does not depend on which branch comes first.
+# Other first letters, so that no branch hits what another one wrote.
 BRANCHES = ("Apples", "Boats", "Clouds")
 
 
 @dataclass(frozen=True)
 class Program:
-    """A frontend program with the names of its variables and what each of its selections may choose."""
+    """A frontend program with the names of its variables, what each of its selections may choose, and if it forks."""
 
     name: str
     function: Any
     variables: tuple[str, ...]
     choices: Mapping[str, Sequence[str]]
+    forks: bool = False
 
 
 def _gen(name: str, num_tokens: int) -> Any:
@@ -76,7 +78,7 @@ def fork_program(length: str, num_tokens: int) -> Program:
             s.set_var(title, branch["note"])
         s += "The notes are " + sgl.select("opinion", choices=list(OPINIONS))
 
-    return Program(f"fork_{length}", program, ("plan", *BRANCHES, "opinion"), {"opinion": OPINIONS})
+    return Program(f"fork_{length}", program, ("plan", *BRANCHES, "opinion"), {"opinion": OPINIONS}, True)
 
 
 def turns_program(length: str, num_tokens: int) -> Program:
@@ -109,7 +111,9 @@ def measure(options: argparse.Namespace, programs: Sequence[Program]) -> dict[st
         with launched_server(options.model, *flags, log_path=Path(f".cache/logs/frontend_{setting}.log")) as server:
             for program in programs:
                 print(f"{setting}: {program.name} ...", flush=True)
-                run = run_program(server.url, program.function, program.variables, tuple(program.choices))
+                run = run_program(
+                    server.url, program.function, program.variables, tuple(program.choices), forks=program.forks
+                )
                 runs.setdefault(setting, {})[program.name] = run
     return runs
 

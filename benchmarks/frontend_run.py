@@ -21,11 +21,20 @@ class Call:
 
 @dataclass(frozen=True)
 class ProgramRun:
-    """What a program gave: its variables, those of them that ``select`` chose, and its requests in no set order."""
+    """What a program gave.
+
+    Attributes:
+        texts: Its variables.
+        choices: Those of them that ``select`` chose.
+        calls: Its requests, in no set order.
+        num_racing: How many of the first calls ran side by side on a cache that did not have their prompts, so that
+            what they hit depends on which came first; their hits are not compared.
+    """
 
     texts: Mapping[str, str]
     choices: Mapping[str, str]
     calls: Sequence[Call]
+    num_racing: int = 0
 
 
 class RecordingEndpoint(RuntimeEndpoint):
@@ -62,7 +71,9 @@ class RecordingEndpoint(RuntimeEndpoint):
         )
 
 
-def run_program(url: str, program: Any, names: Sequence[str], choices: Sequence[str]) -> ProgramRun:
+def run_program(
+    url: str, program: Any, names: Sequence[str], choices: Sequence[str], *, forks: bool = False
+) -> ProgramRun:
     """Run a program greedily twice: on an empty prefix cache, then on the one that the first run left behind.
 
     The texts are those of the first run, the calls those of both.
@@ -72,13 +83,14 @@ def run_program(url: str, program: Any, names: Sequence[str], choices: Sequence[
         program: What ``sgl.function`` returns, without arguments.
         names: Its variables.
         choices: Those of them that ``select`` sets.
+        forks: Whether it makes requests side by side.
 
     Raises:
         RuntimeError: The server refused a request or did not answer.
     """
     endpoint = RecordingEndpoint(url)
     endpoint.flush_cache()
-    states = []
+    states, num_calls = [], []
     for _ in range(2):
         state = program.run(backend=endpoint, temperature=0)
         # A program goes on in threads of its own, and what fails there would only be a warning.
@@ -86,8 +98,10 @@ def run_program(url: str, program: Any, names: Sequence[str], choices: Sequence[
         if state.error() is not None:
             raise RuntimeError(f"the program failed: {state.error()}")
         states.append(state)
+        num_calls.append(len(endpoint.calls))
     texts = {name: states[0][name] for name in names}
-    return ProgramRun(texts, {name: texts[name] for name in choices}, endpoint.calls)
+    chosen = {name: texts[name] for name in choices}
+    return ProgramRun(texts, chosen, endpoint.calls, num_calls[0] if forks else 0)
 
 
 def continues_compacted(call: Call, calls: Sequence[Call]) -> bool:
@@ -98,15 +112,15 @@ def continues_compacted(call: Call, calls: Sequence[Call]) -> bool:
 def compared_hits(theirs: ProgramRun, ours: ProgramRun) -> list[tuple[int, int]]:
     """Return the prefix hits of the prompts that both servers got, as pairs (theirs, ours).
 
-    Prompts behind a compacted answer are left out: what it generated is not in the prefix cache.
+    Prompts behind a compacted answer are left out: what it generated is not in the prefix cache. So are racing ones.
     """
     hits: dict[str, list[int]] = {}
-    for call in theirs.calls:
+    for call in theirs.calls[theirs.num_racing :]:
         hits.setdefault(call.prompt, []).append(call.cached_tokens)
     # The first run's request with a prompt comes before the second run's on both servers.
     return [
         (hits[call.prompt].pop(0), call.cached_tokens)
-        for call in ours.calls
+        for call in ours.calls[ours.num_racing :]
         if hits.get(call.prompt) and not continues_compacted(call, ours.calls)
     ]
 

@@ -48,6 +48,17 @@ def test_a_prompt_of_both_runs_is_compared_run_by_run() -> None:
     assert compared_hits(run(theirs.calls[:1]), theirs) == [(0, 0)]
 
 
+def test_hits_of_requests_that_race_are_not_compared() -> None:
+    def forked(cached: int, again: int) -> ProgramRun:
+        calls = [call("ab", "c"), call("abx", "c", cached=cached), call("ab", "c", cached=1), call("abx", "c", again)]
+        return ProgramRun({"first": "c"}, {}, calls, num_racing=2)
+
+    assert compared_hits(forked(0, 2), forked(2, 2)) == [(1, 1), (2, 2)]
+    assert structure_differences(forked(0, 2), forked(2, 2), {}) == []
+    (line,) = structure_differences(forked(0, 2), forked(2, 1), {})
+    assert "prefix hits differ for 1" in line
+
+
 @pytest.mark.parametrize(
     "ours, told",
     [
