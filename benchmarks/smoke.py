@@ -1,17 +1,21 @@
 """Run every benchmark at a size that proves only that it works, and check what it wrote: ``make bench-smoke``.
 
-    python -m benchmarks.smoke [--only memory,accuracy] [--out .cache/bench-smoke]
+    python -m benchmarks.smoke [--only memory,accuracy] [--out .cache/bench-smoke] [--jobs 2]
 
 Each step is one command; its output goes to a log beside its results. Afterwards every table of ``tables.py`` that the
 step writes must be there, have rows, and fit its columns. The figures mean nothing. Exit status 1 if any step fails.
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +43,7 @@ from benchmarks.tables import (
 # A step takes one or two minutes on two idle cores; a busy machine may take much longer.
 TIMEOUT_S = 1200
 LOG_LINES = 15
+_DRAWING = threading.Lock()
 # The models are tiny and several servers run at once: on a busy machine more threads mostly wait for each other.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", **os.environ}
 
@@ -119,24 +124,44 @@ def run_step(step: Step, out: Path, timeout_s: float = TIMEOUT_S) -> str | None:
     problem = run_command(step.command(out), out / f"{step.name}.log", timeout_s)
     for table in step.tables:
         problem = problem or table_problem(out, table)
-    return problem or plot_problem(out, step.tables)
+    # pyplot draws one picture at a time.
+    with _DRAWING:
+        return problem or plot_problem(out, step.tables)
 
 
-def run_steps(steps: tuple[Step, ...], out: Path) -> int:
-    """Run the steps into a new folder, print a line each, and return how many failed."""
+@contextlib.contextmanager
+def _ended_with_its_commands(pool: ThreadPoolExecutor) -> Iterator[None]:
+    """Let an interrupt end the commands under way, for which the pool would wait."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in psutil.Process().children():
+            end_process_tree(child)
+        raise
+
+
+def run_steps(steps: tuple[Step, ...], out: Path, jobs: int = 1) -> int:
+    """Run the steps into a new folder, ``jobs`` at a time, print a line each, and return how many failed."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    failed = 0
-    for number, step in enumerate(steps, start=1):
-        print(f"smoke {number}/{len(steps)}: {step.name} ...", end=" ", flush=True)
+
+    def timed(step: Step) -> tuple[float, str | None]:
         start = time.monotonic()
         problem = run_step(step, out)
-        print(f"{time.monotonic() - start:.0f} s, {problem or 'passed'}", flush=True)
-        if problem:
-            failed += 1
-            log = out / f"{step.name}.log"
-            lines = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
-            print("\n".join([*(f"  {line}" for line in lines), f"  ({log})"]), flush=True)
+        return time.monotonic() - start, problem
+
+    failed = 0
+    with ThreadPoolExecutor(jobs) as pool, _ended_with_its_commands(pool):
+        running = {pool.submit(timed, step): step for step in steps}
+        for number, done in enumerate(as_completed(running), start=1):
+            step, (seconds, problem) = running[done], done.result()
+            print(f"smoke {number}/{len(steps)}: {step.name} ... {seconds:.0f} s, {problem or 'passed'}", flush=True)
+            if problem:
+                failed += 1
+                log = out / f"{step.name}.log"
+                lines = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+                print("\n".join([*(f"  {line}" for line in lines), f"  ({log})"]), flush=True)
     print(f"{len(steps) - failed} passed, {failed} failed", flush=True)
     return failed
 
@@ -148,13 +173,16 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=Path(".cache/bench-smoke"), help="emptied first; default %(default)s"
     )
+    parser.add_argument(
+        "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="steps at a time; default %(default)s"
+    )
     options = parser.parse_args()
     wanted = options.only.split(",") if options.only else [step.name for step in STEPS]
     unknown = set(wanted) - {step.name for step in STEPS}
     if unknown:
         parser.error(f"no step {', '.join(sorted(unknown))}: choose from {', '.join(step.name for step in STEPS)}")
     exit_on_sigterm()
-    return 1 if run_steps(tuple(step for step in STEPS if step.name in wanted), options.out) else 0
+    return 1 if run_steps(tuple(step for step in STEPS if step.name in wanted), options.out, options.jobs) else 0
 
 
 if __name__ == "__main__":
