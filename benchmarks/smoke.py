@@ -8,7 +8,6 @@ step writes must be there, have rows, and fit its columns. The figures mean noth
 
 import argparse
 import contextlib
-import os
 import shutil
 import subprocess
 import sys
@@ -174,7 +173,7 @@ def main() -> int:
         "--out", type=Path, default=Path(".cache/bench-smoke"), help="emptied first; default %(default)s"
     )
     parser.add_argument(
-        "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="steps at a time; default %(default)s"
+        "--jobs", type=int, default=1, help="steps at a time; default %(default)s"
     )
     options = parser.parse_args()
     wanted = options.only.split(",") if options.only else [step.name for step in STEPS]
