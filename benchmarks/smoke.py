@@ -8,6 +8,7 @@ step writes must be there, have rows, and fit its columns. The figures mean noth
 
 import argparse
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
