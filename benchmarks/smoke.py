@@ -173,9 +173,7 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=Path(".cache/bench-smoke"), help="emptied first; default %(default)s"
     )
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="steps at a time; default %(default)s"
-    )
+    parser.add_argument("--jobs", type=int, default=1, help="steps at a time; default %(default)s")
     options = parser.parse_args()
     wanted = options.only.split(",") if options.only else [step.name for step in STEPS]
     unknown = set(wanted) - {step.name for step in STEPS}
