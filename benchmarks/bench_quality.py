@@ -165,8 +165,11 @@ def _needs_reference(setting: Setting, missing: dict[str, list[tuple[str, str]]]
 def measure(setting: Setting, policies: Sequence[str], parts: Sequence[str]) -> None:
     """Run what is missing, a server a policy and ``num_servers`` of them at a time; first what all others need."""
     missing = missing_parts(setting, policies, parts)
-    uncompressed = missing.pop(NO_POLICY, None)
-    if uncompressed:
+    uncompressed = missing.pop(NO_POLICY, [])
+    if uncompressed and setting.num_servers == 1:
+        # No other server waits for it, so the first one goes on with its own parts: one start less.
+        missing = {policies[0]: [*uncompressed, *missing.pop(policies[0], [])], **missing}
+    elif uncompressed:
         _run_servers(setting, {policies[0]: uncompressed})
     for policy in policies:
         if policy not in missing:

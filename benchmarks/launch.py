@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -29,6 +30,8 @@ CPU_FLAGS = (
     *("--max-total-tokens", "16384", "--max-running-requests", "64"),
 )
 CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1"}
+# Below the ports that Linux hands out by itself (from 32768), and below those SGLang draws from (22000 to 29999).
+SERVER_PORTS = range(10000, 22000)
 
 
 class ServerError(RuntimeError):
@@ -54,10 +57,18 @@ def server_command(*flags: str) -> list[str]:
 
 
 def free_port() -> int:
-    """Return a TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port that is free now, out of ``SERVER_PORTS``.
+
+    A server binds it seconds later, so it is drawn where neither the kernel nor SGLang itself takes one meanwhile.
+
+    Raises:
+        ServerError: None is free.
+    """
+    for port in random.sample(SERVER_PORTS, len(SERVER_PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ServerError(f"no TCP port from {SERVER_PORTS[0]} to {SERVER_PORTS[-1]} is free on 127.0.0.1: end old servers")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from typing import Any
 import psutil
 import requests
 
+from benchmarks.launch import free_port
 from tests.harness.environment import PROJECT_ROOT, child_environment, device_flags, end_with_parent, with_defaults
 from tests.harness.probe_log import ProbeLog
 
@@ -257,12 +257,6 @@ class Server:
                 return
             time.sleep(0.1)
         raise TimeoutError(f"the scheduler is not idle after {timeout} s:\n{self.log()[-6000:]}")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def end_process_tree(process: "subprocess.Popen[bytes]", patience_s: float = 10.0) -> None:
