@@ -12,11 +12,9 @@ Writes ``idle_cost.csv`` (one row per round and server; columns in ``tables.py``
 
 import argparse
 import contextlib
-import json
 import random
 import statistics
 import time
-import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -53,13 +51,8 @@ def cpu_seconds(server: Server) -> float:
 
 def decode_step_time(server: Server, prompts: list[list[int]], num_tokens: int) -> StepTime:
     """Decode one batch; the prefill of its short prompts and HTTP are counted in, alike for all servers."""
-
-    sampling_params = {"temperature": 0, "max_new_tokens": num_tokens + 1, "ignore_eos": True}
-    body = json.dumps({"input_ids": prompts, "sampling_params": sampling_params}).encode()
-    request = urllib.request.Request(server.url + "/generate", body, {"Content-Type": "application/json"})
     start, cpu_start = time.perf_counter(), cpu_seconds(server)
-    with urllib.request.urlopen(request, timeout=600) as response:
-        response.read()
+    server.generate(prompts, num_tokens + 1)
     wall, cpu = time.perf_counter() - start, cpu_seconds(server) - cpu_start
     return StepTime(wall_ms=wall * 1000 / num_tokens, cpu_ms=cpu * 1000 / num_tokens)
 

@@ -11,13 +11,11 @@ throughputs with its spread.
 
 import argparse
 import contextlib
-import json
 import random
 import re
 import statistics
 import threading
 import time
-import urllib.request
 from pathlib import Path
 
 from tqdm import tqdm
@@ -35,28 +33,16 @@ _RETRACTED = re.compile(r"#retracted_reqs: (\d+)")
 
 def run_requests(server: Server, prompts: list[list[int]], num_tokens: int, progress: str) -> float:
     """Send all prompts in one call and return the seconds until the last is done."""
-    body = json.dumps(
-        {
-            "input_ids": prompts,
-            "sampling_params": {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True},
-        }
-    ).encode()
-    request = urllib.request.Request(server.url + "/generate", body, {"Content-Type": "application/json"})
     done = threading.Event()
     watcher = threading.Thread(target=_show_progress, args=(done, progress), daemon=True)
     watcher.start()
     start = time.perf_counter()
     try:
-        with urllib.request.urlopen(request, timeout=3600) as response:
-            answers = json.load(response)
+        server.generate(prompts, num_tokens, timeout_s=3600)
     finally:
         done.set()
         watcher.join()
-    seconds = time.perf_counter() - start
-    lengths = {len(answer["output_ids"]) for answer in answers}
-    if lengths != {num_tokens}:
-        raise RuntimeError(f"answers of {sorted(lengths)} tokens instead of {num_tokens}; log: {server.log_path}")
-    return seconds
+    return time.perf_counter() - start
 
 
 def _show_progress(done: threading.Event, label: str) -> None:
@@ -88,9 +74,7 @@ def measure(options: argparse.Namespace, log_dir: Path) -> list[Row]:
             for name, server in servers.items():
                 offset = server.log_path.stat().st_size
                 seconds = run_requests(server, prompts, options.num_tokens, f"round {i + 1}, {name}")
-                with server.log_path.open(errors="replace") as log:
-                    log.seek(offset)
-                    text = log.read()
+                text = server.log_since(offset)
                 rows.append(
                     {
                         "round": i,

@@ -84,14 +84,41 @@ class Server:
         with urllib.request.urlopen(self.url + path, timeout=timeout_s) as response:
             return json.load(response)
 
+    def log_since(self, offset: int) -> str:
+        """Return what the server printed from a byte on."""
+        with self.log_path.open(errors="replace") as log:
+            log.seek(offset)
+            return log.read()
+
+    def _generate_request(self, payload: Mapping[str, Any]) -> urllib.request.Request:
+        body = json.dumps(payload).encode()
+        return urllib.request.Request(self.url + "/generate", body, {"Content-Type": "application/json"})
+
+    def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int, timeout_s: float = 600) -> list[Any]:
+        """Send prompts of token ids in one call and return the answers: ``num_tokens`` each, greedy, no early end.
+
+        Raises:
+            ServerError: The server answered with an error, or with fewer tokens.
+        """
+        sampling_params = {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}
+        request = self._generate_request({"input_ids": prompts, "sampling_params": sampling_params})
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+                answers: list[Any] = json.load(response)
+        except OSError as error:
+            raise ServerError(f"the request failed ({error}); the server's log: {self.log_path}") from error
+        lengths = {len(answer["output_ids"]) for answer in answers}
+        if lengths != {num_tokens}:
+            raise ServerError(f"answers of {sorted(lengths)} tokens instead of {num_tokens}; its log: {self.log_path}")
+        return answers
+
     def stream_generate(self, payload: Mapping[str, Any], timeout_s: float = 600) -> Iterator[dict[str, Any]]:
         """Yield the events of a streaming ``POST /generate``; ``text`` and ``output_ids`` grow from event to event.
 
         Raises:
             ServerError: The server answered with an error or stopped answering.
         """
-        body = json.dumps({**payload, "stream": True}).encode()
-        request = urllib.request.Request(self.url + "/generate", body, {"Content-Type": "application/json"})
+        request = self._generate_request({**payload, "stream": True})
         try:
             with urllib.request.urlopen(request, timeout=timeout_s) as response:
                 for line in response:

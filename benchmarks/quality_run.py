@@ -211,10 +211,6 @@ def _record(records: Path, i: int) -> Path:
     return records / f"{i}.npy"
 
 
-def _budgets(setting: Setting, policy: str) -> tuple[int, ...]:
-    return (UNCOMPRESSED,) if policy == NO_POLICY else setting.budgets
-
-
 def _ask_reference(setting: Setting, policy: str, records: Path) -> list[Ask]:
     """The uncompressed answers; along the kept ones, if only their distributions were lost."""
     kept = setting.result(NO_POLICY, "reference").exists()
@@ -254,30 +250,31 @@ def _ask_forced(setting: Setting, policy: str, records: Path) -> list[Ask]:
     ]
 
 
-def _ask_free(setting: Setting, policy: str, records: Path) -> list[Ask]:
-    pairs = [(i, budget) for i in range(len(setting.prompts)) for budget in _budgets(setting, policy)]
+def _at_every_budget(
+    setting: Setting, policy: str, records: Path, prompts: Sequence[list[int]], scripts: Sequence[dict[str, Any]]
+) -> list[Ask]:
+    """Every prompt with its own script, at every budget of the policy."""
+    budgets = (UNCOMPRESSED,) if policy == NO_POLICY else setting.budgets
+    pairs = [(i, budget) for i in range(len(prompts)) for budget in budgets]
     return [
         Ask(
             prompt=i,
-            input_ids=setting.prompts[i],
+            input_ids=prompts[i],
             budget=budget,
-            forcing=forcing_params(setting.num_tokens, _record(records, place), banned=setting.end_ids),
+            forcing=forcing_params(setting.num_tokens, _record(records, place), **scripts[i]),
         )
         for place, (i, budget) in enumerate(pairs)
     ]
+
+
+def _ask_free(setting: Setting, policy: str, records: Path) -> list[Ask]:
+    scripts = [{"banned": setting.end_ids}] * len(setting.prompts)
+    return _at_every_budget(setting, policy, records, setting.prompts, scripts)
 
 
 def _ask_recall(setting: Setting, policy: str, records: Path) -> list[Ask]:
-    pairs = [(i, budget) for i in range(len(setting.recall_texts)) for budget in _budgets(setting, policy)]
-    return [
-        Ask(
-            prompt=i,
-            input_ids=setting.recall_prompt,
-            budget=budget,
-            forcing=forcing_params(setting.num_tokens, _record(records, place), tokens=setting.recall_texts[i].tokens),
-        )
-        for place, (i, budget) in enumerate(pairs)
-    ]
+    scripts = [{"tokens": text.tokens} for text in setting.recall_texts]
+    return _at_every_budget(setting, policy, records, [setting.recall_prompt] * len(scripts), scripts)
 
 
 _ASKS = {"reference": _ask_reference, "forced": _ask_forced, "free": _ask_free, "recall": _ask_recall}
