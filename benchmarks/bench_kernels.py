@@ -49,7 +49,7 @@ from benchmarks.schema import RESULTS, hardware_folder, run_info, write_table
 from benchmarks.tables import KERNELS
 from rkv_sglang.algorithm.scoring import rkv_scores
 from rkv_sglang.cache.compact import WORKING_BYTES, split_requests
-from rkv_sglang.kernels.capture import capture_queries
+from rkv_sglang.cache.query_window import QueryWindow
 from rkv_sglang.kernels.dispatch import working_bytes_per_token
 from rkv_sglang.kernels.move import move_kept_paged
 from rkv_sglang.kernels.paged_batch import PagedBatch
@@ -139,11 +139,19 @@ def measure_quadratic(report: Report, pool: Pool, num_tokens: int) -> None:
 def measure_capture(report: Report, batch_size: int) -> None:
     """Time a captured graph of a decode step's outline with and without query capture."""
     device, row_len = "cuda", NUM_QO_HEADS * HEAD_DIM
-    rings = torch.zeros(NUM_LAYERS, 9, WINDOW, NUM_QO_HEADS, HEAD_DIM, device=device, dtype=torch.bfloat16)
+    window = QueryWindow(
+        num_layers=NUM_LAYERS,
+        num_rows=8,
+        window=WINDOW,
+        num_qo_heads=NUM_QO_HEADS,
+        head_dim=HEAD_DIM,
+        max_requests=128,
+        dtype=torch.bfloat16,
+        device=device,
+    )
     weights = torch.randn(NUM_LAYERS, row_len, row_len, device=device, dtype=torch.bfloat16) / row_len**0.5
-    rows = torch.zeros(128, dtype=torch.int64, device=device)
     # Of 64 requests with a buffer of 128 tokens, about 4 are within 8 steps of their compaction.
-    rows[1:5] = torch.arange(1, 5)
+    window.row_of_request[1:5] = torch.arange(1, 5)
     indices = torch.arange(1, batch_size + 1, device=device)
     hidden = torch.randn(batch_size, row_len, device=device, dtype=torch.bfloat16)
     times = {}
@@ -154,7 +162,7 @@ def measure_capture(report: Report, batch_size: int) -> None:
             for layer in range(NUM_LAYERS):
                 states = states @ weights[layer]
                 if with_capture:
-                    capture_queries(rings[layer], rows, states, indices, indices)
+                    window.capture(layer, states, indices, indices)
             return states
 
         step()

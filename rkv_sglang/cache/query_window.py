@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 
 from rkv_sglang.config import PolicyConfig
-from rkv_sglang.kernels.capture import capture_queries, capture_queries_torch
+from rkv_sglang.kernels.capture import LAYERS_PER_LAUNCH, capture_queries, capture_queries_torch
 
 
 def num_query_rows(config: PolicyConfig, num_slots: int, max_running_requests: int) -> int:
@@ -59,6 +59,8 @@ class QueryWindow:
         self._row_of: dict[int, int] = {}
         self._owner_of: dict[int, Hashable] = {}
         self._changed: dict[int, int] = {}
+        # Queries of the layers since the last launch.
+        self._pending: list[torch.Tensor] = []
         # The one place that chooses: both do the same.
         self._capture = capture_queries if self.buffer.is_cuda else capture_queries_torch
 
@@ -123,15 +125,33 @@ class QueryWindow:
     def capture(
         self, layer: int, queries: torch.Tensor, req_pool_indices: torch.Tensor, positions: torch.Tensor
     ) -> None:
-        """Store one decode step's queries of one layer.
+        """Take one decode step's queries of one layer; call it for every layer, in order.
+
+        They are stored with those of the next layers, ``LAYERS_PER_LAUNCH`` at a time and at the last layer the rest.
 
         Args:
             layer: Index of the layer on this rank.
-            queries: After RoPE, ``[bs, num_qo_heads * head_dim]`` or ``[bs, num_qo_heads, head_dim]``.
+            queries: After RoPE, ``[bs, num_qo_heads * head_dim]`` or ``[bs, num_qo_heads, head_dim]``; not to be
+                changed during this step.
             req_pool_indices: ``[bs]``; padded rows have index 0, the engine's reserved row.
             positions: Logical positions, ``[bs]``, int64.
+
+        Raises:
+            ValueError: A layer was left out, or a shape, dtype, device or stride does not fit.
         """
-        self._capture(self.buffer[layer], self.row_of_request, queries.flatten(1), req_pool_indices, positions)
+        first = layer - layer % LAYERS_PER_LAUNCH
+        if layer == first:
+            # Also forgets what a forward pass that failed half-way has left.
+            self._pending = []
+        self._pending.append(queries.flatten(1))
+        if layer + 1 == first + LAYERS_PER_LAUNCH or layer + 1 == len(self.buffer):
+            if len(self._pending) != layer + 1 - first:
+                raise ValueError(
+                    f"of layers {first} to {layer} the queries of {len(self._pending)} came: each comes once, in order"
+                )
+            rings = self.buffer[first : layer + 1]
+            self._capture(rings, self.row_of_request, self._pending, req_pool_indices, positions)
+            self._pending = []
 
     def read(self, requests: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Return requests' last queries, oldest first, ``[num_layers, num_requests, window, num_qo_heads, head_dim]``.

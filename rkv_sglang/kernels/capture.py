@@ -1,10 +1,16 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 """Keep the queries of one decode step for the requests that come due soon; runs inside decode CUDA graphs."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
+# A launch is what capturing costs, so one serves several layers. Their queries live until then, which the next layers
+# could otherwise overwrite: one launch for all layers would hold the queries of all.
+LAYERS_PER_LAUNCH = 8
 # Elements of a query row that one program copies: 16 bytes for each of its threads.
 BLOCK = 1024
 NUM_WARPS = 4
@@ -15,9 +21,10 @@ NUM_STAGES = 1
 def _capture_queries_kernel(
     buffer_ptr,
     row_of_request_ptr,
-    queries_ptr,
+    layer_queries,
     req_pool_indices_ptr,
     positions_ptr,
+    rows_per_layer,
     stride_queries_row,
     WINDOW: tl.constexpr,
     ROW_LEN: tl.constexpr,
@@ -30,46 +37,53 @@ def _capture_queries_kernel(
         offset = tl.load(positions_ptr + step) % WINDOW
         elements = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = elements < ROW_LEN
-        source = queries_ptr + step.to(tl.int64) * stride_queries_row
-        target = buffer_ptr + (row.to(tl.int64) * WINDOW + offset) * ROW_LEN
-        queries = tl.load(source + elements, mask=inside)
-        tl.store(target + elements, queries.to(buffer_ptr.dtype.element_ty), mask=inside)
+        source_row = step.to(tl.int64) * stride_queries_row
+        target_row = (tl.program_id(2).to(tl.int64) * rows_per_layer + row) * WINDOW + offset
+        target = buffer_ptr + target_row * ROW_LEN
+        # A program copies one layer: only which pointer it takes is found out while it runs.
+        for layer in tl.static_range(len(layer_queries)):
+            if tl.program_id(2) == layer:
+                queries = tl.load(layer_queries[layer] + source_row + elements, mask=inside)
+                tl.store(target + elements, queries.to(buffer_ptr.dtype.element_ty), mask=inside)
 
 
 def capture_queries(
     buffer: torch.Tensor,
     row_of_request: torch.Tensor,
-    queries: torch.Tensor,
+    layer_queries: Sequence[torch.Tensor],
     req_pool_indices: torch.Tensor,
     positions: torch.Tensor,
 ) -> None:
-    """Write each request's query of one layer into its row of the ring, at ``position % window``.
+    """Write each request's queries of some layers into its row of their rings, at ``position % window``. One launch.
 
     Mutates ``buffer``; allocates nothing and queues no sync, and its grid depends on the batch size alone, so a CUDA
     graph can hold it. A request with row 0 writes nothing.
 
     Args:
-        buffer: One layer's ring, ``[num_rows + 1, window, num_qo_heads, head_dim]``, floating, contiguous.
+        buffer: Rings, ``[num_layers, num_rows + 1, window, num_qo_heads, head_dim]``, floating, contiguous.
         row_of_request: Row of each ``req_to_token`` row, ``[max_requests]``, int64, contiguous; 0 for none.
-        queries: After RoPE, ``[bs, num_qo_heads * head_dim]``, floating, of any row stride; cast to the ring's dtype.
+        layer_queries: Of each layer after RoPE, ``[bs, num_qo_heads * head_dim]``, floating, of any row stride, alike
+            in all layers; cast to the rings' dtype.
         req_pool_indices: ``[bs]``, int32 or int64, contiguous, each in ``[0, max_requests)``.
         positions: Logical positions, ``[bs]``, int32 or int64, contiguous, not negative.
 
     Raises:
         ValueError: A shape, dtype, device or stride differs from the above.
     """
-    _check(buffer, row_of_request, queries, req_pool_indices, positions)
-    _, window, num_qo_heads, head_dim = buffer.shape
+    _check(buffer, row_of_request, layer_queries, req_pool_indices, positions)
+    window, num_qo_heads, head_dim = buffer.shape[2:]
     row_len = num_qo_heads * head_dim
-    if queries.shape[0] == 0:
+    batch_size = len(req_pool_indices)
+    if batch_size == 0:
         return
-    _capture_queries_kernel[(queries.shape[0], triton.cdiv(row_len, BLOCK))](
+    _capture_queries_kernel[(batch_size, triton.cdiv(row_len, BLOCK), len(buffer))](
         buffer,
         row_of_request,
-        queries,
+        tuple(layer_queries),
         req_pool_indices,
         positions,
-        queries.stride(0),
+        buffer.shape[1],
+        layer_queries[0].stride(0),
         WINDOW=window,
         ROW_LEN=row_len,
         BLOCK=BLOCK,
@@ -81,32 +95,42 @@ def capture_queries(
 def capture_queries_torch(
     buffer: torch.Tensor,
     row_of_request: torch.Tensor,
-    queries: torch.Tensor,
+    layer_queries: Sequence[torch.Tensor],
     req_pool_indices: torch.Tensor,
     positions: torch.Tensor,
 ) -> None:
     """Do what ``capture_queries`` does, in plain torch, but write the queries of requests without a row to row 0."""
-    rows, offsets = row_of_request[req_pool_indices], positions % buffer.shape[1]
-    buffer[rows, offsets] = queries.view(-1, *buffer.shape[2:]).to(buffer.dtype)
+    rows, offsets = row_of_request[req_pool_indices], positions % buffer.shape[2]
+    for ring, queries in zip(buffer, layer_queries, strict=True):
+        ring[rows, offsets] = queries.view(-1, *ring.shape[2:]).to(ring.dtype)
 
 
 def _check(
     buffer: torch.Tensor,
     row_of_request: torch.Tensor,
-    queries: torch.Tensor,
+    layer_queries: Sequence[torch.Tensor],
     req_pool_indices: torch.Tensor,
     positions: torch.Tensor,
 ) -> None:
-    if buffer.dim() != 4 or not buffer.is_floating_point() or not buffer.is_contiguous():
+    if buffer.dim() != 5 or not buffer.is_floating_point() or not buffer.is_contiguous():
         raise ValueError(
-            "buffer must be a floating, contiguous [num_rows + 1, window, num_qo_heads, head_dim], "
+            "buffer must be a floating, contiguous [num_layers, num_rows + 1, window, num_qo_heads, head_dim], "
             f"got {buffer.dtype} {list(buffer.shape)} with strides {list(buffer.stride())}"
         )
-    row_len = buffer.shape[2] * buffer.shape[3]
-    if queries.dim() != 2 or queries.shape[1] != row_len or not queries.is_floating_point():
-        raise ValueError(f"queries must be floating [bs, {row_len}], got {queries.dtype} {list(queries.shape)}")
-    if queries.stride(1) != 1:
-        raise ValueError(f"queries must have a last stride of 1, got strides {list(queries.stride())}")
+    if len(layer_queries) != len(buffer):
+        raise ValueError(f"buffer has {len(buffer)} layers and layer_queries {len(layer_queries)}: they must be equal")
+    row_len = buffer.shape[3] * buffer.shape[4]
+    first = layer_queries[0]
+    for queries in layer_queries:
+        if queries.dim() != 2 or queries.shape[1] != row_len or not queries.is_floating_point():
+            raise ValueError(f"queries must be floating [bs, {row_len}], got {queries.dtype} {list(queries.shape)}")
+        if queries.stride(1) != 1:
+            raise ValueError(f"queries must have a last stride of 1, got strides {list(queries.stride())}")
+        if (queries.dtype, queries.shape, queries.stride()) != (first.dtype, first.shape, first.stride()):
+            raise ValueError(
+                f"queries must be alike in all layers, got {first.dtype} {list(first.shape)} strided "
+                f"{list(first.stride())} and {queries.dtype} {list(queries.shape)} strided {list(queries.stride())}"
+            )
     if row_of_request.dim() != 1 or row_of_request.dtype != torch.int64 or not row_of_request.is_contiguous():
         raise ValueError(
             f"row_of_request must be a contiguous int64 [max_requests], got {row_of_request.dtype} "
@@ -114,14 +138,14 @@ def _check(
         )
     for name, tensor in (("req_pool_indices", req_pool_indices), ("positions", positions)):
         integral = tensor.dtype in (torch.int32, torch.int64)
-        if tensor.shape != queries.shape[:1] or not integral or not tensor.is_contiguous():
+        if tensor.shape != first.shape[:1] or not integral or not tensor.is_contiguous():
             raise ValueError(
-                f"{name} must be a contiguous int32 or int64 [{queries.shape[0]}], got {tensor.dtype} "
+                f"{name} must be a contiguous int32 or int64 [{first.shape[0]}], got {tensor.dtype} "
                 f"{list(tensor.shape)}"
             )
     for name, tensor in (
         ("row_of_request", row_of_request),
-        ("queries", queries),
+        *(("queries", queries) for queries in layer_queries),
         ("req_pool_indices", req_pool_indices),
         ("positions", positions),
     ):
@@ -129,17 +153,18 @@ def _check(
             raise ValueError(f"{name} is on {tensor.device} and buffer on {buffer.device}: put all on one device")
 
 
-# (name, kernel, signature, constexprs, num_warps, num_stages) of what is shipped.
-AOT_CASES = [
+# (name, kernel, signature, constexprs, num_warps, num_stages) of what is shipped; a tuple of types is one of tensors.
+AOT_CASES: list[tuple[str, Any, dict[str, Any], dict[str, Any], int, int]] = [
     (
         f"capture_{queries_dtype}_to_{buffer_dtype}_{row_len}",
         _capture_queries_kernel,
         {
             "buffer_ptr": f"*{buffer_dtype}",
             "row_of_request_ptr": "*i64",
-            "queries_ptr": f"*{queries_dtype}",
+            "layer_queries": (f"*{queries_dtype}",) * LAYERS_PER_LAUNCH,
             "req_pool_indices_ptr": "*i64",
             "positions_ptr": "*i64",
+            "rows_per_layer": "i32",
             "stride_queries_row": "i32",
         },
         {"WINDOW": 8, "ROW_LEN": row_len, "BLOCK": BLOCK},

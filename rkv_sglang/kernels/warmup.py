@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rkv_sglang.kernels.capture import capture_queries
+from rkv_sglang.kernels.capture import LAYERS_PER_LAUNCH, capture_queries
 from rkv_sglang.kernels.dispatch import compact_paged, runs_triton
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
 from rkv_sglang.policies import Policy
@@ -57,11 +57,9 @@ def warm_up(
             query_rings.new_zeros(num_layers, num_requests, window, num_qo_heads, head_dim),
             policy,
         )
-        capture_queries(
-            query_rings[0],
-            row_of_request,
-            query_rings.new_zeros(num_requests, num_qo_heads * head_dim),
-            row_of_request.new_zeros(num_requests),
-            row_of_request.new_zeros(num_requests),
-        )
+        indices = row_of_request.new_zeros(num_requests)
+        for first in range(0, num_layers, LAYERS_PER_LAUNCH):
+            rings = query_rings[first : first + LAYERS_PER_LAUNCH]
+            queries = query_rings.new_zeros(num_requests, num_qo_heads * head_dim)
+            capture_queries(rings, row_of_request, [queries] * len(rings), indices, indices)
     torch.cuda.synchronize(keys.device)

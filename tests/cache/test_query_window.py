@@ -7,8 +7,10 @@ import torch
 
 from rkv_sglang.cache.query_window import QueryWindow, num_query_rows, query_bytes_per_slot
 from rkv_sglang.config import PolicyConfig
+from rkv_sglang.kernels.capture import LAYERS_PER_LAUNCH
 
-NUM_LAYERS, NUM_QO_HEADS, HEAD_DIM = 2, 3, 4
+# Several launches a step, the last one of fewer layers.
+NUM_LAYERS, NUM_QO_HEADS, HEAD_DIM = 2 * LAYERS_PER_LAUNCH + 3, 3, 4
 
 
 def make_window(num_rows: int, window: int, max_requests: int = 9) -> QueryWindow:
@@ -83,6 +85,23 @@ def test_read_returns_the_last_queries_whatever_happened_to_other_rows(seed):
                 if rng.random() < 0.2:
                     window.release(request.req_pool_idx)
     assert reads > 20
+
+
+def test_a_step_that_fails_half_way_leaves_nothing_and_a_layer_left_out_is_an_error():
+    window = make_window(num_rows=1, window=1)
+    owner = FakeRequest(1, 0)
+    window.acquire(1, owner, is_alive)
+    window.flush()
+    index, position = torch.tensor([1]), torch.tensor([0])
+    failed, whole = torch.randn(2, NUM_LAYERS, 1, NUM_QO_HEADS * HEAD_DIM)
+    for layer in range(LAYERS_PER_LAUNCH - 1):
+        window.capture(layer, failed[layer], index, position)
+    for layer in range(NUM_LAYERS):
+        window.capture(layer, whole[layer], index, position)
+    assert torch.equal(window.read([(1, 1)]).flatten(), whole.flatten())
+    with pytest.raises(ValueError, match=f"queries of {LAYERS_PER_LAUNCH - 1} came"):
+        for layer in (layer for layer in range(NUM_LAYERS) if layer != 3):
+            window.capture(layer, whole[layer], index, position)
 
 
 def test_rows_of_requests_that_ended_are_taken_back_and_living_ones_never():

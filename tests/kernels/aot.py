@@ -42,22 +42,29 @@ class Usage:
     widest_access_bytes: int
 
 
-def shipped_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
+def shipped_cases() -> list[tuple[str, Any, dict[str, Any], dict[str, Any], int, int]]:
     """Return the ``AOT_CASES`` of every module in ``rkv_sglang.kernels``."""
     names = [f"rkv_sglang.kernels.{module.name}" for module in pkgutil.iter_modules(rkv_sglang.kernels.__path__)]
     return [case for name in names for case in getattr(importlib.import_module(name), "AOT_CASES", [])]
 
 
-def compile_case(case: tuple[str, Any, dict[str, str], dict[str, Any], int, int], target: int) -> Usage:
+def compile_case(case: tuple[str, Any, dict[str, Any], dict[str, Any], int, int], target: int) -> Usage:
     """Compile for one target with pointers aligned as torch's allocator aligns them."""
     name, kernel, types, constexprs, num_warps, num_stages = case
     signature = {arg: types.get(arg, "constexpr") for arg in kernel.arg_names}
     unaligned = {param.name for param in kernel.params if param.do_not_specialize_on_alignment}
-    attrs = {
-        (index,): [["tt.divisibility", 16]]
-        for index, (arg, dtype) in enumerate(signature.items())
-        if dtype.startswith("*") and arg not in unaligned
+    # A tuple's elements have a path each.
+    paths = {
+        path: dtype
+        for index, (arg, given) in enumerate(signature.items())
+        if arg not in unaligned
+        for path, dtype in (
+            (((index, i), element) for i, element in enumerate(given))
+            if isinstance(given, tuple)
+            else [((index,), given)]
+        )
     }
+    attrs = {path: [["tt.divisibility", 16]] for path, dtype in paths.items() if dtype.startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
     options = {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)

@@ -31,7 +31,9 @@ from rkv_sglang.kernels import (
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
 from rkv_sglang.policies import make_policy
 
-NUM_LAYERS, NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, WINDOW = 2, 8, 4, 128, 8
+NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, WINDOW = 8, 4, 128, 8
+# The last launch of query capture then has fewer layers than the others.
+NUM_LAYERS = capture.LAYERS_PER_LAUNCH + 2
 
 
 class AbsentGpu:
@@ -91,7 +93,9 @@ def main() -> None:
         dispatch.compact_paged(keys, values, batch, queries, policy)
         indices = row_of_request.new_zeros(num_requests + 1)[1:]
         step_queries = rings.new_zeros(num_requests, num_qo_heads * HEAD_DIM)
-        capture.capture_queries(rings[1], row_of_request, step_queries, indices, indices)
+        for first in range(0, NUM_LAYERS, capture.LAYERS_PER_LAUNCH):
+            some = rings[first : first + capture.LAYERS_PER_LAUNCH]
+            capture.capture_queries(some, row_of_request, [step_queries] * len(some), indices, indices)
     print(json.dumps([after_warm_up, kernel_counts()]))
 
 

@@ -234,12 +234,12 @@ def test_nothing_is_compiled_after_the_warm_up(seed):
     for num_requests in (1, 2, 3, 7, 16):
         _, _, compact = served(seed + num_requests, num_requests)
         compact(RKV())
-    rows = window.row_of_request
     for batch_size in (1, 5, 16):
         queries = torch.randn(batch_size, NUM_KV_HEADS * GROUP_SIZE * HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
         # A view that starts anywhere, as a part of a larger tensor may.
         indices = torch.zeros(batch_size + 1, dtype=torch.int64, device=DEVICE)[1:]
-        capture_queries(window.buffer[1], rows, queries, indices, indices)
+        for layer in range(len(window.buffer)):
+            window.capture(layer, queries, indices, indices)
     assert [len(kernel.device_caches[device][0]) for kernel in kernels] == compiled
 
 
@@ -268,8 +268,7 @@ def test_captured_queries_are_those_of_eager_steps_whatever_the_batch(seed, rng,
     positions = torch.zeros(graph_batch_size, dtype=torch.int64, device=DEVICE)
 
     def step() -> None:
-        for layer in range(NUM_LAYERS):
-            capture_queries(rings[layer], row_of_request, queries[layer], indices, positions)
+        capture_queries(rings, row_of_request, list(queries), indices, positions)
 
     step()
     graph = torch.cuda.CUDAGraph()
@@ -286,7 +285,6 @@ def test_captured_queries_are_those_of_eager_steps_whatever_the_batch(seed, rng,
         indices.copy_(torch.tensor(running + [0] * (graph_batch_size - batch_size)))
         positions.copy_(torch.randint(100_000, (graph_batch_size,)))
         graph.replay()
-        for layer in range(NUM_LAYERS):
-            own = slice(batch_size)
-            capture_queries_torch(expected[layer], row_of_request, queries[layer, own], indices[own], positions[own])
+        own = slice(batch_size)
+        capture_queries_torch(expected, row_of_request, list(queries[:, own]), indices[own], positions[own])
         torch.testing.assert_close(rings[:, 1:], expected[:, 1:], rtol=0, atol=0, equal_nan=True)
