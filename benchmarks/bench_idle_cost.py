@@ -14,13 +14,14 @@ import argparse
 import contextlib
 import random
 import statistics
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.launch import Server, exit_on_sigterm, launched_server
+from benchmarks.launch import Server, ServerError, exit_on_sigterm, launched_server
 from benchmarks.schema import Row, Value, hardware_folder, read_table, run_info, write_table
 from benchmarks.tables import IDLE_COST
 from tests.tiny_models import VOCAB_SIZE, tiny_model_path
@@ -128,7 +129,7 @@ def plot(folder: Path) -> Path:
     return path
 
 
-def main() -> None:
+def main() -> int:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=150)
@@ -145,7 +146,11 @@ def main() -> None:
         parser.error("--rounds must be at least 2 for quartiles")
     exit_on_sigterm()
     out = args.out or hardware_folder()
-    rows = measure(args.rounds, args.batch_size, args.num_tokens, Path(".cache/logs"))
+    try:
+        rows = measure(args.rounds, args.batch_size, args.num_tokens, Path(".cache/logs"))
+    except ServerError as error:
+        print(f"bench_idle_cost: {error}", file=sys.stderr)
+        return 1
     info = run_info(model="llama-gqa (tiny, random)", rounds=args.rounds, num_tokens=args.num_tokens)
     write_table(out, IDLE_COST, rows, info)
     plot(out)
@@ -153,7 +158,8 @@ def main() -> None:
         if setting != BASELINE:
             for measured in ("wall_ms", "cpu_ms"):
                 print(summary(rows, setting, measured))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,13 +14,14 @@ import contextlib
 import random
 import re
 import statistics
+import sys
 import threading
 import time
 from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.launch import Server, exit_on_sigterm, launched_server
+from benchmarks.launch import Server, ServerError, exit_on_sigterm, launched_server
 from benchmarks.schema import Row, hardware_folder, read_table, run_info, write_table
 from benchmarks.tables import MEMORY
 from tests.tiny_models import VOCAB_SIZE, tiny_model_path
@@ -117,7 +118,7 @@ def plot(folder: Path) -> Path:
     return path
 
 
-def main() -> None:
+def main() -> int:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag, default in (
@@ -140,7 +141,11 @@ def main() -> None:
         vars(options).update(SMOKE, out=options.out or Path(".cache/memory"))
     exit_on_sigterm()
     out = options.out or hardware_folder()
-    rows = measure(options, Path(".cache/logs"))
+    try:
+        rows = measure(options, Path(".cache/logs"))
+    except ServerError as error:
+        print(f"bench_memory: {error}", file=sys.stderr)
+        return 1
     info = run_info(model="llama-gqa (tiny, random)", strict_memory_checks=not options.no_strict)
     write_table(out, MEMORY, rows, info)
     plot(out)
@@ -150,7 +155,8 @@ def main() -> None:
         f"throughput rkv / none: {statistics.median(ratios):.2f} (median of {len(ratios)}, {min(ratios):.2f} to "
         f"{max(ratios):.2f})"
     )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks.gpu.decode_log import Step, read_steps, steady
 from benchmarks.gpu.llama_shape import VOCAB_SIZE, write_model
-from benchmarks.launch import Server, exit_on_sigterm, has_gpu, launched_server
+from benchmarks.launch import Server, ServerError, exit_on_sigterm, has_gpu, launched_server
 from benchmarks.quality_stats import compactions_before
 from benchmarks.schema import Row, hardware_folder, read_table, run_info, write_table
 from benchmarks.tables import SERVE_CHECK
@@ -174,7 +174,11 @@ def main() -> int:
         model = str(tiny_models.tiny_model_path("llama-gqa"))
         vars(options).update(SMOKE, model=model, vocab_size=tiny_models.VOCAB_SIZE, work=options.out / "work")
     exit_on_sigterm()
-    rows, problems = run_all(options)
+    try:
+        rows, problems = run_all(options)
+    except ServerError as error:
+        print(f"serve_check: {error}", file=sys.stderr)
+        return 1
     folder = options.out or hardware_folder()
     info = run_info(**{name: str(value) for name, value in vars(options).items()}, problems=problems)
     write_table(folder, SERVE_CHECK, rows, info)
