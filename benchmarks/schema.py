@@ -134,10 +134,16 @@ def _program() -> list[str]:
 
 def _commit() -> str:
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
+        commit = _git("describe", "--always", "--exclude=*", "--abbrev=12")
+        # Results that an earlier benchmark wrote change nothing that is measured.
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
     except OSError:
         return "unknown"
-    return done.stdout.strip() or "unknown"
+    return f"{commit}-dirty" if changed else commit or "unknown"
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
 
 
 def _hardware() -> dict[str, Any]:
