@@ -35,7 +35,7 @@ test: check
 	else set -x; $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not gpu" $(ARGS); fi
 
 bench-smoke: setup
-	@$(BIN)/python -m benchmarks.smoke $(ARGS)
+	@$(BIN)/python -m benchmarks.smoke --jobs 2 $(ARGS)
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

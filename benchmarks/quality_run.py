@@ -97,7 +97,8 @@ def policy_server(setting: Setting, policy: str) -> Iterator[Server]:
     log_path = Path(".cache/logs") / f"quality-{policy}.log"
     # The server's processes find the processor by its module's name.
     environment = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    if not has_gpu():
+    # More threads than cores that are free wait for each other, so whoever set a number knows better.
+    if not has_gpu() and "OMP_NUM_THREADS" not in os.environ:
         environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // setting.num_servers))
     with launched_server(setting.model, *flags, log_path=log_path, environment=environment) as server:
         yield server
