@@ -48,23 +48,24 @@ def shipped_cases() -> list[tuple[str, Any, dict[str, Any], dict[str, Any], int,
     return [case for name in names for case in getattr(importlib.import_module(name), "AOT_CASES", [])]
 
 
+def _pointer_paths(index: int, given: Any) -> list[tuple[int, ...]]:
+    """Return where an argument has pointers: the elements of a tuple have a path each."""
+    if isinstance(given, tuple):
+        return [(index, i) for i, element in enumerate(given) if element.startswith("*")]
+    return [(index,)] if given.startswith("*") else []
+
+
 def compile_case(case: tuple[str, Any, dict[str, Any], dict[str, Any], int, int], target: int) -> Usage:
     """Compile for one target with pointers aligned as torch's allocator aligns them."""
     name, kernel, types, constexprs, num_warps, num_stages = case
     signature = {arg: types.get(arg, "constexpr") for arg in kernel.arg_names}
     unaligned = {param.name for param in kernel.params if param.do_not_specialize_on_alignment}
-    # A tuple's elements have a path each.
-    paths = {
-        path: dtype
+    attrs = {
+        path: [["tt.divisibility", 16]]
         for index, (arg, given) in enumerate(signature.items())
         if arg not in unaligned
-        for path, dtype in (
-            (((index, i), element) for i, element in enumerate(given))
-            if isinstance(given, tuple)
-            else [((index,), given)]
-        )
+        for path in _pointer_paths(index, given)
     }
-    attrs = {path: [["tt.divisibility", 16]] for path, dtype in paths.items() if dtype.startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
     options = {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
