@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from rkv_sglang.cache.plan import ceil_to_page
 from rkv_sglang.cache.query_window import query_bytes_per_slot
-from rkv_sglang.cache.reservation import fits_pool
 from rkv_sglang.config import PolicyConfig
 
 
@@ -61,7 +60,8 @@ def requests_at_once(
     growth = output_len if config is None else min(output_len, config.capacity)
     each = ceil_to_page(prompt_len + growth, page_size)
     count = pool_size // each
-    # As the scheduler admits: the last one asks for a page more than it needs.
-    while count > 0 and not fits_pool(prompt_len, growth, pool_size - (count - 1) * each, page_size):
-        count -= 1
+    if config is None:
+        # SGLang counts a page more for the request that it admits, and wants something to be left.
+        while count > 0 and pool_size - (count - 1) * each <= prompt_len + growth + page_size:
+            count -= 1
     return count

@@ -5,7 +5,6 @@ then its whole history is prefilled again and stays until ``window`` decode quer
 """
 
 from rkv_sglang.cache.lengths import steps_until_due
-from rkv_sglang.cache.plan import ceil_to_page
 from rkv_sglang.config import PolicyConfig
 
 
@@ -43,15 +42,11 @@ def tokens_to_reserve(
     )
 
 
-def most_growth(num_prefill_tokens: int, pool_size: int, page_size: int) -> int:
-    """Return the most tokens of growth with which SGLang admits a request into an otherwise empty pool.
+def most_growth(num_prefill_tokens: int, pool_size: int) -> int:
+    """Return by how many tokens a request can grow in an otherwise empty pool; negative if it does not fit at all.
 
-    Admission counts one page more than the request needs and asks for more than nothing to be left. Negative if the
-    request does not fit at all.
+    Args:
+        num_prefill_tokens: What it holds after its prefill.
+        pool_size: Tokens, whole pages.
     """
-    return pool_size - page_size - 1 - ceil_to_page(num_prefill_tokens, page_size)
-
-
-def fits_pool(num_prefill_tokens: int, num_growth_tokens: int, pool_size: int, page_size: int) -> bool:
-    """Return whether SGLang would ever admit a request of these sizes."""
-    return num_growth_tokens <= most_growth(num_prefill_tokens, pool_size, page_size)
+    return pool_size - num_prefill_tokens

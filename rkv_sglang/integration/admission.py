@@ -1,142 +1,17 @@
-"""What a request under a policy costs the scheduler: an exact reservation, and no clip at the pool's size."""
+"""Which requests the scheduler takes in, and how long they may get: by what they hold, not by all they write."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
 from rkv_sglang.cache.lengths import can_ever_compact
-from rkv_sglang.cache.plan import ceil_to_page
-from rkv_sglang.cache.reservation import decode_growth, fits_pool, most_growth
+from rkv_sglang.cache.reservation import most_growth
 from rkv_sglang.integration.hook import Hook
+from rkv_sglang.integration.prefill_adder import adder_class
 from rkv_sglang.integration.process import get_runtime
-from rkv_sglang.integration.restore import can_be_admitted, growth_after_prefill, host_copy_of, len_after_prefill
-
-
-@contextlib.contextmanager
-def _estimate(req: Any) -> Iterator[None]:
-    """Within it, SGLang's cap on the tokens it expects of a waiting request is what this one will need."""
-    from sglang.srt.managers import schedule_policy
-
-    config = get_runtime().settings_of(req)
-    if config is None:
-        yield
-        return
-    stock = schedule_policy.CLIP_MAX_NEW_TOKENS
-    held = len_after_prefill(req)
-    schedule_policy.CLIP_MAX_NEW_TOKENS = max(growth_after_prefill(req, held), _least_growth(req, held))
-    try:
-        yield
-    finally:
-        schedule_policy.CLIP_MAX_NEW_TOKENS = stock
-
-
-def _least_growth(req: Any, resident_len: int) -> int:
-    """Return what must be reserved for a request however little it holds: there is one query row for that many tokens.
-
-    Only a request with a budget of its own, below the server's, holds less. Alone in the pool it needs no more than
-    the pool has: there is always one row.
-    """
-    runtime = get_runtime()
-    config = runtime.settings_of(req)
-    if config is None or config.capacity >= runtime.config.capacity or not runtime.may_compact(req):
-        return 0
-    scheduler = runtime.scheduler
-    assert scheduler is not None
-    most = most_growth(resident_len, scheduler.max_total_num_tokens, scheduler.page_size)
-    return max(min(runtime.config.capacity + len(req.origin_input_ids) - resident_len, most), 0)
-
-
-@contextlib.contextmanager
-def _one_estimate_for_all(req: Any) -> Iterator[None]:
-    """Within it, the request does not take SGLang's other way of counting (``ignore_eos`` without a radix cache).
-
-    That one counts tokens generated as tokens held, of every running request.
-    """
-    params = req.sampling_params
-    stock, params.ignore_eos = params.ignore_eos, False
-    try:
-        yield
-    finally:
-        params.ignore_eos = stock
-
-
-@contextlib.contextmanager
-def _in_one_piece(adder: Any, req: Any) -> Iterator[None]:
-    """Within it, a request that is to be restored is admitted whole, and charged for the one token it computes.
-
-    SGLang would cut it where a chunk of prefill ends, as if its other tokens were computed too.
-    """
-    copy = host_copy_of(req)
-    if copy is None:
-        yield
-        return
-    chunk_tokens, input_tokens = adder.rem_chunk_tokens, adder.rem_input_tokens
-    num_logged, num_reprocessed = adder.log_input_tokens, adder.reprocessed_log_input_tokens
-    num_admitted = len(adder.can_run_list)
-    adder.rem_chunk_tokens, adder.rem_input_tokens = None, sys.maxsize
-    try:
-        yield
-    finally:
-        num_computed = len(adder.can_run_list) - num_admitted
-        charge = num_computed * adder.page_size
-        adder.rem_chunk_tokens = None if chunk_tokens is None else chunk_tokens - charge
-        adder.rem_input_tokens = input_tokens - charge
-        adder.log_input_tokens = num_logged + num_computed
-        adder.reprocessed_log_input_tokens = num_reprocessed + num_computed
-
-
-@functools.cache
-def adder_class(base: Any) -> Any:
-    """Return SGLang's ``PrefillAdder`` with exact reservations for requests under a policy."""
-
-    class PolicyPrefillAdder(base):  # type: ignore[misc]
-        """Admits what fits; requests without a policy keep SGLang's estimates."""
-
-        _counted_for_preemption: set[int] | None = None
-
-        def _get_running_request_total_token_offset(self, req: Any) -> float:
-            config = get_runtime().settings_of(req)
-            if config is None:
-                return float(super()._get_running_request_total_token_offset(req))
-            held = req.kv.kv_allocated_len
-            growth = decode_growth(
-                config,
-                prompt_len=len(req.origin_input_ids),
-                resident_len=held,
-                tokens_left=req.sampling_params.max_new_tokens - len(req.output_ids),
-                decode_steps=req.decode_batch_idx,
-            )
-            growth = max(growth, _least_growth(req, held))
-            reserved = ceil_to_page(held + growth, self.page_size) - ceil_to_page(held, self.page_size)
-            if self._counted_for_preemption is not None and id(req) not in self._counted_for_preemption:
-                # SGLang asks first what preempting the request would bring and later what was reserved for it. A
-                # request at its budget reserves little, but gives back all it holds.
-                self._counted_for_preemption.add(id(req))
-                return float(reserved + ceil_to_page(held, self.page_size) - req.kv.cache_protected_len)
-            return float(reserved)
-
-        def add_one_req(self, req: Any, *args: Any, **kwargs: Any) -> Any:
-            with _estimate(req), _one_estimate_for_all(req), _in_one_piece(self, req):
-                return super().add_one_req(req, *args, **kwargs)
-
-        def add_chunked_req(self, req: Any) -> Any:
-            with _estimate(req):
-                return super().add_chunked_req(req)
-
-        def preempt_to_schedule(self, req: Any) -> Any:
-            self._counted_for_preemption = set()
-            try:
-                with _estimate(req):
-                    return super().preempt_to_schedule(req)
-            finally:
-                self._counted_for_preemption = None
-
-    return PolicyPrefillAdder
+from rkv_sglang.integration.restore import can_be_admitted, host_copy_of
 
 
 def use_exact_adder(result: Any, scheduler: Any) -> Any:
@@ -170,7 +45,7 @@ def set_limits(limit: Callable[..., None], scheduler: Any, req: Any) -> None:
     if (
         most > params.max_new_tokens
         and can_ever_compact(config, most)
-        and fits_pool(input_len, config.capacity, scheduler.max_total_num_tokens, scheduler.page_size)
+        and config.capacity <= most_growth(input_len, scheduler.max_total_num_tokens)
     ):
         params.max_new_tokens = most
         params.min_new_tokens = min(min_new_tokens, most)

@@ -14,7 +14,7 @@ import torch
 
 from rkv_sglang.cache.host_copy import HostCopy, load_slots, save_slots
 from rkv_sglang.cache.lengths import RequestState
-from rkv_sglang.cache.reservation import fits_pool, tokens_to_reserve
+from rkv_sglang.cache.reservation import most_growth, tokens_to_reserve
 from rkv_sglang.integration.hook import Hook
 from rkv_sglang.integration.process import get_runtime
 from rkv_sglang.integration.runtime import STATE_ATTRIBUTE, Runtime
@@ -51,11 +51,10 @@ def growth_after_prefill(req: Any, resident_len: int) -> int:
 
 
 def can_be_admitted(req: Any, resident_len: int) -> bool:
-    """Return whether SGLang would ever admit a request that holds so many tokens after its prefill."""
+    """Return whether a request that holds so many tokens after its prefill ever fits the pool."""
     scheduler = get_runtime().scheduler
     assert scheduler is not None
-    growth = growth_after_prefill(req, resident_len)
-    return fits_pool(resident_len, growth, scheduler.max_total_num_tokens, scheduler.page_size)
+    return growth_after_prefill(req, resident_len) <= most_growth(resident_len, scheduler.max_total_num_tokens)
 
 
 def copy_before_release(*, req: Any, **kwargs: Any) -> None:

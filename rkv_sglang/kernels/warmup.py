@@ -58,8 +58,7 @@ def warm_up(
             policy,
         )
         indices = row_of_request.new_zeros(num_requests)
-        for first in range(0, num_layers, LAYERS_PER_LAUNCH):
-            rings = query_rings[first : first + LAYERS_PER_LAUNCH]
-            queries = query_rings.new_zeros(num_requests, num_qo_heads * head_dim)
+        queries = query_rings.new_zeros(num_requests, num_qo_heads * head_dim)
+        for rings in torch.split(query_rings, LAYERS_PER_LAUNCH):
             capture_queries(rings, row_of_request, [queries] * len(rings), indices, indices)
     torch.cuda.synchronize(keys.device)

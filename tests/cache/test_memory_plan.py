@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rkv_sglang.cache.memory_plan import ModelShape, pool_tokens, requests_at_once
-from rkv_sglang.cache.reservation import ceil_to_page
+from rkv_sglang.cache.plan import ceil_to_page
 from rkv_sglang.config import PolicyConfig
 
 LLAMA_8B = ModelShape(
@@ -37,5 +37,6 @@ def test_the_count_is_the_largest_that_fits(num_pages, prompt_len, output_len, p
     held = prompt_len + (output_len if config is None else min(output_len, config.budget + config.buffer))
     count = requests_at_once(pool, prompt_len=prompt_len, output_len=output_len, page_size=page_size, config=config)
     assert count * ceil_to_page(held, page_size) <= pool
-    # One more fits by its tokens at most if it fills the pool to its last page.
-    assert (count + 1) * ceil_to_page(held, page_size) + 2 * page_size >= pool
+    # Without a policy one more may fit by its tokens, if it fills the pool to its last page.
+    spare = 2 * page_size if config is None else -1
+    assert (count + 1) * ceil_to_page(held, page_size) + spare >= pool

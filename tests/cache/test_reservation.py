@@ -3,8 +3,7 @@
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rkv_sglang.cache.plan import ceil_to_page
-from rkv_sglang.cache.reservation import decode_growth, fits_pool, tokens_to_reserve
+from rkv_sglang.cache.reservation import decode_growth, tokens_to_reserve
 from rkv_sglang.config import PolicyConfig
 
 CONFIGS = st.builds(
@@ -56,12 +55,3 @@ def test_a_waiting_request_reserves_what_it_will_hold(config, prompt_len, max_ne
     assert needed <= reserved <= needed + 1
     if output_len == 0:
         assert reserved == min(max_new_tokens, config.capacity)
-
-
-@given(st.integers(0, 300), st.integers(0, 300), st.integers(1, 400), st.sampled_from([1, 3, 16, 64]))
-def test_what_fits_has_its_pages(num_prefill_tokens, num_growth_tokens, num_pages, page_size):
-    pool_size = num_pages * page_size
-    if fits_pool(num_prefill_tokens, num_growth_tokens, pool_size, page_size):
-        assert ceil_to_page(num_prefill_tokens + num_growth_tokens, page_size) <= pool_size
-    else:
-        assert num_prefill_tokens + num_growth_tokens + 2 * page_size >= pool_size

@@ -66,7 +66,8 @@ def test_answers_far_longer_than_the_pool(num_requests, num_tokens):
 )
 def test_the_batch_fills_the_pool_and_is_never_retracted(page_size, extra, seed):
     rng = random.Random(seed)
-    prompt_len, num_requests, pool_size = 32, 32, 1024
+    # With pages of 1 and 16, twelve requests of 32 + 48 tokens fill the pool to its last slot.
+    prompt_len, num_requests, pool_size = 32, 32, 960
     requests = [greedy(random_ids(rng, prompt_len), 150) for _ in range(num_requests)]
     result = run_scheduler([*FLAGS, *pool(pool_size, page_size), *extra, *SETTING.flags], requests)
     result.assert_clean()

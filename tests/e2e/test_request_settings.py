@@ -65,6 +65,18 @@ def test_small_budgets_never_run_out_of_query_rows():
         assert_same_tokens(output.output_ids, expected, "small budget")
 
 
+def test_short_answers_under_small_budgets_never_run_out_of_query_rows():
+    """They generate less than the server's own capacity, and are compacted all the same."""
+    prompt, setting = six_prompts()[4], Setting(budget=9, buffer=1)
+    batch = [asking(prompt, setting, 20) for _ in range(20)]
+    server = Setting(budget=100, buffer=20)
+    # Two rows; what a third request will really hold would still fit.
+    result = run_scheduler([*FLAGS, "--max-total-tokens", "280", *server.flags], batch)
+    result.assert_clean()
+    for output in result.outputs:
+        assert_same_tokens(output.output_ids, oracle(MODEL, prompt, 20, setting), "small budget")
+
+
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_a_small_budget_is_served_where_the_servers_own_would_not_fit(page_size):
     """What is reserved for its query row must not be more than the pool has."""

@@ -27,7 +27,7 @@ NO_OVERLAP = "--disable-overlap-schedule"
 
 
 # Slots in which three requests just run, by page size, and steps after which one has seen more than they hold.
-POOLS = {1: (190, 157), 16: (256, 211), 64: (448, 401)}
+POOLS = {1: (182, 157), 16: (208, 211), 64: (384, 401)}
 
 
 def pool(num_tokens: int, page_size: int = 1) -> list[str]:
@@ -166,7 +166,7 @@ def test_what_fits_neither_way_is_ended_with_a_clear_error():
         low = greedy(prompts[0], 350, extra={"priority": 1})
         high = greedy(prompts[1], 20, at_step=at_step, extra={"priority": 9})
         # Room for the prompt and one capacity, as admission counts, and no more.
-        num_slots = len(prompts[0]) + SETTING.budget + SETTING.buffer + 2
+        num_slots = len(prompts[0]) + SETTING.budget + SETTING.buffer
         flags = [*FLAGS, *pool(num_slots), *PRIORITIES, *SETTING.flags, "--max-running-requests", "1"]
         result = run_scheduler(flags, [low, high])
         result.assert_clean()

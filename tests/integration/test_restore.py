@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from sglang.srt.managers import schedule_policy
 
 from rkv_sglang.cache.host_copy import HostCopy
 from rkv_sglang.cache.lengths import RequestState
 from rkv_sglang.config import PolicyConfig
-from rkv_sglang.integration import admission, restore
+from rkv_sglang.integration import prefill_adder, restore
 
 PROMPT_LEN, RESIDENT_LEN = 20, 50
 
@@ -88,9 +87,8 @@ def test_a_request_that_waits_for_its_copy_counts_by_what_it_kept(saved, monkeyp
     # From 31 generated tokens up to its capacity of 40; computed again, it would need its window of 8.
     assert restore.growth_after_prefill(req, RESIDENT_LEN + 1) == 9
     assert restore.growth_after_prefill(req, PROMPT_LEN + 81) == 8
-    monkeypatch.setattr(admission, "get_runtime", restore.get_runtime)
-    with admission._estimate(req):
-        assert schedule_policy.CLIP_MAX_NEW_TOKENS == 9
+    monkeypatch.setattr(prefill_adder, "get_runtime", restore.get_runtime)
+    assert prefill_adder.growth_of_waiting(req) == 9
 
 
 @pytest.mark.parametrize("num_outputs", [79, 82])

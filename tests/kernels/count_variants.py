@@ -93,8 +93,7 @@ def main() -> None:
         dispatch.compact_paged(keys, values, batch, queries, policy)
         indices = row_of_request.new_zeros(num_requests + 1)[1:]
         step_queries = rings.new_zeros(num_requests, num_qo_heads * HEAD_DIM)
-        for first in range(0, NUM_LAYERS, capture.LAYERS_PER_LAUNCH):
-            some = rings[first : first + capture.LAYERS_PER_LAUNCH]
+        for some in rings.split(capture.LAYERS_PER_LAUNCH):
             capture.capture_queries(some, row_of_request, [step_queries] * len(some), indices, indices)
     print(json.dumps([after_warm_up, kernel_counts()]))
 
