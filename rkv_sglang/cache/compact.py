@@ -55,6 +55,8 @@ def compact_requests(
     read_queries: Callable[[slice], torch.Tensor],
     policy: Policy,
     window: int,
+    *,
+    query_bytes: int = 0,
 ) -> list[Compacted]:
     """Keep of each request what its plan says, chosen per layer and KV head.
 
@@ -66,13 +68,16 @@ def compact_requests(
             ``[num_layers, num_requests, window, num_qo_heads, head_dim]``. Called when they are needed, so that never
             all are held at once.
         window: Most recent tokens, kept whatever their score.
+        query_bytes: What ``read_queries`` allocates for each request.
 
     Returns:
         Per request, in order, what was kept.
     """
     compacted: list[Compacted] = []
-    kv_lens = [request.plan.resident_len for request in requests]
-    for part in split_requests(kv_lens, _most_tokens(buffers, window)):
+    token_bytes = working_bytes_per_token(buffers.keys, window)
+    query_tokens = query_bytes // token_bytes
+    num_tokens = [request.plan.resident_len + query_tokens for request in requests]
+    for part in split_requests(num_tokens, _most_tokens(buffers, token_bytes)):
         together = requests[part]
         plans = [request.plan for request in together]
         batch = PagedBatch.from_slots(
@@ -89,19 +94,22 @@ def compact_requests(
     return compacted
 
 
-def split_requests(kv_lens: Sequence[int], most_tokens: int) -> Iterator[slice]:
-    """Cut requests into runs of at most ``most_tokens`` tokens together; a longer request is a run of its own."""
-    start = num_tokens = 0
-    for index, kv_len in enumerate(kv_lens):
-        if index > start and num_tokens + kv_len > most_tokens:
+def split_requests(num_tokens: Sequence[int], most_tokens: int) -> Iterator[slice]:
+    """Cut requests into runs that take the memory of at most ``most_tokens`` tokens; a longer one is a run of its own.
+
+    What is chosen is a rectangle, so every request of a run takes as much as the longest.
+    """
+    start = longest = 0
+    for index, length in enumerate(num_tokens):
+        if index > start and (index + 1 - start) * max(longest, length) > most_tokens:
             yield slice(start, index)
-            start, num_tokens = index, 0
-        num_tokens += kv_len
-    if kv_lens:
-        yield slice(start, len(kv_lens))
+            start, longest = index, 0
+        longest = max(longest, length)
+    if num_tokens:
+        yield slice(start, len(num_tokens))
 
 
-def _most_tokens(buffers: KVBuffers, window: int) -> int:
+def _most_tokens(buffers: KVBuffers, token_bytes: int) -> int:
     """Return how many resident tokens are compacted together."""
     # On a CPU each request runs alone: its keys stay in the CPU's cache, and nothing is gained by more.
-    return WORKING_BYTES // working_bytes_per_token(buffers.keys, window) if runs_triton(buffers.keys) else 0
+    return WORKING_BYTES // token_bytes if runs_triton(buffers.keys) else 0

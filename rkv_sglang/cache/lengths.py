@@ -49,6 +49,10 @@ class RequestState:
         """Return to the state before any prefill, as after a retraction: nothing is resident, so nothing is evicted."""
         self.evicted_tokens = 0
         self.next_check = 0
+        self.drop_tensors()
+
+    def drop_tensors(self) -> None:
+        """Let go of the memory that a request needs to go on; the engine may keep a finished one for long."""
         self.kept_scores = None
         self.host_copy = None
 

@@ -111,6 +111,11 @@ class QueryWindow:
             self._free_rows.append(row)
             self._changed[req_pool_idx] = 0
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of what ``read`` returns for one request."""
+        return len(self.buffer) * self.buffer[0, 0].nbytes
+
     def flush(self) -> None:
         """Bring changed assignments to the device. Call on the stream of the forward passes, before the next one."""
         if not self._changed:

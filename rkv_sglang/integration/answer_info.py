@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from rkv_sglang.cache.lengths import RequestState
 from rkv_sglang.config import NO_POLICY
 from rkv_sglang.integration.hook import Hook
 from rkv_sglang.integration.process import get_runtime
+from rkv_sglang.integration.request_state import known_state_of
 from rkv_sglang.integration.scheduler_hooks import POLICY_KEY
 
 COMPACTIONS_KEY = "kv_compactions"
@@ -25,7 +27,9 @@ def answer_info(req: Any) -> dict[str, Any]:
     ``kv_trace`` is there if the request asked for it; with tensor parallelism it knows the first rank's heads.
     """
     runtime = get_runtime()
-    config, state = runtime.settings_of(req), runtime.state_of(req)
+    config = runtime.settings_of(req)
+    # SGLang may refuse a request before it knows how many tokens that one may generate.
+    state = known_state_of(req) or RequestState(len(req.origin_input_ids), max_new_tokens=0)
     seen = len(req.origin_input_ids) + max(len(req.output_ids) - 1, 0)
     info = {
         POLICY_KEY: NO_POLICY if config is None else config.policy,
@@ -54,6 +58,9 @@ def streamer_class(base: Any) -> Any:
             if not any(req.finished() for req in reqs):
                 return {}
             infos = [answer_info(req) if req.finished() else {} for req in reqs]
+            for req in reqs:
+                if req.finished() and (state := known_state_of(req)) is not None:
+                    state.drop_tensors()
             return {key: [[info[key]] if key in info else [] for info in infos] for key in (*KEYS, TRACE_KEY)}
 
     return PolicyOutputStreamer

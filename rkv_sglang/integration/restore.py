@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from rkv_sglang.cache.host_copy import HostCopy, load_slots, save_slots
-from rkv_sglang.cache.lengths import RequestState
 from rkv_sglang.cache.reservation import most_growth, tokens_to_reserve
 from rkv_sglang.integration.hook import Hook
 from rkv_sglang.integration.process import get_runtime
-from rkv_sglang.integration.runtime import STATE_ATTRIBUTE, Runtime
+from rkv_sglang.integration.request_state import known_state_of
+from rkv_sglang.integration.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ EVICTED_ATTRIBUTE = "rkv_evicted"
 
 def host_copy_of(req: Any) -> HostCopy | None:
     """Return the KV from which a waiting request will be restored; None for all others."""
-    state: RequestState | None = getattr(req, STATE_ATTRIBUTE, None)
+    state = known_state_of(req)
     return None if state is None else state.host_copy
 
 
@@ -64,7 +64,7 @@ def copy_before_release(*, req: Any, **kwargs: Any) -> None:
     is queued again.
     """
     runtime = get_runtime()
-    state: RequestState | None = getattr(req, STATE_ATTRIBUTE, None)
+    state = known_state_of(req)
     if state is None or state.evicted_tokens == 0 or req.finished() or req.input_embeds is not None:
         return
     num_seen = len(req.origin_input_ids) + len(req.output_ids)
@@ -144,7 +144,7 @@ def restore_before_extend(prepare: Callable[[Any], None], batch: Any) -> None:
 
 def _evicted(batch: Any) -> torch.Tensor:
     """Return the tokens evicted of each request since its last prefill, ``[bs]``, int64, on the CPU."""
-    states = [getattr(req, STATE_ATTRIBUTE, None) for req in batch.reqs]
+    states = [known_state_of(req) for req in batch.reqs]
     evicted = [0 if state is None else state.evicted_tokens for state in states]
     return torch.tensor(evicted, dtype=torch.int64, pin_memory=batch.seq_lens.is_cuda)
 

@@ -17,6 +17,7 @@ from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.memory_report import report_memory
 from rkv_sglang.integration.metrics import PolicyMetrics, metrics_for
 from rkv_sglang.integration.request_settings import settings_for, wants_trace
+from rkv_sglang.integration.request_state import STATE_ATTRIBUTE, known_state_of
 from rkv_sglang.integration.stats import PolicyStats
 from rkv_sglang.kernels.warmup import warm_up
 from rkv_sglang.policies import make_policy
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 # Requests carry their state under this name; SGLang's Req is a plain class.
-STATE_ATTRIBUTE = "rkv_state"
 SETTINGS_ATTRIBUTE = "rkv_settings"
 TRACE_ATTRIBUTE = "rkv_trace"
 
@@ -98,8 +98,8 @@ class Runtime:
             )
 
     def state_of(self, req: Req) -> RequestState:
-        """Return the request's state, made at the first look."""
-        state: RequestState | None = getattr(req, STATE_ATTRIBUTE, None)
+        """Return the request's state, made at the first look, which is after SGLang has set its length limit."""
+        state = known_state_of(req)
         if state is None:
             state = RequestState(len(req.origin_input_ids), int(req.sampling_params.max_new_tokens))
             setattr(req, STATE_ATTRIBUTE, state)
@@ -151,7 +151,7 @@ class Runtime:
         due = [
             i
             for i, req in enumerate(batch.reqs)
-            if (state := getattr(req, STATE_ATTRIBUTE, None)) is None or state.next_check <= forward_ct
+            if (state := known_state_of(req)) is None or state.next_check <= forward_ct
         ]
         if due:
             due = [i for i in due if self._is_due(batch.reqs[i], forward_ct)]
@@ -204,11 +204,17 @@ class Runtime:
                 places.append((req.kv.req_pool_idx, requests[-1].logical_len))
             window = self.window
             results = compact_requests(
-                self.buffers, requests, lambda part: window.read(places[part]), self.policy, self.config.window
+                self.buffers,
+                requests,
+                lambda part: window.read(places[part]),
+                self.policy,
+                self.config.window,
+                query_bytes=window.row_bytes,
             )
+            for (req, plan, _), result in zip(jobs, results, strict=True):
+                self._record(req, plan, result)
         for (req, plan, _), result in zip(jobs, results, strict=True):
             self.state_of(req).kept_scores = result.kept_scores
-            self._record(req, plan, result)
             self._shrink(req, plan)
         if self.metrics is not None:
             self.metrics.count(self.stats)
@@ -239,7 +245,7 @@ class Runtime:
     def _record(self, req: Req, plan: CompactionPlan, result: Compacted) -> None:
         trace = self.trace_of(req)
         if trace is not None:
-            # Waits for the device; only requests that ask for it pay.
+            # Waits for the current stream, which must be the one that fills the indices; only who asks for it pays.
             trace.append(
                 pack_compaction(
                     result.kept_indices.cpu(),

@@ -156,6 +156,12 @@ REFUSALS: tuple[Refusal, ...] = (
         why="Ray's scheduler actors load no SGLang plugins, so nothing would be compacted",
     ),
     Refusal(
+        setting="--tokenizer-worker-num",
+        found=_is_above_one("tokenizer_worker_num"),
+        why="SGLang's tokenizer workers load no plugins, so answers would not say how they were compressed",
+        mend="set --tokenizer-worker-num 1",
+    ),
+    Refusal(
         setting="SGLANG_RUST_SERVER",
         found=_in_environment("SGLANG_RUST_SERVER"),
         why="the embedded Rust front end has not been shown right with it",

@@ -132,4 +132,5 @@ def scores_of_kept(scores: Tensor, kept_indices: Tensor, batch: PagedBatch) -> t
     columns = (first + kept_indices[..., :num_best]).clamp(0, batch.num_tokens - 1)
     rows = scores.unsqueeze(1).expand(-1, batch.num_requests, -1, -1)
     best = torch.gather(rows, 3, columns)
-    return tuple(best[:, i, :, : budget - batch.window] for i, budget in enumerate(batch.budgets_cpu))
+    # Copies: each is kept until its request's next compaction, and a view would keep those of all.
+    return tuple(best[:, i, :, : budget - batch.window].clone() for i, budget in enumerate(batch.budgets_cpu))

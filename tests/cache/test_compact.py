@@ -177,6 +177,6 @@ def test_requests_are_taken_together_in_order_and_never_more_than_fit(_round, rn
     most_tokens = rng.randint(0, 120)
     parts = [kv_lens[part] for part in split_requests(kv_lens, most_tokens)]
     assert [kv_len for part in parts for kv_len in part] == kv_lens
-    assert all(part and (len(part) == 1 or sum(part) <= most_tokens) for part in parts)
-    # No two neighbours would have fitted.
-    assert all(sum(a) + b[0] > most_tokens for a, b in itertools.pairwise(parts))
+    assert all(part and (len(part) == 1 or len(part) * max(part) <= most_tokens) for part in parts)
+    # No run would have taken in the next request too.
+    assert all((len(a) + 1) * max(*a, b[0]) > most_tokens for a, b in itertools.pairwise(parts))

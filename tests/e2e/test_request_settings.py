@@ -141,6 +141,25 @@ def test_a_bad_request_gets_400_and_one_line_and_the_server_serves_on(server):
     server.assert_clean()
 
 
+@pytest.mark.server
+@pytest.mark.parametrize(
+    "refused",
+    [
+        {"return_sampling_mask": True, "sampling_params": {"max_new_tokens": None}},
+        {"sampling_params": {"max_new_tokens": None, "beam_width": 2, "stop": "x"}},
+    ],
+    ids=["sampling mask", "beam"],
+)
+def test_a_request_that_sglang_refuses_before_its_length_is_known_ends_no_server(server, refused):
+    prompt = list(six_prompts()[0])
+    answer = requests.post(f"{server.url}/generate", json={"input_ids": prompt, **refused}, timeout=60)
+    assert answer.status_code == 400, answer.text
+    params = {"temperature": 0, "max_new_tokens": 100, "ignore_eos": True}
+    expected = oracle(MODEL, tuple(prompt), 100, SERVER)
+    assert_same_tokens(server.generate(prompt, params)["output_ids"], expected, "after it")
+    server.assert_clean()
+
+
 KEYS = ("kv_policy", "kv_compactions", "kv_resident_tokens", "kv_evicted_tokens")
 
 

@@ -143,6 +143,19 @@ def test_a_preempted_request_beyond_the_pool_comes_back():
         assert_same_tokens(result.outputs[i].output_ids, expected, f"request {i}")
 
 
+def test_as_many_are_preempted_as_the_newcomer_needs():
+    """Admission asks for its prompt and its growth in whole pages, so preempting one of two would be for nothing."""
+    prompts = some_prompts(30, 30, 430)
+    low = [greedy(prompt, 350, extra={"priority": 1}) for prompt in prompts[:2]]
+    high = greedy(prompts[2], 60, at_step=100, extra={"priority": 9})
+    flags = [*FLAGS, *pool(512, 16), *PRIORITIES, *SETTING.flags, "--max-running-requests", "2"]
+    result = run_scheduler(flags, [*low, high])
+    result.assert_clean()
+    assert [output.retractions for output in result.outputs] == [1, 1, 0]
+    started = [step["batch"] for step in result.probe.steps if rid_of(2) in str(step["batch"])]
+    assert started and all(len(batch) == 1 for batch in started)
+
+
 def test_a_request_aborted_while_it_waits_to_be_restored_leaves_nothing_behind():
     prompts = some_prompts(20, 20)
     # Only one of them may run, so the first waits from step 200 on until the second is done.

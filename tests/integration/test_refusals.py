@@ -46,6 +46,7 @@ REFUSED_VALUES: dict[str, list[str]] = {
     "--encoder-only": [""],
     "--language-only": [""],
     "--use-ray": [""],
+    "--tokenizer-worker-num": ["2"],
     "SGLANG_RUST_SERVER": ["1"],
     "--enable-hierarchical-cache": [""],
     "--hicache-storage-backend": ["file", "mooncake"],
@@ -89,7 +90,7 @@ ALLOWED = [
     "--disable-radix-cache --disable-overlap-schedule",
     "--elastic-ep-backend none --kv-canary none --disaggregation-mode null",
     "--disaggregation-decode-retraction-backup none",
-    "--tokenizer-worker-num 2 --enable-metrics --enable-return-hidden-states",
+    "--enable-metrics --enable-return-hidden-states",
 ]
 
 

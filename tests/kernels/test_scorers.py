@@ -177,6 +177,7 @@ def test_a_stateful_policy_goes_on_from_what_it_said(rng, name):
     for request, best in enumerate(scores_of_kept(scores, kept, batch)):
         num_best = batch.budgets_cpu[request] - batch.window
         assert best.shape == (2, served.case.pool.num_kv_heads, num_best)
+        assert best.untyped_storage().nbytes() == best.nbytes, "it keeps the scores of other requests alive"
         columns = columns_of(batch, request).start + batch.prompt_lens_cpu[request] + kept[:, request, :, :num_best]
         for layer in range(2):
             assert torch.equal(best[layer], scores[layer].gather(1, columns[layer].long()))
