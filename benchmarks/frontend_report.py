@@ -91,7 +91,7 @@ def plot(folder: Path) -> Path:
     hits.set(xlabel="share of prompt tokens found in the prefix cache", xlim=(0, 1))
     hits.set_yticks(range(len(programs)), programs)
     hits.invert_yaxis()
-    hits.legend()
+    figure.legend(loc="outside upper center", ncols=2)
     texts.set(xlabel="share of texts equal to those without a policy", xlim=(0, 1))
     path = folder / "frontend.png"
     figure.savefig(path, dpi=110)
