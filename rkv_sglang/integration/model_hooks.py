@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from rkv_sglang.cache.memory_plan import ModelShape
 from rkv_sglang.integration.hook import Hook
 from rkv_sglang.integration.process import get_runtime
@@ -14,7 +16,6 @@ from rkv_sglang.policies import is_stateful
 
 def leave_room_for_side_buffers(profile: Callable[..., int], configurator: Any, pre_model_load_memory: int) -> int:
     """Take the share of the policy's own buffers off the bytes that become the KV pool."""
-    import torch
     from sglang.srt.runtime_context import get_parallel
 
     available_bytes = profile(configurator, pre_model_load_memory)
@@ -49,7 +50,8 @@ def use_logical_positions(result: Any, _: type, batch: Any, *args: Any, **kwargs
     if result.forward_mode.is_decode():
         from sglang.srt.model_executor.forward_batch_info import clamp_position
 
-        result.positions = clamp_position(batch.orig_seq_lens)
+        # As int64, as SGLang itself calls it: on a GPU it builds a kernel for each dtype.
+        result.positions = clamp_position(batch.orig_seq_lens.to(torch.int64))
     elif result.forward_mode.is_extend():
         add_evicted_tokens(result, batch)
 

@@ -139,14 +139,15 @@ def restore_before_extend(prepare: Callable[[Any], None], batch: Any) -> None:
         if is_restored:
             _restore(runtime, batch, req)
     prepare(batch)
-    batch.orig_seq_lens = batch.orig_seq_lens + _evicted(batch).to(batch.orig_seq_lens, non_blocking=True)
+    evicted = _evicted(batch, batch.orig_seq_lens.dtype)
+    batch.orig_seq_lens = batch.orig_seq_lens + evicted.to(batch.orig_seq_lens.device, non_blocking=True)
 
 
-def _evicted(batch: Any) -> torch.Tensor:
-    """Return the tokens evicted of each request since its last prefill, ``[bs]``, int64, on the CPU."""
+def _evicted(batch: Any, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """Return the tokens evicted of each request since its last prefill, ``[bs]``, on the CPU."""
     states = [known_state_of(req) for req in batch.reqs]
     evicted = [0 if state is None else state.evicted_tokens for state in states]
-    return torch.tensor(evicted, dtype=torch.int64, pin_memory=batch.seq_lens.is_cuda)
+    return torch.tensor(evicted, dtype=dtype, pin_memory=batch.seq_lens.is_cuda)
 
 
 def _restore(runtime: Runtime, batch: Any, req: Any) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rkv_sglang.kernels.dispatch import compact_paged
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers, pages_needed
+from rkv_sglang.kernels.transfer import to_device
 from rkv_sglang.policies import RKV, Policy, is_stateful
 
 
@@ -114,7 +115,7 @@ def compact_paged_kv(
         budgets=[budgets[r] for r in due],
         window=window,
     )
-    due_queries = queries if len(due) == num_requests else queries[:, _to_device(due, queries.device)]
+    due_queries = queries if len(due) == num_requests else queries[:, to_device(due, torch.int64, queries.device)]
     compact_paged(keys, values, batch, due_queries, policy)
 
     new_lens = [min(kv_lens[r], prompt_lens[r] + budgets[r]) for r in range(num_requests)]
@@ -177,11 +178,7 @@ def _rebuild_table(
         indptr.append(indptr[-1] + pages_needed(kv_len, page_size))
     last_lens = [(kv_len - 1) % page_size + 1 for kv_len in kv_lens]
     return PageTable(
-        torch.tensor(indptr, dtype=torch.int32).to(device or old.kv_indptr.device),
-        old.kv_indices[_to_device(pages, old.kv_indices.device)],
-        torch.tensor(last_lens, dtype=torch.int32).to(device or old.kv_last_page_len.device),
+        to_device(indptr, torch.int32, device or old.kv_indptr.device),
+        old.kv_indices[to_device(pages, torch.int64, old.kv_indices.device)],
+        to_device(last_lens, torch.int32, device or old.kv_last_page_len.device),
     )
-
-
-def _to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64).to(device)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rkv_sglang.kernels.transfer import to_device
+
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 KEY_DTYPES = (torch.bfloat16, torch.float16, torch.float32, *FP8_DTYPES)
 MAX_HEAD_DIM = 256
@@ -188,9 +190,7 @@ def _check_lengths(kv_lens: Sequence[int], prompt_lens: Sequence[int], budgets: 
     """Raise ``ValueError`` unless every request can keep its budget out of its generated tokens."""
     counts = [len(kv_lens), len(prompt_lens), len(budgets)]
     if min(counts) != max(counts) or not kv_lens:
-        raise ValueError(
-            f"kv_lens, prompt_lens and budgets must have one entry per request, at least one, got {counts}"
-        )
+        raise ValueError(f"kv_lens, prompt_lens and budgets need one entry per request, at least one, got {counts}")
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
     for index, (kv_len, prompt_len, budget) in enumerate(zip(kv_lens, prompt_lens, budgets, strict=True)):
@@ -286,8 +286,8 @@ class PagedBuffers:
         alignment_bytes = math.gcd(VECTOR_BYTES, *addresses, *steps)
         return cls(
             tensors=tuple(paged),
-            pointers=torch.tensor(addresses, dtype=torch.int64).to(first.device),
-            scales=torch.tensor(scales or [1.0] * len(tensors), dtype=torch.float32).to(first.device),
+            pointers=to_device(addresses, torch.int64, first.device),
+            scales=to_device(scales or [1.0] * len(tensors), torch.float32, first.device),
             dtype=dtype,
             stride_page=stride_page,
             stride_slot=stride_slot,

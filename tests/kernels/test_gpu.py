@@ -15,6 +15,7 @@ from rkv_sglang.cache.plan import plan_compaction
 from rkv_sglang.cache.query_window import QueryWindow
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.kernels import capture, move, score_blocks, score_totals, select
+from rkv_sglang.kernels.api import compact_paged_kv
 from rkv_sglang.kernels.capture import capture_queries, capture_queries_torch
 from rkv_sglang.kernels.dispatch import choose_kept_torch, compact_paged, working_bytes_per_token
 from rkv_sglang.kernels.move import move_kept_paged, move_kept_torch
@@ -204,6 +205,25 @@ def test_a_compaction_waits_for_nothing_on_the_gpu(seed, name):
     torch.cuda.set_sync_debug_mode("error")
     try:
         compact(policy)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_api_waits_for_nothing_on_the_gpu_if_the_lengths_are_on_the_cpu(seed):
+    torch.manual_seed(seed)
+    cache = [tuple(torch.randn(2, 40, 16, NUM_KV_HEADS, HEAD_DIM, device=DEVICE).bfloat16()) for _ in range(NUM_LAYERS)]
+    # The second of three requests is not due.
+    table = (
+        torch.tensor([0, 12, 14, 30], dtype=torch.int32),
+        torch.randperm(40, device=DEVICE)[:30].int(),
+        torch.tensor([3, 16, 9], dtype=torch.int32),
+    )
+    queries = torch.randn(NUM_LAYERS, 3, WINDOW, NUM_KV_HEADS * GROUP_SIZE, HEAD_DIM, device=DEVICE).bfloat16()
+    compact_paged_kv(cache, *table, [20, 5, 0], queries, budget=64)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        compact_paged_kv(cache, *table, [20, 5, 0], queries, budget=64)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
