@@ -11,6 +11,7 @@ import torch
 
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.kernels.capture import LAYERS_PER_LAUNCH, capture_queries, capture_queries_torch
+from rkv_sglang.kernels.transfer import to_device
 
 
 def num_query_rows(config: PolicyConfig, num_slots: int, max_running_requests: int) -> int:
@@ -120,11 +121,11 @@ class QueryWindow:
         """Bring changed assignments to the device. Call on the stream of the forward passes, before the next one."""
         if not self._changed:
             return
-        pin = self.row_of_request.is_cuda
-        indices = torch.tensor(list(self._changed.keys()), dtype=torch.int64, pin_memory=pin)
-        rows = torch.tensor(list(self._changed.values()), dtype=torch.int64, pin_memory=pin)
-        device = self.row_of_request.device
-        self.row_of_request[indices.to(device, non_blocking=True)] = rows.to(device, non_blocking=True)
+        indices, rows = (
+            to_device(list(numbers), torch.int64, self.row_of_request.device)
+            for numbers in (self._changed.keys(), self._changed.values())
+        )
+        self.row_of_request[indices] = rows
         self._changed.clear()
 
     def capture(
@@ -172,7 +173,6 @@ class QueryWindow:
             for req_pool_idx, logical_len in requests
             for step in range(self.window)
         ]
-        indices = torch.tensor(places, dtype=torch.int64, pin_memory=self.buffer.is_cuda)
         rings = self.buffer.flatten(1, 2)
-        queries = rings.index_select(1, indices.to(rings.device, non_blocking=True))
+        queries = rings.index_select(1, to_device(places, torch.int64, rings.device))
         return queries.view(len(rings), len(requests), self.window, *rings.shape[2:])

@@ -38,11 +38,6 @@ def _estimate(growth: int | None) -> Iterator[None]:
         schedule_policy.CLIP_MAX_NEW_TOKENS = stock
 
 
-def _needed(adder: Any, req: Any, growth: int) -> int:
-    """Return the slots, in whole pages, that a waiting request takes beyond the prefix it shares."""
-    return ceil_to_page(len(req.full_untruncated_fill_ids) - req.prefix_len + growth, adder.page_size)
-
-
 @contextlib.contextmanager
 def _exact_preemption(adder: Any, req: Any) -> Iterator[None]:
     """Within it, SGLang preempts for a request under a policy until what admission asks of it is free.
@@ -55,8 +50,9 @@ def _exact_preemption(adder: Any, req: Any) -> Iterator[None]:
             yield
             return
         req.refresh_fill_ids()
-        expected = len(req.full_untruncated_fill_ids) - req.prefix_len + min(req.sampling_params.max_new_tokens, growth)
-        missing = _needed(adder, req, growth) - expected
+        input_len = len(req.full_untruncated_fill_ids) - req.prefix_len
+        expected = input_len + min(req.sampling_params.max_new_tokens, growth)
+        missing = ceil_to_page(input_len + growth, adder.page_size) - expected
         adder.memory_budget.total_offset += missing
         try:
             yield
@@ -79,7 +75,7 @@ def _exact_reservation(adder: Any, req: Any) -> Iterator[None]:
         budget, num_admitted = adder.memory_budget, len(adder.can_run_list)
         input_len = len(req.full_untruncated_fill_ids) - req.prefix_len
         expected = input_len + min(max(req.sampling_params.max_new_tokens - len(req.output_ids), 0), growth)
-        needed = _needed(adder, req, growth)
+        needed = ceil_to_page(input_len + growth, adder.page_size)
         reserved_before = budget.total_offset
         budget.total_offset -= expected + adder.per_req_token_overhead + 1 - needed
         try:

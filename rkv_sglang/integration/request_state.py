@@ -6,6 +6,7 @@ from typing import Any
 
 from rkv_sglang.cache.lengths import RequestState
 
+# SGLang's Req is a plain class.
 STATE_ATTRIBUTE = "rkv_state"
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.model_executor.model_runner import ModelRunner
 
-# Requests carry their state under this name; SGLang's Req is a plain class.
+# Requests carry these under these names, beside their state; SGLang's Req is a plain class.
 SETTINGS_ATTRIBUTE = "rkv_settings"
 TRACE_ATTRIBUTE = "rkv_trace"
 

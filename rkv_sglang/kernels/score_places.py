@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
+from rkv_sglang.kernels.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,12 @@ class Places:
 def places_of(batch: PagedBatch, per_request: Sequence[int]) -> Places:
     """Return the places of all tokens, with one number of each request beside them. Queues no sync."""
     device = batch.device
-    numbers = torch.tensor(per_request, dtype=torch.int64, pin_memory=device.type == "cuda")
     lens = batch.token_indptr.diff()
     request = torch.repeat_interleave(
         torch.arange(batch.num_requests, device=device), lens, output_size=batch.num_tokens
     )
     tokens = torch.arange(batch.num_tokens, device=device) - batch.token_indptr[request]
-    return Places(tokens, lens[request], numbers.to(device, non_blocking=True)[request])
+    return Places(tokens, lens[request], to_device(per_request, torch.int64, device)[request])
 
 
 def spread(scores: Tensor, places: Places, keys: PagedBuffers, window: int) -> Tensor:

@@ -180,3 +180,23 @@ def test_requests_are_taken_together_in_order_and_never_more_than_fit(_round, rn
     assert all(part and (len(part) == 1 or len(part) * max(part) <= most_tokens) for part in parts)
     # No run would have taken in the next request too.
     assert all((len(a) + 1) * max(*a, b[0]) > most_tokens for a, b in itertools.pairwise(parts))
+
+
+def test_what_queries_take_counts_as_tokens(monkeypatch):
+    """Room for two requests of 13 tokens: with queries worth 14 tokens each, every request is a run of its own."""
+    most_tokens, plan = 26, plan_compaction(prompt_len=0, resident_len=13, budget=9, page_size=1)
+    monkeypatch.setattr(compact, "_most_tokens", lambda *_: most_tokens)
+    buffers = make_pool(1, 60, 1, 4, torch.float32)
+    token_bytes = compact.working_bytes_per_token(buffers.keys, 8)
+    requests = [DueRequest(plan, torch.arange(13) + 13 * i, 13) for i in range(4)]
+    runs = {}
+    for worth in (0, 14):
+        parts: list[slice] = []
+
+        def read(part: slice, parts: list[slice] = parts) -> torch.Tensor:
+            parts.append(part)
+            return torch.randn(1, part.stop - part.start, 8, 1, 4)
+
+        compact_requests(buffers, requests, read, RecordingPolicy([]), 8, query_bytes=worth * token_bytes)
+        runs[worth] = [part.stop - part.start for part in parts]
+    assert runs == {0: [2, 2], 14: [1, 1, 1, 1]}

@@ -74,6 +74,7 @@ def test_read_returns_the_last_queries_whatever_happened_to_other_rows(seed):
                 request.position += 1
         ready = [r for r in owners if len(r.queries) >= window_len]
         together = window.read([(r.req_pool_idx, r.position) for r in ready])
+        assert together.nbytes == len(ready) * window.row_bytes
         assert together.shape == (NUM_LAYERS, len(ready), window_len, NUM_QO_HEADS, HEAD_DIM)
         for i, request in enumerate(ready):
             assert torch.equal(together[:, i], torch.stack(request.queries[-window_len:], dim=1))

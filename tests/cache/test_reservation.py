@@ -3,7 +3,8 @@
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rkv_sglang.cache.reservation import decode_growth, tokens_to_reserve
+from rkv_sglang.cache.plan import ceil_to_page
+from rkv_sglang.cache.reservation import decode_growth, most_growth, tokens_to_reserve
 from rkv_sglang.config import PolicyConfig
 
 CONFIGS = st.builds(
@@ -55,3 +56,10 @@ def test_a_waiting_request_reserves_what_it_will_hold(config, prompt_len, max_ne
     assert needed <= reserved <= needed + 1
     if output_len == 0:
         assert reserved == min(max_new_tokens, config.capacity)
+
+
+@given(st.integers(0, 300), st.integers(0, 300), st.integers(1, 400), st.sampled_from([1, 3, 16, 64]))
+def test_what_fits_has_its_pages(num_prefill_tokens, num_growth_tokens, num_pages, page_size):
+    pool_size = num_pages * page_size
+    fits = num_growth_tokens <= most_growth(num_prefill_tokens, pool_size)
+    assert fits == (ceil_to_page(num_prefill_tokens + num_growth_tokens, page_size) <= pool_size)
