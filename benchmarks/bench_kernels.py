@@ -1,13 +1,14 @@
 """The compaction kernels against what memory allows, and against the quadratic formulation in torch.
 
-    python -m benchmarks.bench_kernels [--lengths 640 1152 ...] [--due 1 4 16 64] [--out FOLDER] [--smoke]
+    python -m benchmarks.bench_kernels [--lengths 640 1152 ...] [--due 1 4 16 64] [--recorded FILE] [--out FOLDER]
     python -m benchmarks.bench_kernels --device cpu [--smoke]
 
 The shape is that of Llama-3.1-8B: 32 layers, 8 KV heads, 32 query heads, head_dim 128, bf16; window 8, and every
 request has `buffer` = 128 tokens above its budget. Keys come in two kinds: *clustered*, each one of 32 directions plus
 noise, cosine about 0.7 within a cluster, so that a token finds its most recent near-duplicate among the newest few
 hundred, as the keys of trained models do; and *random*, where no pair is above the threshold and every row is scanned
-to the end: the worst case. Slots are scattered at random over the pool.
+to the end: the worst case. With ``--recorded`` there is a third kind, in the shape of the model that cached it
+(``python -m benchmarks.gpu.record_keys``). Slots are scattered at random over the pool.
 
 Bounds are taken at the copy bandwidth measured in the same run. A decode step is modelled, not run: 64 requests read
 the weights (8.03e9 of 2 bytes) and their KV once, at that bandwidth, nothing else: a real step takes longer.
@@ -21,13 +22,16 @@ the small model (which ``make setup`` fetches) and on random keys.
 import argparse
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.gpu.device import DEVICE, REHEARSAL, captured, gpu_times, peak_extra_bytes, stand_in_for_gpu
 from benchmarks.kernel_bench_kit import (
     BUFFER,
     HEAD_DIM,
@@ -37,16 +41,14 @@ from benchmarks.kernel_bench_kit import (
     SETTINGS,
     WINDOW,
     Pool,
+    RecordedKeys,
     Report,
     Row,
-    gpu_times,
-    peak_extra_bytes,
     plot,
     quadratic_scores,
     wall_times,
 )
-from benchmarks.schema import RESULTS, hardware_folder, run_info, write_table
-from benchmarks.tables import KERNELS
+from benchmarks.schema import RESULTS, hardware_folder
 from rkv_sglang.algorithm.scoring import rkv_scores
 from rkv_sglang.cache.compact import WORKING_BYTES, split_requests
 from rkv_sglang.cache.query_window import QueryWindow
@@ -54,20 +56,24 @@ from rkv_sglang.kernels.dispatch import working_bytes_per_token
 from rkv_sglang.kernels.move import move_kept_paged
 from rkv_sglang.kernels.paged_batch import PagedBatch
 from rkv_sglang.kernels.score import rkv_scores_paged
+from rkv_sglang.kernels.score_config import ScoreConfig, choose_factor_dtype, score_config
 from rkv_sglang.kernels.select import select_kept_paged
 
 DECODE_BATCH = 64
 WEIGHT_BYTES = 8.03e9 * 2
 # Beyond this many requests the worst case teaches nothing new.
 MOST_RANDOM_DUE = 4
+WALL_ROUNDS = 2 if REHEARSAL else 10
+# The scoring kernels' warps that are held against each other.
+NUM_WARPS = (4, 8)
 SMOKE = {"lengths": [640], "due": [1]}
 
 
 def measure_parts(report: Report, pool: Pool, num_tokens: int, num_requests: int) -> None:
     """Time scoring, selection, move and the whole of one compaction."""
-    pool.fill()
-    keys, values = pool.buffers.keys, pool.buffers.values
     requests = pool.requests(num_tokens, num_requests)
+    pool.fill(requests)
+    keys, values = pool.buffers.keys, pool.buffers.values
     most_tokens = WORKING_BYTES // working_bytes_per_token(keys, WINDOW)
     batches = []
     for part in split_requests([num_tokens] * num_requests, most_tokens):
@@ -76,33 +82,39 @@ def measure_parts(report: Report, pool: Pool, num_tokens: int, num_requests: int
         budgets = [num_tokens - BUFFER] * len(requests[part])
         batches.append(PagedBatch.from_slots(slots, **lens, budgets=budgets, window=WINDOW))
 
-    def score() -> list[Tensor]:
+    def score(config: ScoreConfig | None = None) -> list[Tensor]:
         kept = []
         for batch in batches:
             queries = pool.queries.expand(-1, batch.num_requests, -1, -1, -1)
-            kept = [rkv_scores_paged(keys, batch, queries, **SETTINGS)]
+            kept = [rkv_scores_paged(keys, batch, queries, **SETTINGS, config=config)]
         return kept
 
     where = (pool.kind, num_tokens, num_requests)
-    key_bytes = num_requests * num_tokens * KV_BYTES_PER_TOKEN / 2
+    key_bytes = num_requests * num_tokens * pool.key_bytes_per_token
     extra = peak_extra_bytes(score)
     report.add(Row("score", *where, *gpu_times(score), extra_bytes=extra, note="bound: read K once"), key_bytes)
+    shipped = score_config(keys.head_dim, choose_factor_dtype(keys.dtype, pool.queries.dtype))
+    for num_warps in NUM_WARPS:
+        if num_warps != shipped.num_warps:
+            other = partial(score, replace(shipped, num_warps=num_warps))
+            note = f"{num_warps} warps instead of {shipped.num_warps}"
+            report.add(Row(f"score_{num_warps}_warps", *where, *gpu_times(other), note=note), key_bytes)
 
     batch, scores = batches[-1], score()[-1]
     kept = select_kept_paged(scores, batch)
     last = (pool.kind, num_tokens, batch.num_requests)
     report.add(Row("select", *last, *gpu_times(lambda: select_kept_paged(scores, batch))), scores.nbytes + kept.nbytes)
     moved_rows = int((kept > torch.arange(kept.shape[-1], device=kept.device)).sum())
-    moved_bytes = moved_rows * HEAD_DIM * 2 * 2 * 2
+    moved_bytes = moved_rows * keys.head_dim * keys.storage_dtype.itemsize * 2 * 2
     move_times = gpu_times(lambda: move_kept_paged(keys, values, batch, kept))
     report.add(Row("move", *last, *move_times, note="bound: read and write what moves"), moved_bytes)
 
-    if pool.kind == "random":
-        # Compacting again and again leaves copies of keys behind, which would end the scan of the worst case early.
+    if pool.kind != "clustered":
+        # Compacting again and again leaves copies of keys behind, which would end a scan early.
         return
     whole = gpu_times(lambda: pool.compact(requests))
     report.add(Row("compact", *where, *whole, note="GPU"))
-    wall = wall_times(partial(pool.compact, requests), 10)
+    wall = wall_times(partial(pool.compact, requests), WALL_ROUNDS)
     report.add(Row("compact_wall", *where, *wall, note="launches included"))
     if num_requests in (1, DECODE_BATCH):
         # In lockstep all come due at once, staggered one by one.
@@ -138,7 +150,7 @@ def measure_quadratic(report: Report, pool: Pool, num_tokens: int) -> None:
 
 def measure_capture(report: Report, batch_size: int) -> None:
     """Time a captured graph of a decode step's outline with and without query capture."""
-    device, row_len = "cuda", NUM_QO_HEADS * HEAD_DIM
+    device, row_len = DEVICE, NUM_QO_HEADS * HEAD_DIM
     window = QueryWindow(
         num_layers=NUM_LAYERS,
         num_rows=8,
@@ -165,12 +177,7 @@ def measure_capture(report: Report, batch_size: int) -> None:
                     window.capture(layer, states, indices, indices)
             return states
 
-        step()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        times[with_capture] = gpu_times(graph.replay)
+        times[with_capture] = gpu_times(captured(step))
     added = [(after - before) for before, after in zip(times[False], times[True], strict=True)]
     step_ms = (WEIGHT_BYTES + batch_size * 1152 * KV_BYTES_PER_TOKEN) / report.bandwidth * 1e3
     note = (
@@ -179,46 +186,54 @@ def measure_capture(report: Report, batch_size: int) -> None:
     report.add(Row("capture_in_graph", "", 1152, batch_size, *added, note=note))
 
 
-def measure_copy() -> Report:
+def measure_copy(folder: Path, settings: dict[str, Any]) -> Report:
     """Return a report that knows the copy bandwidth."""
-    block = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    block = torch.empty(2**20 if REHEARSAL else 2**30, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(block)
     copy_ms = gpu_times(lambda: target.copy_(block))
-    report = Report(bandwidth=2 * block.nbytes / copy_ms[1] * 1e3)
+    report = Report(2 * block.nbytes / copy_ms[1] * 1e3, folder, settings)
     report.add(Row("copy", "", 0, 0, *copy_ms, note=f"{report.bandwidth / 1e9:.0f} GB/s"))
     return report
 
 
-def measure_gpu(lengths: list[int], due: list[int]) -> Report:
-    """Run everything on a GPU."""
-    report = measure_copy()
+def measure_gpu(
+    lengths: list[int], due: list[int], recorded: Path | None, folder: Path, settings: dict[str, Any]
+) -> None:
+    """Run everything on a GPU; every row is written as it comes."""
+    report = measure_copy(folder, settings)
     for batch_size in (1, DECODE_BATCH):
         measure_capture(report, batch_size)
-    for kind in ("clustered", "random"):
-        counts = [count for count in due if kind == "clustered" or count <= MOST_RANDOM_DUE]
-        torch.cuda.empty_cache()
-        free_slots = int(0.6 * torch.cuda.mem_get_info()[0] / KV_BYTES_PER_TOKEN)
-        pool = Pool(kind, min(max(lengths) * max(counts), free_slots), NUM_LAYERS, "cuda", torch.bfloat16)
-        check_scores(pool, min(lengths))
-        for num_tokens in tqdm(lengths, desc=kind, unit="length"):
+    kinds: dict[str, RecordedKeys | None] = {"clustered": None, "random": None}
+    if recorded is not None:
+        kinds = {"recorded": RecordedKeys.load(recorded), **kinds}
+    for kind, saved in kinds.items():
+        counts = [count for count in due if kind != "random" or count <= MOST_RANDOM_DUE]
+        longest = [num_tokens for num_tokens in lengths if saved is None or num_tokens <= saved.num_tokens]
+        wanted = max(longest) * max(counts)
+        num_slots = wanted if REHEARSAL else min(wanted, int(0.6 * torch.cuda.mem_get_info()[0] / KV_BYTES_PER_TOKEN))
+        pool = Pool(kind, num_slots, NUM_LAYERS, DEVICE, torch.bfloat16, saved)
+        check_scores(pool, min(longest))
+        for num_tokens in tqdm(longest, desc=kind, unit="length"):
             for count in counts:
                 if num_tokens * count <= pool.num_slots:
                     measure_parts(report, pool, num_tokens, count)
                 else:
                     tqdm.write(f"left out: {count} requests of {num_tokens} tokens do not fit beside their copies")
-            measure_quadratic(report, pool, num_tokens)
+            if saved is None:
+                measure_quadratic(report, pool, num_tokens)
         del pool
-    return report
+        torch.cuda.empty_cache()
 
 
 def check_scores(pool: Pool, num_tokens: int) -> None:
     """Refuse to time a wrong answer: the closed form, the quadratic one and the kernels must agree."""
-    (request,) = pool.requests(num_tokens, 1)
+    (request,) = due = pool.requests(num_tokens, 1)
+    pool.fill(due)
     lens = {"kv_lens": [num_tokens], "prompt_lens": [0], "budgets": [num_tokens - BUFFER], "window": WINDOW}
     keys = pool.buffers.keys.tensors[0][request.slots, 0].float()
     queries = pool.queries[0, 0].float()
     found = [rkv_scores(queries, keys, **SETTINGS), quadratic_scores(queries, keys, **SETTINGS)]
-    if pool.device == "cuda":
+    if pool.device == DEVICE:
         batch = PagedBatch.from_slots(request.slots, **lens)
         found.append(rkv_scores_paged(pool.buffers.keys, batch, pool.queries, **SETTINGS)[0, :, :-WINDOW])
     for scores in found[1:]:
@@ -227,12 +242,12 @@ def check_scores(pool: Pool, num_tokens: int) -> None:
             raise SystemExit("the forms of the score disagree: run the tests of rkv_sglang.kernels first")
 
 
-def measure_cpu(lengths: list[int]) -> Report:
-    """Run the torch path on one layer, one thread."""
+def measure_cpu(lengths: list[int], folder: Path, settings: dict[str, Any]) -> None:
+    """Run the torch path on one layer, one thread; every row is written as it comes."""
     torch.set_num_threads(1)
     block = torch.empty(2**28, dtype=torch.uint8)
     copy_ms = wall_times(block.clone, 5)
-    report = Report(bandwidth=2 * block.nbytes / copy_ms[1] * 1e3)
+    report = Report(2 * block.nbytes / copy_ms[1] * 1e3, folder, settings)
     for kind in ("clustered", "random"):
         pool = Pool(kind, max(lengths), 1, "cpu", torch.float32)
         check_scores(pool, min(lengths))
@@ -247,7 +262,6 @@ def measure_cpu(lengths: list[int]) -> Report:
             report.add(Row("score", kind, num_tokens, 1, *closed))
             note = f"{quadratic[1] / closed[1]:.1f} x the closed form"
             report.add(Row("quadratic", kind, num_tokens, 1, *quadratic, note=note))
-    return report
 
 
 def main() -> None:
@@ -256,6 +270,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+")
     parser.add_argument("--due", type=int, nargs="+", default=[1, 4, 16, 64], help="requests due at once")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--recorded", type=Path, help="keys that `gpu.record_keys` wrote, measured too")
     parser.add_argument("--out", type=Path, help="folder of the results; by default that of this machine")
     parser.add_argument(
         "--smoke", action="store_true", help="one short length; into .cache/kernels unless told otherwise"
@@ -264,18 +279,22 @@ def main() -> None:
     if args.smoke:
         vars(args).update(SMOKE, out=args.out or Path(".cache/kernels"))
     on_gpu = args.device == "cuda"
-    if on_gpu and not torch.cuda.is_available():
+    if on_gpu and not REHEARSAL and not torch.cuda.is_available():
         sys.exit(
             "bench_kernels needs a CUDA GPU and found none: run it on one, or give --device cpu for the torch path"
         )
+    stand_in_for_gpu()
     torch.manual_seed(0)
     default_lengths = [640, 1152, 2176, 4224, 8320] if on_gpu else [640, 1152]
     lengths = args.lengths or default_lengths
-    with torch.inference_mode():
-        report = measure_gpu(lengths, args.due) if on_gpu else measure_cpu(lengths)
     out = args.out or (hardware_folder() if on_gpu else RESULTS / "cpu")
-    settings = {"device": args.device, "lengths": lengths, "due": args.due, "copy_bytes_per_s": round(report.bandwidth)}
-    write_table(out, KERNELS, [row.as_table_row() for row in report.rows], run_info(**settings))
+    settings = {"device": args.device, "lengths": lengths, "due": args.due}
+    with torch.inference_mode():
+        if on_gpu:
+            recorded = {"recorded_keys": args.recorded.name} if args.recorded else {}
+            measure_gpu(lengths, args.due, args.recorded, out, settings | recorded)
+        else:
+            measure_cpu(lengths, out, settings)
     plot(out)
     if not on_gpu:
         # The closed form against the quadratic one, on the keys of a real model and on random ones.

@@ -3,18 +3,18 @@
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.functional import max_pool1d, normalize
 from tqdm import tqdm
 
-from benchmarks.schema import read_table
+from benchmarks.gpu.device import REHEARSAL
+from benchmarks.schema import read_table, run_info, write_table
 from benchmarks.tables import KERNELS
 from rkv_sglang.algorithm.reference import NORM_EPS
 from rkv_sglang.cache.buffers import KVBuffers
@@ -22,7 +22,8 @@ from rkv_sglang.cache.compact import DueRequest, compact_requests
 from rkv_sglang.cache.plan import plan_compaction
 from rkv_sglang.policies import RKV
 
-NUM_LAYERS, NUM_KV_HEADS, NUM_QO_HEADS, HEAD_DIM = 32, 8, 32, 128
+# Llama-3.1-8B; in a rehearsal as little as runs every line.
+NUM_LAYERS, NUM_KV_HEADS, NUM_QO_HEADS, HEAD_DIM = (2, 1, 2, 32) if REHEARSAL else (32, 8, 32, 128)
 WINDOW, BUFFER = 8, 128
 KV_BYTES_PER_TOKEN = 2 * NUM_LAYERS * NUM_KV_HEADS * HEAD_DIM * 2
 SETTINGS: dict[str, Any] = {"mix_lambda": 0.1, "kernel_size": 7, "similarity_threshold": 0.5}
@@ -52,9 +53,11 @@ class Row:
 
 @dataclass
 class Report:
-    """All rows of a run, each printed as it comes."""
+    """All rows of a run, each printed and written to ``folder`` as it comes, so that a run cut short loses none."""
 
     bandwidth: float
+    folder: Path | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
 
     def add(self, row: Row, bound_bytes: float = 0.0) -> Row:
@@ -63,17 +66,14 @@ class Report:
             row.bound_ms = bound_bytes / self.bandwidth * 1e3
             row.over_bound = row.p50_ms / row.bound_ms
         self.rows.append(row)
+        if self.folder is not None:
+            info = run_info(**self.settings, copy_bytes_per_s=round(self.bandwidth))
+            write_table(self.folder, KERNELS, [each.as_table_row() for each in self.rows], info)
         bound = f"  {row.over_bound:6.2f} x its bound" if row.over_bound else ""
         extra = f"  {row.extra_bytes / 2**20:9.1f} MiB extra" if row.extra_bytes else ""
         where = f"{row.keys:9} L {row.num_tokens:5} due {row.num_requests:3}"
         tqdm.write(f"{row.op:28} {where}  {row.p50_ms:9.3f} ms{bound}{extra}  {row.note}")
         return row
-
-
-def gpu_times(run: Callable[[], object], rep_ms: int = 100) -> tuple[float, float, float]:
-    """Return the quantiles of one call's GPU time in ms; the L2 cache is cleared before each."""
-    p20, p50, p80 = triton.testing.do_bench(run, warmup=25, rep=rep_ms, quantiles=[0.2, 0.5, 0.8])
-    return p20, p50, p80
 
 
 def wall_times(run: Callable[[], object], rounds: int) -> tuple[float, float, float]:
@@ -90,15 +90,6 @@ def wall_times(run: Callable[[], object], rounds: int) -> tuple[float, float, fl
     return p20, statistics.median(times[1:]), p80
 
 
-def peak_extra_bytes(run: Callable[[], object]) -> int:
-    """Return the most GPU memory held at once during the call beyond what was held before."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def make_keys(kind: str, num_tokens: int, device: str, dtype: torch.dtype) -> Tensor:
     """Return the keys of one layer of either kind, ``[num_tokens, NUM_KV_HEADS, HEAD_DIM]``."""
     keys = torch.randn(num_tokens, NUM_KV_HEADS, HEAD_DIM, device=device, dtype=dtype)
@@ -109,21 +100,79 @@ def make_keys(kind: str, num_tokens: int, device: str, dtype: torch.dtype) -> Te
     return keys
 
 
-class Pool:
-    """A pool of slots for many requests and the pieces of a compaction on it."""
+@dataclass(frozen=True)
+class RecordedKeys:
+    """The keys that a model cached for one text, after RoPE.
 
-    def __init__(self, kind: str, num_slots: int, num_layers: int, device: str, dtype: torch.dtype) -> None:
+    Attributes:
+        keys: ``[num_layers, num_tokens, num_kv_heads, head_dim]``, fp16.
+        num_qo_heads: Query heads of the model.
+    """
+
+    keys: Tensor
+    num_qo_heads: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the text."""
+        return self.keys.shape[1]
+
+    def save(self, path: Path) -> None:
+        """Write them to a file."""
+        torch.save(asdict(self), path)
+
+    @classmethod
+    def load(cls, path: Path) -> "RecordedKeys":
+        """Read what ``save`` wrote."""
+        return cls(**torch.load(path, map_location="cpu", weights_only=True))
+
+
+class Pool:
+    """A pool of slots for many requests and the pieces of a compaction on it.
+
+    Args:
+        kind: What the keys are: ``clustered``, ``random`` or ``recorded``.
+        recorded: For ``recorded``: what every request gets; the pool has their shape.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        num_slots: int,
+        num_layers: int,
+        device: str,
+        dtype: torch.dtype,
+        recorded: RecordedKeys | None = None,
+    ) -> None:
         self.kind, self.num_slots, self.device = kind, num_slots, device
-        keys = [make_keys(kind, num_slots, device, dtype) for _ in range(num_layers)]
+        self.recorded = None if recorded is None else recorded.keys.to(device, dtype)
+        if recorded is None:
+            keys = [make_keys(kind, num_slots, device, dtype) for _ in range(num_layers)]
+            num_qo_heads = NUM_QO_HEADS
+        else:
+            num_layers, _, *row = recorded.keys.shape
+            keys = [torch.zeros(num_slots, *row, device=device, dtype=dtype) for _ in range(num_layers)]
+            num_qo_heads = recorded.num_qo_heads
+        # The time of a score depends on the keys, not on the queries.
+        shape = (num_layers, 1, WINDOW, num_qo_heads, keys[0].shape[-1])
+        self.queries = torch.randn(shape, device=device, dtype=dtype)
         values = [torch.randn_like(layer) for layer in keys]
         ones = [1.0] * num_layers
         self.buffers = KVBuffers.from_layers(keys, values, dtype=dtype, key_scales=ones, value_scales=ones)
-        self.queries = torch.randn(num_layers, 1, WINDOW, NUM_QO_HEADS, HEAD_DIM, device=device, dtype=dtype)
 
-    def fill(self) -> None:
-        """Draw all keys anew."""
-        for tensor in self.buffers.keys.tensors:
-            tensor[:, 0] = make_keys(self.kind, self.num_slots, self.device, tensor.dtype)
+    @property
+    def key_bytes_per_token(self) -> int:
+        """Bytes of a token's keys in all layers."""
+        return sum(tensor[0].nbytes for tensor in self.buffers.keys.tensors)
+
+    def fill(self, requests: Sequence[DueRequest]) -> None:
+        """Write all keys anew."""
+        for layer, tensor in enumerate(self.buffers.keys.tensors):
+            if self.recorded is None:
+                tensor[:, 0] = make_keys(self.kind, self.num_slots, self.device, tensor.dtype)
+            else:
+                for request in requests:
+                    tensor[request.slots, 0] = self.recorded[layer, : len(request.slots)]
 
     def requests(self, num_tokens: int, num_requests: int) -> list[DueRequest]:
         """Return requests of that many tokens, all generated, on scattered slots."""

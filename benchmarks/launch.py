@@ -90,17 +90,33 @@ class Server:
             log.seek(offset)
             return log.read()
 
+    def flush_cache(self) -> None:
+        """Empty the prefix cache; nothing may be running."""
+        urllib.request.urlopen(
+            urllib.request.Request(self.url + "/flush_cache", b"", method="POST"), timeout=60
+        ).close()
+
     def _generate_request(self, payload: Mapping[str, Any]) -> urllib.request.Request:
         body = json.dumps(payload).encode()
         return urllib.request.Request(self.url + "/generate", body, {"Content-Type": "application/json"})
 
-    def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int, timeout_s: float = 600) -> list[Any]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_tokens: int,
+        timeout_s: float = 600,
+        custom_params: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[Any]:
         """Send prompts of token ids in one call and return the answers: ``num_tokens`` each, greedy, no early end.
+
+        Args:
+            custom_params: Of each prompt, what it asks of the policy.
 
         Raises:
             ServerError: The server answered with an error, or with fewer tokens.
         """
-        sampling_params = {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}
+        shared = {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}
+        sampling_params = [{**shared, "custom_params": dict(asked)} for asked in custom_params or ()] or shared
         request = self._generate_request({"input_ids": prompts, "sampling_params": sampling_params})
         try:
             with urllib.request.urlopen(request, timeout=timeout_s) as response:

@@ -34,6 +34,7 @@ from benchmarks.tables import (
     QUALITY_FREE,
     QUALITY_POSITION,
     QUALITY_RECALL,
+    RACES,
     SCORING,
     SCORING_RANDOM,
     SERVE_CHECK,
@@ -76,7 +77,7 @@ STEPS = (
     Step("frontend", "benchmarks.frontend_programs", (), (FRONTEND,)),
     Step("memory", "benchmarks.bench_memory", (), (MEMORY,)),
     Step("serving", "benchmarks.bench_serving", (), (SERVING,)),
-    Step("serve_check", "benchmarks.gpu.serve_check", (), (SERVE_CHECK,)),
+    Step("serve_check", "benchmarks.gpu.serve_check", (), (SERVE_CHECK, RACES)),
     Step("kernels", "benchmarks.bench_kernels", ("--device", "cpu"), (KERNELS, SCORING, SCORING_RANDOM)),
 )
 

@@ -32,14 +32,25 @@ CONFIG = {
 }
 
 
-def write_model(folder: Path) -> Path:
+# What a rehearsal changes, so that a CPU can serve it.
+TINY = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+
+
+def write_model(folder: Path, *, tiny: bool = False) -> Path:
     """Write the config and a tokenizer of made-up words into ``folder`` and return it; what is there is kept."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     if (folder / "tokenizer_config.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=1))
+    (folder / "config.json").write_text(json.dumps(CONFIG | (TINY if tiny else {}), indent=1))
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
     words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB_SIZE)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))

@@ -1,21 +1,28 @@
-"""On a real server: is every decode step a replayed CUDA graph, and what do steps cost with and without a policy?
+"""On a real server: are all decode steps replayed CUDA graphs, are tokens the same under all schedules, and step times.
 
-    python -m benchmarks.gpu.serve_check [--out FOLDER] [--batches 1 64] [--prompt-len 512] [--num-tokens 1600]
+    python -m benchmarks.gpu.serve_check [--out FOLDER] [--batches 1 64] [--prompt-len 512] [--num-tokens 1300]
         [--budget 1024] [--buffer 128] [--model PATH] [--flags "--attention-backend flashinfer"] [--smoke]
 
-Without ``--model`` it serves the shape of Llama-3.1-8B with dummy weights. A server without a policy and one with rkv
-run one after the other with the same flags; each gets every batch size, all requests at once. Step times are SGLang's
-own, from its decode log. Ends with status 1 if a step was not a replayed graph (on a GPU), or if an answer is not as
-long or not as often compacted as it must be. Writes ``serve_check.csv``, ``.json`` and ``.png``.
+Without ``--model`` it serves the shape of Llama-3.1-8B with made-up weights (``weights/``). Servers run one after the
+other with the same flags. Three have rkv: as it is, with SGLang's coarse write-after-read barrier, and without overlap
+scheduling; each gets the same requests at once, with many compactions of small budgets, and all must give the same
+tokens: where they differ, compaction and a forward pass raced for the index map. The first of them and one without a
+policy then get every batch size. Step times are SGLang's own, from its decode log.
+
+Ends with status 1 if tokens differ, if a step was not a replayed graph (on a GPU), or if an answer is not as long or
+not as often compacted as it must be. Writes ``races.csv`` and ``serve_check.csv`` after every row, their ``.json``,
+``serve_check.png``, and the servers' logs.
 """
 
 import argparse
+import os
 import random
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +32,98 @@ from benchmarks.gpu.decode_log import Step, read_steps, steady
 from benchmarks.gpu.llama_shape import VOCAB_SIZE, write_model
 from benchmarks.launch import Server, ServerError, exit_on_sigterm, has_gpu, launched_server
 from benchmarks.quality_stats import compactions_before
-from benchmarks.schema import Row, hardware_folder, read_table, run_info, write_table
-from benchmarks.tables import SERVE_CHECK
+from benchmarks.schema import Row, Table, hardware_folder, read_table, run_info, write_table
+from benchmarks.tables import RACES, SERVE_CHECK
 
 NONE = "none"
+# How servers with rkv are started: further flags, and variables of their environment.
+SCHEDULES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "rkv": ((), {}),
+    "rkv, coarse barrier": ((), {"SGLANG_FORCE_COARSE_WAR_BARRIER": "1"}),
+    "rkv, no overlap": (("--disable-overlap-schedule",), {}),
+}
 # Tiny model and sizes, with or without a GPU.
-SMOKE: dict[str, Any] = {"batches": [1, 4], "prompt_len": 16, "num_tokens": 150, "budget": 32, "buffer": 16}
+SMOKE: dict[str, Any] = {
+    "batches": [1, 4],
+    "prompt_len": 16,
+    "num_tokens": 150,
+    "budget": 32,
+    "buffer": 16,
+    "race_requests": 6,
+    "race_tokens": 120,
+}
+# Of the racing requests.
+RACE_BUDGETS, RACE_BUFFERS = (24, 120), (9, 48)
 # The first batch builds what is built lazily, and fills no graph that a later one needs.
 WARM_UP_TOKENS = 16
 GPU_FLAGS = (
     *("--dtype", "bfloat16", "--attention-backend", "triton", "--mem-fraction-static", "0.8"),
     *("--context-length", "16384", "--cuda-graph-max-bs-decode", "64", "--max-running-requests", "64"),
 )
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+@dataclass
+class Results:
+    """What is known so far; written after every row."""
+
+    folder: Path
+    info: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    races: list[Row] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, table: Table, row: Row, wrong: list[str]) -> None:
+        """Keep a row of ``SERVE_CHECK`` or ``RACES``."""
+        rows = self.rows if table is SERVE_CHECK else self.races
+        rows.append(row)
+        self.problems += wrong
+        print("\n".join([str(row), *wrong]), flush=True)
+        write_table(self.folder, table, rows, {**self.info, "problems": self.problems})
+
+
+def race(
+    server: Server,
+    setting: str,
+    results: Results,
+    expected: list[list[int]] | None,
+    num_runs: int,
+    options: argparse.Namespace,
+) -> list[list[int]]:
+    """Run the racing requests and return their tokens; ``expected`` are those of the first server, if it has run."""
+    rng = random.Random(0)
+    prompts = [
+        [rng.randrange(3, options.vocab_size) for _ in range(rng.randint(1, options.prompt_len))]
+        for _ in range(options.race_requests)
+    ]
+    asked = [{"kv_budget": rng.randint(*RACE_BUDGETS), "kv_buffer": rng.randint(*RACE_BUFFERS)} for _ in prompts]
+    for run in range(num_runs):
+        server.flush_cache()
+        answers = server.generate(prompts, options.race_tokens, custom_params=asked)
+        found = [answer["output_ids"] for answer in answers]
+        expected = found if expected is None else expected
+        unequal = [
+            next(i for i, (one, other) in enumerate(zip(mine, its, strict=True)) if one != other)
+            for mine, its in zip(found, expected, strict=True)
+            if mine != its
+        ]
+        compactions = [int(answer["meta_info"]["kv_compactions"]) for answer in answers]
+        due = [compactions_before(options.race_tokens - 1, own["kv_budget"], own["kv_buffer"]) for own in asked]
+        row: Row = {
+            "setting": setting,
+            "run": run,
+            "requests": len(prompts),
+            "num_tokens": options.race_tokens,
+            "compactions": sum(compactions),
+            "equal_answers": len(prompts) - len(unequal),
+            "first_difference": min(unequal, default=-1),
+        }
+        wrong = [f"{setting}, run {run}: {len(unequal)} answers differ, first at {min(unequal)}"] if unequal else []
+        if compactions != due:
+            wrong.append(f"{setting}, run {run}: {sum(compactions)} compactions instead of {sum(due)}")
+        results.add(RACES, row, wrong)
+    assert expected is not None
+    return expected
 
 
 def measure(server: Server, setting: str, batch_size: int, options: argparse.Namespace) -> tuple[Row, list[str]]:
@@ -92,25 +179,31 @@ def wrong_with(row: Row, answers: Sequence[dict[str, Any]], options: argparse.Na
     return problems
 
 
-def run_all(options: argparse.Namespace) -> tuple[list[Row], list[str]]:
-    """Run both servers, one after the other, and return the rows and what is wrong."""
-    model = options.model or str(write_model(options.work / "llama-3.1-8b-shape"))
-    flags = [*(GPU_FLAGS if has_gpu() else ()), "--decode-log-interval", "1"]
-    flags += [] if options.model else ["--load-format", "dummy"]
-    policy = ["--kv-policy", "rkv", "--rkv-budget", str(options.budget), "--rkv-buffer", str(options.buffer)]
-    rows, problems = [], []
-    for setting, own in (("rkv", policy), (NONE, [])):
+def run_all(options: argparse.Namespace, results: Results) -> None:
+    """Run all servers, one after the other."""
+    model = options.model or str(write_model(options.work / "llama-3.1-8b-shape", tiny=options.smoke))
+    flags = [*(GPU_FLAGS if has_gpu() else ()), "--decode-log-interval", "1", *shlex.split(options.flags)]
+    environment = {}
+    if not options.model:
+        flags += ["--load-format", "dummy"]
+        environment["PYTHONPATH"] = os.pathsep.join([str(WEIGHTS), os.environ.get("PYTHONPATH", "")])
+    policy = ("--kv-policy", "rkv", "--rkv-budget", str(options.budget), "--rkv-buffer", str(options.buffer))
+    settings = {name: ((*policy, *own), variables) for name, (own, variables) in SCHEDULES.items()}
+    settings[NONE] = ((), {})
+    expected: list[list[int]] | None = None
+    for number, (setting, (own, variables)) in enumerate(settings.items()):
         print(f"{setting}: starting a server ...", flush=True)
         start = time.perf_counter()
-        log_path = options.work / f"serve_check_{setting}.log"
-        with launched_server(model, *flags, *own, *shlex.split(options.flags), log_path=log_path) as server:
+        log_path = results.folder / f"server_{number}.log"
+        with launched_server(
+            model, *flags, *own, log_path=log_path, environment={**environment, **variables}
+        ) as server:
             print(f"{setting}: ready after {time.perf_counter() - start:.0f} s", flush=True)
-            for batch_size in options.batches:
-                row, wrong = measure(server, setting, batch_size, options)
-                rows.append(row)
-                problems += wrong
-                print(row, flush=True)
-    return rows, problems
+            if setting in SCHEDULES:
+                # The first server twice: what differs there is no matter of the schedule.
+                expected = race(server, setting, results, expected, 2 if expected is None else 1, options)
+            for batch_size in options.batches if setting in (NONE, next(iter(SCHEDULES))) else ():
+                results.add(SERVE_CHECK, *measure(server, setting, batch_size, options))
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -159,33 +252,31 @@ def main() -> int:
     parser.add_argument("--model", help="folder or hub name; default: the shape of Llama-3.1-8B, dummy weights")
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help="prompts are random ids below it")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64], help="requests at once")
-    for flag, default in (("--prompt-len", 512), ("--num-tokens", 1600), ("--budget", 1024), ("--buffer", 128)):
+    for flag, default in (("--prompt-len", 512), ("--num-tokens", 1300), ("--budget", 1024), ("--buffer", 128)):
         parser.add_argument(flag, type=int, default=default, help="tokens, default %(default)s")
+    parser.add_argument("--race-requests", type=int, default=64, help="default %(default)s")
+    parser.add_argument("--race-tokens", type=int, default=400, help="of each of them, default %(default)s")
     parser.add_argument("--flags", default="", help="further flags of both servers, in one string")
-    parser.add_argument("--work", type=Path, default=Path(".cache/serve_check"), help="models and logs")
+    parser.add_argument("--work", type=Path, default=Path(".cache/serve_check"), help="made-up models")
     parser.add_argument("--out", type=Path, help="folder of the results, default benchmarks/results/HARDWARE")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and short answers; needs --out")
     options = parser.parse_args()
     if options.smoke:
         if options.out is None:
             parser.error("--smoke must not overwrite results: name another folder with --out")
-        from tests import tiny_models
-
-        model = str(tiny_models.tiny_model_path("llama-gqa"))
-        vars(options).update(SMOKE, model=model, vocab_size=tiny_models.VOCAB_SIZE, work=options.out / "work")
+        vars(options).update(SMOKE, work=options.out / "work")
     exit_on_sigterm()
+    folder = options.out or hardware_folder()
+    results = Results(folder, run_info(**{name: str(value) for name, value in vars(options).items()}))
     try:
-        rows, problems = run_all(options)
+        run_all(options, results)
     except ServerError as error:
         print(f"serve_check: {error}", file=sys.stderr)
         return 1
-    folder = options.out or hardware_folder()
-    info = run_info(**{name: str(value) for name, value in vars(options).items()}, problems=problems)
-    write_table(folder, SERVE_CHECK, rows, info)
-    print(f"\n{markdown(rows)}\n\n{plot(folder)}")
-    for problem in problems:
+    print(f"\n{markdown(results.rows)}\n\n{plot(folder)}")
+    for problem in results.problems:
         print(f"serve_check: {problem}", file=sys.stderr)
-    return int(bool(problems))
+    return int(bool(results.problems))
 
 
 if __name__ == "__main__":

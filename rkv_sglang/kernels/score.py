@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from rkv_sglang.algorithm.validation import check_kernel_size, check_mix_lambda, check_threshold
-from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
+from rkv_sglang.kernels.paged_batch import VECTOR_BYTES, PagedBatch, PagedBuffers
 from rkv_sglang.kernels.pool_pass import check_pool
 from rkv_sglang.kernels.score_blocks import score_tokens_kernel, summarise_blocks_kernel
 from rkv_sglang.kernels.score_config import (
@@ -180,6 +180,10 @@ def run_key_passes(
         factor_dtype=factor_dtype,
         page_size=keys.page_size,
         alignment_bytes=keys.alignment_bytes,
+        # The same for every number of requests: their stride divides that of a layer.
+        query_alignment_bytes=math.gcd(
+            VECTOR_BYTES, queries.data_ptr(), *(stride * queries.element_size() for stride in queries.stride()[:4])
+        ),
         window=window,
         gqa_group_size=num_qo_heads // keys.num_kv_heads,
         head_dim=head_dim,

@@ -55,6 +55,7 @@ def summarise_blocks_kernel(
     DOT_DTYPE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    QUERY_ALIGNMENT: tl.constexpr,
     WINDOW: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -107,6 +108,7 @@ def summarise_blocks_kernel(
         DOT_WIDTH,
         DOT_DTYPE,
         E4M3,
+        QUERY_ALIGNMENT,
     )
     maxima = tl.max(logits, axis=1)
     # A block within the window has no logit: its sum is 0 whatever is subtracted.
@@ -180,6 +182,7 @@ def score_tokens_kernel(
     DOT_DTYPE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    QUERY_ALIGNMENT: tl.constexpr,
     WINDOW: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -233,6 +236,7 @@ def score_tokens_kernel(
         DOT_WIDTH,
         DOT_DTYPE,
         E4M3,
+        QUERY_ALIGNMENT,
     )
     steps = tl.arange(0, BLOCK_W)
     maxima = tl.load(logit_totals_ptr + total_row * 2 * BLOCK_W + steps)

@@ -6,8 +6,12 @@ import triton.language as tl
 
 from rkv_sglang.algorithm import reference
 
-# Sizes and pointers that differ from batch to batch: to specialise on them would compile while serving.
-VARYING_SIZES = ("num_tokens", "num_blocks")
+# Sizes, strides and pointers that differ from batch to batch: to specialise on them would compile while serving. What
+# is known of the queries' addresses for every batch, ``QUERY_ALIGNMENT`` says.
+VARYING_SIZES = (
+    *("num_tokens", "num_blocks"),
+    *("stride_query_layer", "stride_query_request", "stride_query_token", "stride_query_head"),
+)
 BATCH_POINTERS = ("kv_indptr_ptr", "kv_indices_ptr", "token_indptr_ptr")
 NORM_EPS = tl.constexpr(reference.NORM_EPS)
 
@@ -106,6 +110,7 @@ def window_logits(
     DOT_WIDTH: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     E4M3: tl.constexpr,
+    QUERY_ALIGNMENT: tl.constexpr,
 ):
     """Return the largest logit over the query group, ``[BLOCK_W, BLOCK]``, fp32; -inf where a key is not scored.
 
@@ -116,6 +121,7 @@ def window_logits(
     logits = tl.full([BLOCK_W, keys.shape[0]], float("-inf"), tl.float32)
     for head in range(GROUP_SIZE):
         query_rows = query_ptr + (head * stride_query_head + steps * stride_query_token)
+        query_rows = tl.multiple_of(query_rows, QUERY_ALIGNMENT)
         queries = load_tile(query_rows, observed, 0, HEAD_DIM, BLOCK_D, E4M3)
         products = dot_rows(
             queries, keys, query_rows, observed, rows, inside, HEAD_DIM, BLOCK_D, DOT_WIDTH, DOT_DTYPE, E4M3

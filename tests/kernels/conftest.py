@@ -1,4 +1,4 @@
-"""Kernels run in Triton's interpreter, on CPU tensors, except in modules marked ``gpu``."""
+"""Kernels run in Triton's interpreter, on CPU tensors; in modules marked ``gpu`` only in a rehearsal."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
+
+from benchmarks.gpu.device import REHEARSAL, stand_in_for_gpu
 
 
 @functools.cache
@@ -23,7 +25,8 @@ def interpret(request: pytest.FixtureRequest) -> Iterator[None]:
 
     TRITON_INTERPRET counts when Triton is imported, and by then another test may have imported it.
     """
-    if request.node.get_closest_marker("gpu"):
+    on_gpu = request.node.get_closest_marker("gpu") is not None
+    if on_gpu and not REHEARSAL:
         yield
         return
 
@@ -40,5 +43,7 @@ def interpret(request: pytest.FixtureRequest) -> Iterator[None]:
         monkeypatch.setattr(JITFunction, "__call__", call)
         monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
         monkeypatch.setattr(interpreter, "_patch_lang", lambda fn: interpreter._LangPatchScope())
+        if on_gpu:
+            stand_in_for_gpu(monkeypatch.setattr)
         yield
     language.restore()

@@ -3,7 +3,7 @@
 Every launch compiles for sm_90 what a GPU would be given, and launches nothing. Prints the counts as JSON, those after
 the warm-up and those at the end. Triton's interpreter must be off.
 
-    python -m tests.kernels.count_variants POLICY
+    python -m tests.kernels.count_variants POLICY [HEAD_DIM WINDOW NUM_KV_HEADS GROUP_SIZE]
 """
 
 import json
@@ -31,7 +31,7 @@ from rkv_sglang.kernels import (
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
 from rkv_sglang.policies import make_policy
 
-NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, WINDOW = 8, 4, 128, 8
+LLAMA_8B = (128, 8, 8, 4)
 # The last launch of query capture then has fewer layers than the others.
 NUM_LAYERS = capture.LAYERS_PER_LAUNCH + 2
 
@@ -69,13 +69,14 @@ def main() -> None:
     torch.cuda.synchronize = lambda device: None
 
     rng = random.Random(0)
-    policy = make_policy(PolicyConfig(policy=sys.argv[1]))
+    head_dim, window, num_kv_heads, group_size = map(int, sys.argv[2:]) if sys.argv[2:] else LLAMA_8B
+    policy = make_policy(PolicyConfig(policy=sys.argv[1], window=window))
     keys, values = (
-        PagedBuffers.from_tensors([torch.zeros(64, NUM_KV_HEADS, HEAD_DIM).bfloat16() for _ in range(NUM_LAYERS)])
+        PagedBuffers.from_tensors([torch.zeros(64, num_kv_heads, head_dim).bfloat16() for _ in range(NUM_LAYERS)])
         for _ in "kv"
     )
-    num_qo_heads = NUM_KV_HEADS * GROUP_SIZE
-    rings = torch.zeros(NUM_LAYERS, 4, WINDOW, num_qo_heads, HEAD_DIM).bfloat16()
+    num_qo_heads = num_kv_heads * group_size
+    rings = torch.zeros(NUM_LAYERS, 4, window, num_qo_heads, head_dim).bfloat16()
     row_of_request = torch.zeros(9, dtype=torch.int64)
     warmup.warm_up(keys, values, rings, row_of_request, policy, budget=1024, capacity=1152)
     after_warm_up = kernel_counts()
@@ -87,12 +88,12 @@ def main() -> None:
             kv_lens=kv_lens,
             prompt_lens=[rng.randint(0, 20) for _ in kv_lens],
             budgets=[rng.randint(10, 70) for _ in kv_lens],
-            window=WINDOW,
+            window=window,
         )
-        queries = rings.new_zeros(NUM_LAYERS, num_requests, WINDOW, num_qo_heads, HEAD_DIM)
+        queries = rings.new_zeros(NUM_LAYERS, num_requests, window, num_qo_heads, head_dim)
         dispatch.compact_paged(keys, values, batch, queries, policy)
         indices = row_of_request.new_zeros(num_requests + 1)[1:]
-        step_queries = rings.new_zeros(num_requests, num_qo_heads * HEAD_DIM)
+        step_queries = rings.new_zeros(num_requests, num_qo_heads * head_dim)
         for some in rings.split(capture.LAYERS_PER_LAUNCH):
             capture.capture_queries(some, row_of_request, [step_queries] * len(some), indices, indices)
     print(json.dumps([after_warm_up, kernel_counts()]))

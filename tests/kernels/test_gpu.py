@@ -1,4 +1,7 @@
-"""On a GPU: every kernel against its oracle at served sizes, CUDA graphs, no sync, no late compilation, memory."""
+"""On a GPU: every kernel against its oracle at served sizes, CUDA graphs, no sync, no late compilation, memory.
+
+With ``RKV_REHEARSE=1`` they run at tiny sizes on a CPU, in Triton's interpreter (``benchmarks.gpu.device``).
+"""
 
 import random
 from collections.abc import Callable
@@ -7,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gpu.device import DEVICE, REHEARSAL, captured, no_wait, peak_extra_bytes
 from rkv_sglang.algorithm.scoring import rkv_scores
 from rkv_sglang.algorithm.selection import select_kept
 from rkv_sglang.cache.buffers import KVBuffers
@@ -28,10 +32,11 @@ from tests.kernels.test_api import GPU_ATTENTIONS, check_attention
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = "cuda"
-NUM_LAYERS, NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, WINDOW = 4, 8, 4, 128, 8
-BUDGET, BUFFER = 1024, 128
+NUM_LAYERS, NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, WINDOW = (2, 1, 2, 32, 8) if REHEARSAL else (4, 8, 4, 128, 8)
+BUDGET, BUFFER = (32, 8) if REHEARSAL else (1024, 128)
+LONGEST_PROMPT = BUDGET // 5
 SETTINGS: dict[str, Any] = {"mix_lambda": 0.1, "kernel_size": 7, "similarity_threshold": 0.5}
+HEAD_DIMS = [32, 80] if REHEARSAL else [64, 80, 128, 256]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2]
 # How far a score may be from its oracle, as a part of its size: fp32 sums in another order, softmax of them.
 TOLERANCE = 1e-3
@@ -53,7 +58,7 @@ class Case:
     def __init__(self, seed: int, dtype: torch.dtype, num_requests: int = 3, head_dim: int = HEAD_DIM) -> None:
         torch.manual_seed(seed)
         rng = random.Random(seed)
-        self.prompt_lens = [rng.randint(0, 200) for _ in range(num_requests)]
+        self.prompt_lens = [rng.randint(0, LONGEST_PROMPT) for _ in range(num_requests)]
         self.budgets = [rng.choice([BUDGET, BUDGET - 3, BUDGET // 3]) for _ in range(num_requests)]
         self.kv_lens = [p + b + rng.randint(1, BUFFER) for p, b in zip(self.prompt_lens, self.budgets, strict=True)]
         num_slots = sum(self.kv_lens) + 100
@@ -90,7 +95,7 @@ def equal_bytes(one: PagedBuffers, other: PagedBuffers) -> bool:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_scores_and_the_choice_are_those_of_the_oracle(seed, dtype, head_dim):
     case = Case(seed, dtype, head_dim=head_dim)
     scores = rkv_scores_paged(case.buffers.keys, case.batch, case.queries, **SETTINGS)
@@ -130,7 +135,7 @@ def test_every_policy_chooses_as_in_torch(seed, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_what_moves_is_what_moves_in_torch_every_time(seed, dtype, head_dim):
     case = Case(seed, dtype, head_dim=head_dim)
     keys, values = case.buffers.keys, case.buffers.values
@@ -201,12 +206,8 @@ def test_a_compaction_waits_for_nothing_on_the_gpu(seed, name):
     policy = make_policy(PolicyConfig(policy=name))
     _, _, compact = served(seed, 5)
     compact(policy)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_wait():
         compact(policy)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_api_waits_for_nothing_on_the_gpu_if_the_lengths_are_on_the_cpu(seed):
@@ -220,14 +221,11 @@ def test_the_api_waits_for_nothing_on_the_gpu_if_the_lengths_are_on_the_cpu(seed
     )
     queries = torch.randn(NUM_LAYERS, 3, WINDOW, NUM_KV_HEADS * GROUP_SIZE, HEAD_DIM, device=DEVICE).bfloat16()
     compact_paged_kv(cache, *table, [20, 5, 0], queries, budget=64)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_wait():
         compact_paged_kv(cache, *table, [20, 5, 0], queries, budget=64)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.skipif(REHEARSAL, reason="the interpreter compiles nothing")
 def test_nothing_is_compiled_after_the_warm_up(seed):
     kernels = [
         value
@@ -266,11 +264,9 @@ def test_nothing_is_compiled_after_the_warm_up(seed):
 def test_a_compaction_holds_no_more_memory_than_is_accounted_for(seed):
     case = Case(seed, torch.bfloat16, num_requests=8)
     compact_paged(case.buffers.keys, case.buffers.values, case.batch, case.queries, RKV())
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    compact_paged(case.buffers.keys, case.buffers.values, case.batch, case.queries, RKV())
-    held = torch.cuda.max_memory_allocated() - before
+    held = peak_extra_bytes(
+        lambda: compact_paged(case.buffers.keys, case.buffers.values, case.batch, case.queries, RKV())
+    )
     assert held <= working_bytes_per_token(case.buffers.keys, WINDOW) * sum(case.kv_lens) * 1.05
 
 
@@ -290,10 +286,7 @@ def test_captured_queries_are_those_of_eager_steps_whatever_the_batch(seed, rng,
     def step() -> None:
         capture_queries(rings, row_of_request, list(queries), indices, positions)
 
-    step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    replay = captured(step)
     for _ in range(30):
         batch_size = rng.randint(1, graph_batch_size)
         # Rows change hands between steps.
@@ -304,7 +297,7 @@ def test_captured_queries_are_those_of_eager_steps_whatever_the_batch(seed, rng,
         queries.copy_(torch.randn(queries.shape, device=DEVICE))
         indices.copy_(torch.tensor(running + [0] * (graph_batch_size - batch_size)))
         positions.copy_(torch.randint(100_000, (graph_batch_size,)))
-        graph.replay()
+        replay()
         own = slice(batch_size)
         capture_queries_torch(expected, row_of_request, list(queries[:, own]), indices[own], positions[own])
         torch.testing.assert_close(rings[:, 1:], expected[:, 1:], rtol=0, atol=0, equal_nan=True)

@@ -24,13 +24,21 @@ RUN = {
 }
 
 
+# Shapes whose strides are divisible by 16 for some numbers of requests only: head_dim, window, KV heads, group size.
+UNEVEN = [(72, 5, 1, 1), (120, 7, 3, 1), (72, 5, 1, 5), (80, 8, 5, 3), (96, 1, 1, 7), (64, 8, 3, 3)]
+
+
 # The other policies run a part of the same kernels, or none.
-@pytest.mark.parametrize("policy", RUN)
-def test_no_batch_needs_a_kernel_that_the_warm_up_did_not_compile(policy):
+@pytest.mark.parametrize(
+    ("policy", "shape"),
+    [*((policy, ()) for policy in RUN), *(("rkv", shape) for shape in UNEVEN), ("longflow", UNEVEN[1])],
+    ids=str,
+)
+def test_no_batch_needs_a_kernel_that_the_warm_up_did_not_compile(policy, shape):
     # A process of its own: in this one kernels are interpreted.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.count_variants", policy],
+        [sys.executable, "-m", "tests.kernels.count_variants", policy, *map(str, shape)],
         capture_output=True,
         text=True,
         cwd=ROOT,
