@@ -1,6 +1,6 @@
-"""Write ``README.md`` beside this file: the register of hooks and upstream patches, made from the table of hooks.
+"""Write ``docs/hooks.md``: the register of hooks and upstream patches, made from the table of hooks.
 
-Usage: ``python patches/generate.py`` writes it, ``python patches/generate.py --check`` only says whether it is current.
+Usage: ``python -m devtools.hooks_page`` writes it, with ``--check`` it only says whether the page is current.
 """
 
 import re
@@ -10,13 +10,14 @@ from pathlib import Path
 
 from rkv_sglang.integration.hook import Hook
 
-FOLDER = Path(__file__).resolve().parent
-REGISTER = FOLDER / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+PATCHES = ROOT / "patches"
+REGISTER = ROOT / "docs" / "hooks.md"
 
 _HEAD = """\
 # Where rkv_sglang meets SGLang
 
-Made by `python patches/generate.py` from `rkv_sglang/integration/hooks.py`; do not edit it by hand.
+Made by `python -m devtools.hooks_page` from `rkv_sglang/integration/hooks.py`; do not edit it by hand.
 
 Nothing in the installed SGLang is changed. SGLang's plugin loader applies the hooks below as its processes start, each
 only after its target has been found with the signature it was written against; `rkv-sglang doctor` looks them all up.
@@ -30,7 +31,8 @@ _PATCHES_HEAD = """
 ## Patches for SGLang
 
 Changes worth having upstream, in the order in which they apply, each in a folder named after the SGLang it applies to.
-The plugin works without them. To try one, in a checkout of SGLang at that version: `git am PATCH`.
+The plugin works without them. They are in `patches/`; to try one, in a checkout of SGLang at that version:
+`git am PATCH`.
 """
 
 
@@ -49,7 +51,7 @@ def render(hooks: Iterable[Hook], patches: Iterable[Path]) -> str:
             lines.append(f"- signature: `{hook.signature}`")
         lines += [f"- why: {hook.why}", f"- unnecessary with: {hook.upstream}"]
         sections.append("\n".join(lines) + "\n")
-    entries = [f"- `{patch.relative_to(FOLDER)}`: {subject(patch)}" for patch in patches]
+    entries = [f"- `{patch.relative_to(PATCHES)}`: {subject(patch)}" for patch in patches]
     return "\n".join(sections) + _PATCHES_HEAD + "\n" + "\n".join(entries) + "\n"
 
 
@@ -66,19 +68,19 @@ def current() -> str:
     """Return what the register should be."""
     from rkv_sglang.integration.hooks import HOOKS
 
-    return render(HOOKS, sorted(FOLDER.glob("*/*.patch")))
+    return render(HOOKS, sorted(PATCHES.glob("*/*.patch")))
 
 
 def main(argv: list[str]) -> int:
     """Write or check the register; returns the exit status."""
     if argv not in ([], ["--check"]):
-        print("usage: python patches/generate.py [--check]", file=sys.stderr)
+        print("usage: python -m devtools.hooks_page [--check]", file=sys.stderr)
         return 2
     text = current()
     if not argv:
         REGISTER.write_text(text)
     elif not REGISTER.exists() or REGISTER.read_text() != text:
-        print("patches/README.md is out of date: run python patches/generate.py", file=sys.stderr)
+        print("docs/hooks.md is out of date: run python -m devtools.hooks_page", file=sys.stderr)
         return 1
     return 0
 
