@@ -17,7 +17,7 @@ from tqdm import tqdm
 from benchmarks.accuracy_checker import check
 from benchmarks.accuracy_problems import Problem
 from benchmarks.accuracy_store import Sample, SampleStore
-from benchmarks.launch import Server, ServerError, has_gpu, launched_server
+from devtools.launch import Server, ServerError, has_gpu, launched_server
 
 NO_POLICY = "none"
 

@@ -29,9 +29,9 @@ from benchmarks.accuracy_problems import DRY_RUN_PROBLEMS, Problem, load_problem
 from benchmarks.accuracy_report import ByProblem, accuracy_rows, markdown, plot
 from benchmarks.accuracy_run import Sampling, Setting, parse_setting, run_samples, setting_server
 from benchmarks.accuracy_store import SampleStore
-from benchmarks.launch import ServerError, exit_on_sigterm, has_gpu
 from benchmarks.schema import hardware_folder, run_info, write_table
 from benchmarks.tables import ACCURACY
+from devtools.launch import ServerError, exit_on_sigterm, has_gpu
 
 SMALL_MODEL = ".cache/models/SmolLM2-135M-Instruct"
 INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."

@@ -21,10 +21,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.launch import Server, ServerError, exit_on_sigterm, launched_server
 from benchmarks.schema import Row, Value, hardware_folder, read_table, run_info, write_table
 from benchmarks.tables import IDLE_COST
-from tests.tiny_models import VOCAB_SIZE, tiny_model_path
+from devtools.launch import Server, ServerError, exit_on_sigterm, launched_server
+from devtools.tiny_models import VOCAB_SIZE, tiny_model_path
 
 SMOKE = {"rounds": 4, "batch_size": 2, "num_tokens": 16}
 BASELINE = "no package"

@@ -21,10 +21,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.launch import Server, ServerError, exit_on_sigterm, launched_server
 from benchmarks.schema import Row, hardware_folder, read_table, run_info, write_table
 from benchmarks.tables import MEMORY
-from tests.tiny_models import VOCAB_SIZE, tiny_model_path
+from devtools.launch import Server, ServerError, exit_on_sigterm, launched_server
+from devtools.tiny_models import VOCAB_SIZE, tiny_model_path
 
 STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "2", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}
 SMOKE = {"rounds": 1, "num_requests": 8, "prompt_len": 16, "num_tokens": 192, "pool": 512, "budget": 32, "buffer": 16}

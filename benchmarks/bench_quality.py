@@ -36,7 +36,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.launch import Server, ServerError, exit_on_sigterm
 from benchmarks.quality_report import markdown, plot
 from benchmarks.quality_rows import forced_rows, free_rows, position_rows, recall_rows
 from benchmarks.quality_run import NO_POLICY, Setting, buffer_of, policy_server, run_part
@@ -44,6 +43,7 @@ from benchmarks.quality_stats import compactions_before, first_compacted_step
 from benchmarks.quality_texts import PROMPTS, RECALL_QUESTION, chat_ids, load_prompts, recall_text
 from benchmarks.schema import hardware_folder, run_info, write_table
 from benchmarks.tables import QUALITY_FORCED, QUALITY_FREE, QUALITY_POSITION, QUALITY_RECALL
+from devtools.launch import Server, ServerError, exit_on_sigterm
 
 PARTS = ("forced", "free", "recall")
 ROWS = {

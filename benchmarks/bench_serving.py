@@ -27,13 +27,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.launch import ServerError, exit_on_sigterm, has_gpu
 from benchmarks.schema import hardware_folder, read_table, run_info
 from benchmarks.serving_plot import plot, summary
 from benchmarks.serving_run import make_bench, measure, trace_spec
 from benchmarks.serving_servers import parse_setting
 from benchmarks.serving_trace import ARRIVALS
 from benchmarks.tables import SERVING
+from devtools.launch import ServerError, exit_on_sigterm, has_gpu
 
 SMOKE: dict[str, Any] = {
     "pools": "768",

@@ -26,9 +26,9 @@ import sglang as sgl
 
 from benchmarks.frontend_report import frontend_rows, markdown, plot
 from benchmarks.frontend_run import ProgramRun, run_program, structure_differences
-from benchmarks.launch import ServerError, exit_on_sigterm, launched_server
 from benchmarks.schema import hardware_folder, run_info, write_table
 from benchmarks.tables import FRONTEND
+from devtools.launch import ServerError, exit_on_sigterm, launched_server
 
 SMALL_MODEL = ".cache/models/SmolLM2-135M-Instruct"
 SMOKE = {"budget": 32, "buffer": 8}
@@ -128,7 +128,7 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="a tiny random model; into .cache/frontend")
     options = parser.parse_args()
     if options.smoke:
-        from tests.tiny_models import tiny_model_path
+        from devtools.tiny_models import tiny_model_path
 
         vars(options).update(SMOKE, model=str(tiny_model_path("llama-gqa")), out=options.out or Path(".cache/frontend"))
     exit_on_sigterm()

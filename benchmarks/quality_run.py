@@ -15,10 +15,10 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.forcing import ForcingProcessor, forcing_params, read_record
-from benchmarks.launch import Server, ServerError, has_gpu, launched_server
 from benchmarks.quality_stats import compactions_before
 from benchmarks.quality_texts import RecallText
 from benchmarks.schema import run_info
+from devtools.launch import Server, ServerError, has_gpu, launched_server
 
 NO_POLICY = "none"
 # Stands for the uncompressed cache where a budget is expected.

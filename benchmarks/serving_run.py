@@ -13,7 +13,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.launch import Server, has_gpu, launched_server
 from benchmarks.quality_texts import chat_ids, load_prompts
 from benchmarks.schema import Row, write_table
 from benchmarks.serving_client import replay
@@ -32,6 +31,7 @@ from benchmarks.serving_servers import (
 )
 from benchmarks.serving_trace import LOCKSTEP, Conversation, TraceSpec, make_trace
 from benchmarks.tables import SERVING
+from devtools.launch import Server, has_gpu, launched_server
 from rkv_sglang.cache.memory_plan import ModelShape
 from rkv_sglang.config import NO_POLICY
 from rkv_sglang.integration.plan_command import model_shape
@@ -90,7 +90,7 @@ def make_bench(options: argparse.Namespace) -> Bench:
     from transformers import AutoTokenizer
 
     if options.model is None:
-        from tests.tiny_models import tiny_model_path
+        from devtools.tiny_models import tiny_model_path
 
         options.model = str(tiny_model_path("llama-gqa"))
     if Path(options.model).is_dir():

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.launch import Server, ServerError, has_gpu
+from devtools.launch import Server, ServerError, has_gpu
 from rkv_sglang.cache.memory_plan import ModelShape
 from rkv_sglang.cache.query_window import num_query_rows
 from rkv_sglang.config import NO_POLICY, PolicyConfig

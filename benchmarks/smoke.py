@@ -21,7 +21,6 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.launch import end_process_tree, exit_on_sigterm
 from benchmarks.plots import PLOTS
 from benchmarks.schema import Table, read_table
 from benchmarks.tables import (
@@ -39,6 +38,7 @@ from benchmarks.tables import (
     SERVE_CHECK,
     SERVING,
 )
+from devtools.launch import end_process_tree, exit_on_sigterm
 
 # A step takes one or two minutes on two idle cores; a busy machine may take much longer.
 TIMEOUT_S = 1200

@@ -23,10 +23,10 @@ import numpy as np
 
 from benchmarks.gpu.decode_log import Step, read_steps, steady
 from benchmarks.gpu.llama_shape import VOCAB_SIZE, write_model
-from benchmarks.launch import Server, ServerError, exit_on_sigterm, has_gpu, launched_server
 from benchmarks.quality_stats import compactions_before
 from benchmarks.schema import Row, hardware_folder, read_table, run_info, write_table
 from benchmarks.tables import SERVE_CHECK
+from devtools.launch import Server, ServerError, exit_on_sigterm, has_gpu, launched_server
 
 NONE = "none"
 # Tiny model and sizes, with or without a GPU.
@@ -169,7 +169,7 @@ def main() -> int:
     if options.smoke:
         if options.out is None:
             parser.error("--smoke must not overwrite results: name another folder with --out")
-        from tests import tiny_models
+        from devtools import tiny_models
 
         model = str(tiny_models.tiny_model_path("llama-gqa"))
         vars(options).update(SMOKE, model=model, vocab_size=tiny_models.VOCAB_SIZE, work=options.out / "work")

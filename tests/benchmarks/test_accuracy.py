@@ -26,9 +26,9 @@ from benchmarks.accuracy_report import (
 )
 from benchmarks.accuracy_run import Sampling, Setting, parse_setting, run_samples
 from benchmarks.accuracy_store import Sample, SampleStore
-from benchmarks.launch import Server, ServerError
 from benchmarks.schema import write_table
 from benchmarks.tables import ACCURACY
+from devtools.launch import Server, ServerError
 
 NONE, RKV = parse_setting("none"), parse_setting("rkv:64:16")
 SAMPLING = Sampling(instruction="Box it.", temperature=0.6, top_p=0.95, max_tokens=64, seed=0)

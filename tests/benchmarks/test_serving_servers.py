@@ -4,7 +4,6 @@ import random
 
 import pytest
 
-from benchmarks.launch import has_gpu
 from benchmarks.serving_servers import (
     STOCK,
     carried_bytes,
@@ -13,6 +12,7 @@ from benchmarks.serving_servers import (
     pool_flags,
     query_window_bytes,
 )
+from devtools.launch import has_gpu
 from rkv_sglang.cache.memory_plan import ModelShape
 from rkv_sglang.config import PolicyConfig
 

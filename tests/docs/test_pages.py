@@ -22,8 +22,8 @@ def test_the_readme_is_short() -> None:
 
 
 def test_the_readme_has_both_commands_and_the_demos_output() -> None:
-    from benchmarks.demo import Run
-    from benchmarks.demo import table as demo_table
+    from devtools.demo import Run
+    from devtools.demo import table as demo_table
 
     commands, output = fences(README.read_text())[:2]
     assert [line.split("#")[0].strip() for line in commands.splitlines()] == ["make demo", "make test"]
@@ -124,15 +124,15 @@ def test_the_files_that_contributors_are_sent_to_exist() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     paths = [span for span in spans(text) if re.fullmatch(r"[\w./-]+\.(py|toml|md|txt)", span) and "NAME" not in span]
     assert len(paths) > 10
-    roots = [ROOT, ROOT / "rkv_sglang", ROOT / "tests" / "env"]
+    roots = [ROOT, ROOT / "rkv_sglang", ROOT / "devtools" / "env"]
     assert [path for path in paths if not any((root / path).exists() for root in roots)] == []
 
 
 def test_the_tests_readme_names_every_folder_and_only_what_exists() -> None:
     text = (ROOT / "tests" / "README.md").read_text()
     named = {row[0].strip("`") for row in table(text, "folder", "what is tested")}
-    folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
-    assert named <= folders
+    folders = {path.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").glob("*/**/test_*.py")}
+    assert named == folders
     helpers = [row[0].strip("`") for row in table(text, "helper")]
     assert [name for name in helpers if not (ROOT / "tests" / name).exists()] == []
 

@@ -17,8 +17,8 @@ from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.args import GROUP_TITLE, RKVServerArgs, config_from_args, policy_name
 from rkv_sglang.policies import policy_names
-from tests.harness.environment import PROJECT_ROOT
 from tests.integration.children import Child
+from tests.support.harness.environment import PROJECT_ROOT
 
 # Not by SGLang's name for it, which another test's plugin loading may have replaced.
 STOCK: Any = RKVServerArgs.__base__

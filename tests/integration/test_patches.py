@@ -11,8 +11,8 @@ import pytest
 import sglang
 
 from devtools import hooks_page
-from tests.harness.environment import PROJECT_ROOT
 from tests.integration.children import Child
+from tests.support.harness.environment import PROJECT_ROOT
 
 PATCHES = PROJECT_ROOT / "patches"
 SERIES = sorted((PATCHES / f"sglang-{sglang.__version__}").glob("*.patch"))

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from benchmarks import launch
+from devtools import launch
 
 
 def test_a_port_in_use_is_never_given_and_none_left_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

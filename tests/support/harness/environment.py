@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
-PROBE_DIR = PROJECT_ROOT / "tests" / "probe"
+PROJECT_ROOT = Path(__file__).resolve().parents[3]
+PROBE_DIR = PROJECT_ROOT / "tests" / "support" / "probe"
 
 # SGLang's own checks: pool accounting at every step, page ownership, lengths. They raise in the scheduler.
 STRICT_CHECKS = {

@@ -1,6 +1,6 @@
 """Ask one question of two real servers, without and with R-KV, and print what differed in one table.
 
-Usage: ``python -m benchmarks.demo --model M``; ``make demo`` sets everything up and runs it on the small model.
+Usage: ``python -m devtools.demo --model M``; ``make demo`` sets everything up and runs it on the small model.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.launch import Server, ServerError, exit_on_sigterm, has_gpu, launched_server
+from devtools.launch import Server, ServerError, exit_on_sigterm, has_gpu, launched_server
 
 LOG_DIR = Path(".cache/logs")
 # SGLang prints the KV tokens in use at every decode step when asked to; nothing is sampled or estimated.

@@ -1,6 +1,6 @@
 """Set this project up in ``.venv`` on a fresh machine, with or without a GPU, and fetch the small real model.
 
-Usage: ``python3 tests/env/setup.py [--device cpu|gpu]``; ``make setup`` runs it. Only the standard library is used.
+Usage: ``python3 devtools/env/setup.py [--device cpu|gpu]``; ``make setup`` runs it. Only the standard library is used.
 A second run with nothing changed does nothing. Python older than 3.11 must still be able to read this file, to say
 that it is too old.
 
@@ -24,7 +24,7 @@ SGLANG = "sglang==0.5.23"
 MODEL = "SmolLM2-135M-Instruct"
 
 ROOT = Path(__file__).resolve().parents[2]
-ENV_DIR = ROOT / "tests" / "env"
+ENV_DIR = ROOT / "devtools" / "env"
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / ".rkv-setup"

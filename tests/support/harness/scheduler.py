@@ -20,9 +20,9 @@ from typing import Any
 
 import psutil
 
-from tests.harness.environment import PROJECT_ROOT, child_environment, device_flags, with_defaults
-from tests.harness.gate import Arrival, Control
-from tests.harness.probe_log import ProbeLog
+from tests.support.harness.environment import PROJECT_ROOT, child_environment, device_flags, with_defaults
+from tests.support.harness.gate import Arrival, Control
+from tests.support.harness.probe_log import ProbeLog
 
 # Small enough to start fast, large enough for any tiny test; a test that needs pressure names its own.
 DEFAULT_FLAGS = ["--max-total-tokens", "4096", "--max-running-requests", "16", "--random-seed", "1"]
@@ -183,7 +183,7 @@ class _Zygote:
         self._log_path = Path(self._folder, "log")
         with self._log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.harness.zygote", self._address],
+                [sys.executable, "-m", "tests.support.harness.zygote", self._address],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,

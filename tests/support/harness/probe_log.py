@@ -27,7 +27,7 @@ class ProbeLog:
         steps: One line per scheduled batch: lengths and slots of every request that holds KV, pool sizes.
         compactions: One line per request and compaction.
         idles: One line per time the scheduler fell idle.
-        violations: What must never happen, on any rank; see ``tests/probe/rkv_probe.py``.
+        violations: What must never happen, on any rank; see ``tests/support/probe/rkv_probe.py``.
         other_ranks: The logs of the other tensor-parallel ranks.
     """
 
@@ -83,7 +83,9 @@ class ProbeLog:
         assert not bad, "the log has:\n" + "\n".join(bad[:10])
 
     def _assert_clean_rank(self) -> None:
-        assert self._of_kind("start"), "the probe never started: is tests/probe on PYTHONPATH and RKV_PROBE_FILE set?"
+        assert self._of_kind("start"), (
+            "the probe never started: is tests/support/probe on PYTHONPATH and RKV_PROBE_FILE set?"
+        )
         assert not self.violations, "the probe saw:\n" + "\n".join(json.dumps(line) for line in self.violations[:10])
         assert self.steps, "the probe saw no step"
         assert self.idles, "the scheduler never fell idle after its last request"

@@ -7,7 +7,7 @@ import sys
 import traceback
 from typing import Any
 
-from tests.harness.gate import Gate
+from tests.support.harness.gate import Gate
 
 
 def launcher_process(flags: list[str], writer: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.oracle.loop_scores import loop_rkv_scores
+from tests.support.oracle.loop_scores import loop_rkv_scores
 
 Vector = np.ndarray
 

@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from tests.harness.environment import PROBE_DIR
+from tests.support.harness.environment import PROBE_DIR
 
 
 def load(name: str) -> ModuleType:

@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Arrival:
-    """When one request arrives and when it is aborted; see ``tests.harness.scheduler.Request``."""
+    """When one request arrives and when it is aborted; see ``tests.support.harness.scheduler.Request``."""
 
     rid: str
     at_step: int

@@ -35,7 +35,7 @@ def main(address: str) -> None:
     from sglang.srt.models.registry import ModelRegistry
 
     assert ModelRegistry.models
-    import tests.harness.job as job
+    import tests.support.harness.job as job
 
     # Listen under another name first: the file's being there means "ready".
     listener = Listener(address + ".starting", family="AF_UNIX")

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from devtools.tiny_models import VOCAB_SIZE, tiny_model_path
 from tests.algorithm.cases import fresh_seed
-from tests.oracle.dense import DenseResult, dense_generate
-from tests.oracle.loop_policies import OneHead, loop_scores
-from tests.oracle.policy_scores import score_function
-from tests.oracle.scores import ScoreInputs
-from tests.tiny_models import VOCAB_SIZE, tiny_model_path
+from tests.support.oracle.dense import DenseResult, dense_generate
+from tests.support.oracle.loop_policies import OneHead, loop_scores
+from tests.support.oracle.policy_scores import score_function
+from tests.support.oracle.scores import ScoreInputs
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("rkv", {"mix_lambda": 0.1, "kernel_size": 7, "similarity_threshold": 0.5}),

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tests import tiny_models
-from tests.oracle.dense import dense_generate
-from tests.tiny_models import TINY_MODELS, VOCAB_SIZE, small_model_path, tiny_model_path, tiny_tokenizer
+from devtools import tiny_models
+from devtools.tiny_models import TINY_MODELS, VOCAB_SIZE, small_model_path, tiny_model_path, tiny_tokenizer
+from tests.support.oracle.dense import dense_generate
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)

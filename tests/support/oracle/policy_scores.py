@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tests.oracle.scores import ScoreFunction, ScoreInputs, rkv_scores
+from tests.support.oracle.scores import ScoreFunction, ScoreInputs, rkv_scores
 
 EPS = 1e-8
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from tests.oracle.decoder import load_model, one_thread
-from tests.oracle.dense import Compaction, DenseResult, dense_generate
-from tests.oracle.loop_scores import loop_rkv_scores
-from tests.oracle.masked_forward import MaskedForward, masked_forward
-from tests.oracle.scores import ScoreInputs
-from tests.tiny_models import EOS_ID, PAD_ID, TINY_MODELS, VOCAB_SIZE, tiny_model_path
+from devtools.tiny_models import EOS_ID, PAD_ID, TINY_MODELS, VOCAB_SIZE, tiny_model_path
+from tests.support.oracle.decoder import load_model, one_thread
+from tests.support.oracle.dense import Compaction, DenseResult, dense_generate
+from tests.support.oracle.loop_scores import loop_rkv_scores
+from tests.support.oracle.masked_forward import MaskedForward, masked_forward
+from tests.support.oracle.scores import ScoreInputs
 
 NEVER = 10**9
 

@@ -8,9 +8,17 @@ import psutil
 import pytest
 import torch
 
-from tests.harness.scheduler import LauncherRefused, Output, Request, SchedulerFailed, _Zygote, rid_of, run_scheduler
-from tests.harness.server import Server
-from tests.tiny_models import VOCAB_SIZE, tiny_model_path
+from devtools.tiny_models import VOCAB_SIZE, tiny_model_path
+from tests.support.harness.scheduler import (
+    LauncherRefused,
+    Output,
+    Request,
+    SchedulerFailed,
+    _Zygote,
+    rid_of,
+    run_scheduler,
+)
+from tests.support.harness.server import Server
 
 MODEL = "llama-gqa"
 

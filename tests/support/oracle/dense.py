@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from tests.oracle.decoder import Decoder, LayerCache, load_model, one_thread
-from tests.oracle.scores import ScoreFunction, ScoreInputs, rkv_scores
+from tests.support.oracle.decoder import Decoder, LayerCache, load_model, one_thread
+from tests.support.oracle.scores import ScoreFunction, ScoreInputs, rkv_scores
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import Any
 
 import zmq
 
-from tests.harness.environment import end_with_parent
-from tests.harness.messages import empty_output, generate_message, take
-from tests.harness.processes import launcher_process, scheduler_process
+from tests.support.harness.environment import end_with_parent
+from tests.support.harness.messages import empty_output, generate_message, take
+from tests.support.harness.processes import launcher_process, scheduler_process
 
 # SGLang reads these when it is imported, that is before the run's environment is known.
 _READ_AT_IMPORT = {

@@ -1,6 +1,6 @@
 """Start real SGLang servers, with or without a GPU, and end them with all their processes.
 
-As a command (``python -m benchmarks.launch --model-path M --kv-policy rkv ...``) it becomes one server in the
+As a command (``python -m devtools.launch --model-path M --kv-policy rkv ...``) it becomes one server in the
 foreground, with the flags a machine without a GPU needs put in front of the given ones.
 """
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from tests.oracle.loop_scores import loop_rkv_scores
-from tests.oracle.scores import ScoreInputs, rkv_scores
+from tests.support.oracle.loop_scores import loop_rkv_scores
+from tests.support.oracle.scores import ScoreInputs, rkv_scores
 
 
 @pytest.mark.parametrize("seed", torch.randint(2**31, (8,), generator=torch.Generator().manual_seed(0)).tolist())

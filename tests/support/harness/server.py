@@ -19,9 +19,15 @@ from typing import Any
 import psutil
 import requests
 
-from benchmarks.launch import free_port
-from tests.harness.environment import PROJECT_ROOT, child_environment, device_flags, end_with_parent, with_defaults
-from tests.harness.probe_log import ProbeLog
+from devtools.launch import free_port
+from tests.support.harness.environment import (
+    PROJECT_ROOT,
+    child_environment,
+    device_flags,
+    end_with_parent,
+    with_defaults,
+)
+from tests.support.harness.probe_log import ProbeLog
 
 DEFAULT_FLAGS = ["--max-total-tokens", "16384", "--max-running-requests", "64", "--random-seed", "1"]
 # On a busy machine, raise it from outside.
