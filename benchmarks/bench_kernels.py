@@ -14,7 +14,7 @@ the weights (8.03e9 of 2 bytes) and their KV once, at that bandwidth, nothing el
 
 Writes ``kernels.csv`` (one row per measurement; columns in ``tables.py``), ``kernels.json`` and ``kernels.png`` to
 ``benchmarks/results/<hardware>/``, and takes under 8 minutes. ``--device cpu`` times the torch path alone,
-on one small layer, and then runs ``benchmarks.bench_scoring``: the closed form against the quadratic one, on keys of
+on one small layer, and then runs ``benchmarks.kernels.scoring``: the closed form against the quadratic one, on keys of
 the small model (which ``make setup`` fetches) and on random keys.
 """
 
@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.common.schema import RESULTS, hardware_folder, run_info, write_table
+from benchmarks.common.tables import KERNELS
 from benchmarks.kernel_bench_kit import (
     BUFFER,
     HEAD_DIM,
@@ -45,8 +47,6 @@ from benchmarks.kernel_bench_kit import (
     quadratic_scores,
     wall_times,
 )
-from benchmarks.schema import RESULTS, hardware_folder, run_info, write_table
-from benchmarks.tables import KERNELS
 from rkv_sglang.algorithm.scoring import rkv_scores
 from rkv_sglang.cache.compact import WORKING_BYTES, split_requests
 from rkv_sglang.cache.query_window import QueryWindow
@@ -281,7 +281,7 @@ def main() -> None:
         # The closed form against the quadratic one, on the keys of a real model and on random ones.
         size = ["--smoke"] if args.smoke else []
         for flags in (size, [*size, "--random", "--head-dim", "128"]):
-            subprocess.run([sys.executable, "-m", "benchmarks.bench_scoring", *flags, "--out", str(out)], check=True)
+            subprocess.run([sys.executable, "-m", "benchmarks.kernels.scoring", *flags, "--out", str(out)], check=True)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d, normalize
 from tqdm import tqdm
 
-from benchmarks.schema import read_table
-from benchmarks.tables import KERNELS
+from benchmarks.common.schema import read_table
+from benchmarks.common.tables import KERNELS
 from rkv_sglang.algorithm.reference import NORM_EPS
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import DueRequest, compact_requests

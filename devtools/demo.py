@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from devtools.chat import chat_ids
 from devtools.launch import Server, ServerError, exit_on_sigterm, has_gpu, launched_server
 
 LOG_DIR = Path(".cache/logs")
@@ -32,18 +33,6 @@ class Run:
     peak_kv_tokens: int
     tokens_per_s: float
     stats: dict[str, int]
-
-
-def prompt_ids(model: str, question: str) -> list[int]:
-    """Return the question as token ids, in the model's chat template when it has one."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    if tokenizer.chat_template is None:
-        return list(tokenizer(question)["input_ids"])
-    chat = [{"role": "user", "content": question}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def policy_stats(server: Server) -> dict[str, int]:
@@ -153,8 +142,10 @@ def main() -> int:
     exit_on_sigterm()
     if Path(options.model).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import AutoTokenizer
+
     question = options.prompt_file.read_text().strip()
-    input_ids = prompt_ids(options.model, question)
+    input_ids = chat_ids(AutoTokenizer.from_pretrained(options.model), question)
     print(f"Question ({len(input_ids)} tokens with the chat template):\n{question}\n", flush=True)
     policy_flags = ["--rkv-budget", str(options.rkv_budget), "--rkv-buffer", str(options.rkv_buffer)]
     runs: list[Run] = []

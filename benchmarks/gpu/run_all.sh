@@ -16,7 +16,7 @@ export PYTHONUNBUFFERED=1
   echo "run_all.sh needs a CUDA GPU and found none: on a CPU run make bench-smoke" >&2
   exit 2
 }
-OUT=${1:-$("$PYTHON" -c 'from benchmarks.schema import hardware_folder; print(hardware_folder())')}
+OUT=${1:-$("$PYTHON" -c 'from benchmarks.common.schema import hardware_folder; print(hardware_folder())')}
 mkdir -p "$OUT"
 LOG=$OUT/run_all.log
 : > "$LOG"
@@ -44,9 +44,9 @@ else
   part kernel-tests 900 "$PYTHON" -m pytest -q -m gpu tests
   part kernels 900 "$PYTHON" -m benchmarks.bench_kernels --out "$OUT"
   part serve-check 1800 "$PYTHON" -m benchmarks.gpu.serve_check --out "$OUT" --num-tokens 8192 --flags "$FLAGS"
-  part serving 14400 "$PYTHON" -m benchmarks.bench_serving --model "$MODEL" --out "$OUT"
-  part quality 7200 "$PYTHON" -m benchmarks.bench_quality --model "$MODEL" --budgets 512,1024,2048 --num-tokens 4096 --out "$OUT"
-  part accuracy 43200 "$PYTHON" -m benchmarks.bench_accuracy --model "$MODEL" --out "$OUT" ${ACCURACY_ARGS:-}
+  part serving 14400 "$PYTHON" -m benchmarks.serving --model "$MODEL" --out "$OUT"
+  part quality 7200 "$PYTHON" -m benchmarks.quality --model "$MODEL" --budgets 512,1024,2048 --num-tokens 4096 --out "$OUT"
+  part accuracy 43200 "$PYTHON" -m benchmarks.accuracy --model "$MODEL" --out "$OUT" ${ACCURACY_ARGS:-}
 fi
 printf '\n%s\n' "results in $OUT" "${summary[@]}" | tee -a "$LOG"
 exit $((failed > 0))

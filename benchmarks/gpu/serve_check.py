@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common.schema import Row, hardware_folder, read_table, run_info, write_table
+from benchmarks.common.statistics import compactions_before
+from benchmarks.common.tables import SERVE_CHECK
 from benchmarks.gpu.decode_log import Step, read_steps, steady
 from benchmarks.gpu.llama_shape import VOCAB_SIZE, write_model
-from benchmarks.quality_stats import compactions_before
-from benchmarks.schema import Row, hardware_folder, read_table, run_info, write_table
-from benchmarks.tables import SERVE_CHECK
 from devtools.launch import Server, ServerError, exit_on_sigterm, has_gpu, launched_server
 
 NONE = "none"

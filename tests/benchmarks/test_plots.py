@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.plots import PLOTS, draw_all
-from benchmarks.schema import RESULTS
-from benchmarks.tables import MEMORY, TABLES
+from benchmarks.common.registry import PLOTS
+from benchmarks.common.schema import RESULTS
+from benchmarks.common.tables import MEMORY, TABLES
+from benchmarks.plots import draw_all
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / RESULTS / "cpu"

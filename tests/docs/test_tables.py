@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import fnmatch
 import inspect
 import re
 from dataclasses import fields
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.common.registry import BENCHMARKS
 from rkv_sglang.integration import answer_info, metrics, refusals, request_settings
 from rkv_sglang.integration.args import GROUP_TITLE, RKVServerArgs
 from rkv_sglang.integration.hooks import HOOKS
@@ -199,6 +201,16 @@ def test_how_it_works_names_no_place_that_is_not_hooked() -> None:
             for name in spans(row[0]):
                 if name != "register_resolution_hook":
                     assert [target for target in targets if target.endswith(f".{name}")], name
+
+
+def test_the_table_of_benchmarks_has_each_with_its_files() -> None:
+    rows = {spans(row[1])[0].split()[2]: spans(row[3]) for row in table(page("benchmarks/README.md"), "question")}
+    for benchmark in BENCHMARKS:
+        assert benchmark.module in rows
+    patterns = [name for names in rows.values() for name in names]
+    for benchmark in BENCHMARKS:
+        for written in benchmark.tables:
+            assert any(fnmatch.fnmatch(written.name, pattern) for pattern in patterns), written.name
 
 
 def test_the_versions_named_are_those_supported() -> None:
