@@ -32,9 +32,9 @@ from benchmarks.serving_servers import (
 )
 from benchmarks.serving_trace import LOCKSTEP, Conversation, TraceSpec, make_trace
 from benchmarks.tables import SERVING
-from rkv_sglang.cache.memory_plan import ModelShape
 from rkv_sglang.config import NO_POLICY
-from rkv_sglang.integration.plan_command import model_shape
+from rkv_sglang.plan_command import model_shape
+from rkv_sglang.sizes.memory_plan import ModelShape
 
 WARM_UP_SEED = -1
 LOG_DIR = Path(".cache/logs/serving")

@@ -16,10 +16,10 @@ from typing import Any
 import psutil
 
 from benchmarks.launch import Server, ServerError, has_gpu
-from rkv_sglang.cache.memory_plan import ModelShape
-from rkv_sglang.cache.query_window import num_query_rows
 from rkv_sglang.config import NO_POLICY, PolicyConfig
 from rkv_sglang.policies import is_stateful, make_policy
+from rkv_sglang.sizes.memory_plan import ModelShape
+from rkv_sglang.sizes.query_rows import num_query_rows
 
 # SGLang as published: no plugin is loaded, because none has this name.
 STOCK, FP8 = "stock", "fp8"

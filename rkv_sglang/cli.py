@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rkv_sglang import __version__
-from rkv_sglang.integration.plan_command import add_plan_flags, print_plan
+from rkv_sglang.plan_command import add_plan_flags, print_plan
 from rkv_sglang.view.command import add_view_flags, run_view
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 PACKAGE = "rkv_sglang"
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = ("config", "algorithm", "policies", "kernels", "cache", "view", "integration", "cli")
+LAYERS = ("config", "sizes", "algorithm", "policies", "kernels", "cache", "view", "plan_command", "integration", "cli")
 # The package itself re-exports settings only, so it may be imported from everywhere but from them.
 RANKS = {layer: 2 * rank for rank, layer in enumerate(LAYERS)} | {"": 1}
 SGLANG_LAYER = "integration"
@@ -131,10 +131,30 @@ def test_modules_are_small():
     assert {module: size for module, size in sizes.items() if size > MOST_LINES} == {}
 
 
-def test_importing_the_package_imports_no_engine_and_no_gpu_code():
-    code = "import sys, rkv_sglang; print(sorted({'sglang', 'torch', 'triton'} & sys.modules.keys()))"
+def heavy_imports(statement: str) -> tuple[str, int]:
+    """Run a statement in a process of its own; return the engine and GPU code it imported, and its exit status."""
+    code = f"""
+import atexit, sys
+atexit.register(lambda: print(sorted({{'sglang', 'torch', 'triton'}} & sys.modules.keys())))
+{statement}"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+    return done.stdout.splitlines()[-1] if done.stdout else done.stderr, done.returncode
+
+
+def test_importing_the_package_imports_no_engine_and_no_gpu_code():
+    assert heavy_imports("import rkv_sglang") == ("[]", 0)
+
+
+def test_the_arithmetic_of_sizes_imports_no_engine_and_no_gpu_code():
+    modules = [module for module in package_sources() if layer_of(module) in ("config", "sizes", "plan_command")]
+    assert len(modules) > 6
+    names = ", ".join(module.removesuffix(".__init__") for module in modules)
+    assert heavy_imports(f"import {names}") == ("[]", 0)
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["doctor", "--help"], ["view", "--help"], ["--version"]])
+def test_the_command_shows_its_help_without_engine_and_gpu_code(argv: list[str]):
+    assert heavy_imports(f"from rkv_sglang.cli import main; main({argv})") == ("[]", 0)
 
 
 IMPORT_STYLES = (

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from rkv_sglang.cache.buffers import KVBuffers
-from rkv_sglang.cache.plan import CompactionPlan
 from rkv_sglang.kernels.dispatch import compact_paged, runs_triton, working_bytes_per_token
 from rkv_sglang.kernels.paged_batch import PagedBatch
 from rkv_sglang.kernels.scorers import History
 from rkv_sglang.policies import Policy
+from rkv_sglang.sizes.compaction_plan import CompactionPlan
 
 # Requests are taken together up to this much working memory. Long before it is full, a GPU is busy enough.
 WORKING_BYTES = 256 * 2**20

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-from rkv_sglang.cache.lengths import can_ever_compact
-from rkv_sglang.cache.reservation import most_growth
 from rkv_sglang.integration.hook import Hook
 from rkv_sglang.integration.prefill_adder import adder_class
 from rkv_sglang.integration.process import get_runtime
 from rkv_sglang.integration.restore import can_be_admitted, host_copy_of
+from rkv_sglang.sizes.lengths import can_ever_compact
+from rkv_sglang.sizes.reservation import most_growth
 
 
 def use_exact_adder(result: Any, scheduler: Any) -> Any:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from rkv_sglang.cache.lengths import RequestState
 from rkv_sglang.config import NO_POLICY
 from rkv_sglang.integration.hook import Hook
 from rkv_sglang.integration.process import get_runtime
 from rkv_sglang.integration.request_state import known_state_of
 from rkv_sglang.integration.scheduler_hooks import POLICY_KEY
+from rkv_sglang.sizes.lengths import RequestState
 
 COMPACTIONS_KEY = "kv_compactions"
 RESIDENT_KEY, EVICTED_KEY = "kv_resident_tokens", "kv_evicted_tokens"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from rkv_sglang.cache.memory_plan import requests_at_once
 from rkv_sglang.config import PolicyConfig
+from rkv_sglang.sizes.memory_plan import requests_at_once
 
 logger = logging.getLogger(__name__)
 

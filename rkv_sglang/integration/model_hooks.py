@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from rkv_sglang.cache.memory_plan import ModelShape
 from rkv_sglang.integration.hook import Hook
 from rkv_sglang.integration.process import get_runtime
 from rkv_sglang.integration.restore import add_evicted_tokens
 from rkv_sglang.policies import is_stateful
+from rkv_sglang.sizes.memory_plan import ModelShape
 
 
 def leave_room_for_side_buffers(profile: Callable[..., int], configurator: Any, pre_model_load_memory: int) -> int:

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from rkv_sglang.cache.plan import ceil_to_page
-from rkv_sglang.cache.reservation import decode_growth, most_growth
 from rkv_sglang.integration.process import get_runtime
 from rkv_sglang.integration.restore import growth_after_prefill, host_copy_of, len_after_prefill
+from rkv_sglang.sizes.pages import ceil_to_page
+from rkv_sglang.sizes.reservation import decode_growth, most_growth
 
 
 def growth_of_waiting(req: Any) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rkv_sglang.cache.lengths import RequestState
+from rkv_sglang.sizes.lengths import RequestState
 
 # SGLang's Req is a plain class.
 STATE_ATTRIBUTE = "rkv_state"

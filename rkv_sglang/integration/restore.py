@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from rkv_sglang.cache.host_copy import HostCopy, load_slots, save_slots
-from rkv_sglang.cache.reservation import most_growth, tokens_to_reserve
 from rkv_sglang.integration.hook import Hook
 from rkv_sglang.integration.process import get_runtime
 from rkv_sglang.integration.request_state import known_state_of
 from rkv_sglang.integration.runtime import Runtime
+from rkv_sglang.sizes.reservation import most_growth, tokens_to_reserve
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,7 @@ import torch
 
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import Compacted, DueRequest, compact_requests
-from rkv_sglang.cache.lengths import NEVER, RequestState, can_ever_compact, decodes_again, steps_until_due
-from rkv_sglang.cache.plan import CompactionPlan, plan_compaction
-from rkv_sglang.cache.query_window import QueryWindow, num_query_rows
+from rkv_sglang.cache.query_window import QueryWindow
 from rkv_sglang.cache.trace import pack_compaction
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.memory_report import report_memory
@@ -21,6 +19,9 @@ from rkv_sglang.integration.request_state import STATE_ATTRIBUTE, known_state_of
 from rkv_sglang.integration.stats import PolicyStats
 from rkv_sglang.kernels.warmup import warm_up
 from rkv_sglang.policies import make_policy
+from rkv_sglang.sizes.compaction_plan import CompactionPlan, plan_compaction
+from rkv_sglang.sizes.lengths import NEVER, RequestState, can_ever_compact, decodes_again, steps_until_due
+from rkv_sglang.sizes.query_rows import num_query_rows
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from rkv_sglang.cache.lengths import RequestState
-from rkv_sglang.cache.plan import CompactionPlan
+from rkv_sglang.sizes.compaction_plan import CompactionPlan
+from rkv_sglang.sizes.lengths import RequestState
 
 
 @dataclass

@@ -13,8 +13,8 @@ from benchmarks.serving_servers import (
     pool_flags,
     query_window_bytes,
 )
-from rkv_sglang.cache.memory_plan import ModelShape
 from rkv_sglang.config import PolicyConfig
+from rkv_sglang.sizes.memory_plan import ModelShape
 
 SHAPE = ModelShape(
     num_layers=3, num_qo_heads=4, num_kv_heads=2, head_dim=32, v_head_dim=32, kv_itemsize=4, query_itemsize=4

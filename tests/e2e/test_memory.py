@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from rkv_sglang.cache.memory_plan import requests_at_once
 from rkv_sglang.config import PolicyConfig
+from rkv_sglang.sizes.memory_plan import requests_at_once
 from tests.e2e.workload import (
     Setting,
     assert_same_tokens,

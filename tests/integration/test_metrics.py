@@ -9,10 +9,10 @@ import prometheus_client
 import pytest
 from sglang.srt.observability import metrics_collector
 
-from rkv_sglang.cache.lengths import RequestState
-from rkv_sglang.cache.plan import plan_compaction
 from rkv_sglang.integration.metrics import COUNTERS, GAUGES, PREFIX, SECONDS, PolicyMetrics
 from rkv_sglang.integration.stats import PolicyStats
+from rkv_sglang.sizes.compaction_plan import plan_compaction
+from rkv_sglang.sizes.lengths import RequestState
 
 DASHBOARD = Path(__file__).parents[2] / "benchmarks" / "grafana" / "rkv_sglang.json"
 

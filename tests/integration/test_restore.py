@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rkv_sglang.cache.host_copy import HostCopy
-from rkv_sglang.cache.lengths import RequestState
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration import prefill_adder, restore
+from rkv_sglang.sizes.lengths import RequestState
 
 PROMPT_LEN, RESIDENT_LEN = 20, 50
 

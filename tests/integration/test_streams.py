@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from rkv_sglang.cache.lengths import RequestState
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration import answer_info, runtime
 from rkv_sglang.integration.request_state import STATE_ATTRIBUTE
 from rkv_sglang.integration.runtime import TRACE_ATTRIBUTE, Runtime
+from rkv_sglang.sizes.lengths import RequestState
 
 
 class Streams:

@@ -11,7 +11,6 @@ from rkv_sglang.algorithm.scoring import rkv_scores
 from rkv_sglang.algorithm.selection import select_kept
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import DueRequest, compact_requests
-from rkv_sglang.cache.plan import plan_compaction
 from rkv_sglang.cache.query_window import QueryWindow
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.kernels import capture, move, score_blocks, score_totals, select
@@ -24,6 +23,7 @@ from rkv_sglang.kernels.score import rkv_scores_paged
 from rkv_sglang.kernels.select import select_kept_paged
 from rkv_sglang.kernels.warmup import warm_up
 from rkv_sglang.policies import POLICIES, RKV, Policy, make_policy
+from rkv_sglang.sizes.compaction_plan import plan_compaction
 from tests.kernels.test_api import GPU_ATTENTIONS, check_attention
 
 pytestmark = pytest.mark.gpu

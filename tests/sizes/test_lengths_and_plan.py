@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rkv_sglang.cache.lengths import NEVER, RequestState, can_ever_compact, decodes_again, steps_until_due
-from rkv_sglang.cache.plan import plan_compaction
 from rkv_sglang.config import PolicyConfig
+from rkv_sglang.sizes.compaction_plan import plan_compaction
+from rkv_sglang.sizes.lengths import NEVER, RequestState, can_ever_compact, decodes_again, steps_until_due
 
 configs = st.builds(
     lambda window, above, buffer: PolicyConfig(window=window, budget=window + above, buffer=buffer),

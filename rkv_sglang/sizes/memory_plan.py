@@ -1,10 +1,10 @@
-"""How many requests fit into a KV pool, with and without a policy. Plain arithmetic on a model's shape."""
+"""Requests that fit into a KV pool, with and without a policy: arithmetic on a model's shape."""
 
 from dataclasses import dataclass
 
-from rkv_sglang.cache.plan import ceil_to_page
-from rkv_sglang.cache.query_window import query_bytes_per_slot
 from rkv_sglang.config import PolicyConfig
+from rkv_sglang.sizes.pages import ceil_to_page
+from rkv_sglang.sizes.query_rows import query_bytes_per_slot
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,11 @@
-"""How many tokens a request may still need, in integers: what admission reserves. No tensors, no device.
+"""Tokens that a request may still need: what admission reserves.
 
 A request under a policy never holds more than its prompt and ``capacity`` generated tokens, except after a retraction:
 then its whole history is prefilled again and stays until ``window`` decode queries were seen.
 """
 
-from rkv_sglang.cache.lengths import steps_until_due
 from rkv_sglang.config import PolicyConfig
+from rkv_sglang.sizes.lengths import steps_until_due
 
 
 def decode_growth(

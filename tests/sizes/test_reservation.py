@@ -3,9 +3,9 @@
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rkv_sglang.cache.plan import ceil_to_page
-from rkv_sglang.cache.reservation import decode_growth, most_growth, tokens_to_reserve
 from rkv_sglang.config import PolicyConfig
+from rkv_sglang.sizes.pages import ceil_to_page
+from rkv_sglang.sizes.reservation import decode_growth, most_growth, tokens_to_reserve
 
 CONFIGS = st.builds(
     lambda window, more, buffer: PolicyConfig(window=window, budget=window + more, buffer=buffer),

@@ -1,8 +1,8 @@
-"""What one compaction does to a request's slots, as integers. No tensors, no device."""
+"""Integer plan of what one compaction does to a request's slots."""
 
 from dataclasses import dataclass
 
-from rkv_sglang.kernels.paged_batch import pages_needed
+from rkv_sglang.sizes.pages import ceil_to_page
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,6 @@ class CompactionPlan:
     def evicted_tokens(self) -> int:
         """Tokens that lose their KV, in every layer and head (which ones differs by layer and head)."""
         return self.resident_len - self.kept_len
-
-
-def ceil_to_page(num_tokens: int, page_size: int) -> int:
-    """Return the tokens that the pages of ``num_tokens`` tokens hold."""
-    return pages_needed(num_tokens, page_size) * page_size
 
 
 def plan_compaction(*, prompt_len: int, resident_len: int, budget: int, page_size: int) -> CompactionPlan:

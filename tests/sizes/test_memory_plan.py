@@ -3,9 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rkv_sglang.cache.memory_plan import ModelShape, pool_tokens, requests_at_once
-from rkv_sglang.cache.plan import ceil_to_page
 from rkv_sglang.config import PolicyConfig
+from rkv_sglang.sizes.memory_plan import ModelShape, pool_tokens, requests_at_once
+from rkv_sglang.sizes.pages import ceil_to_page
 
 LLAMA_8B = ModelShape(
     num_layers=32, num_qo_heads=32, num_kv_heads=8, head_dim=128, v_head_dim=128, kv_itemsize=2, query_itemsize=2

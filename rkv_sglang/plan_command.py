@@ -6,8 +6,8 @@ import argparse
 import sys
 from typing import Any, TextIO
 
-from rkv_sglang.cache.memory_plan import ModelShape, pool_tokens, requests_at_once
 from rkv_sglang.config import PolicyConfig
+from rkv_sglang.sizes.memory_plan import ModelShape, pool_tokens, requests_at_once
 
 GIB = 2**30
 
