@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from rkv_sglang.integration.hook import Hook
+from rkv_sglang.integration.hooking.hook import Hook
 
 FOLDER = Path(__file__).resolve().parent
 REGISTER = FOLDER / "README.md"
@@ -16,7 +16,7 @@ REGISTER = FOLDER / "README.md"
 _HEAD = """\
 # Where rkv_sglang meets SGLang
 
-Made by `python patches/generate.py` from `rkv_sglang/integration/hooks.py`; do not edit it by hand.
+Made by `python patches/generate.py` from `rkv_sglang/integration/hooks/`; do not edit it by hand.
 
 Nothing in the installed SGLang is changed. SGLang's plugin loader applies the hooks below as its processes start, each
 only after its target has been found with the signature it was written against; `rkv-sglang doctor` looks them all up.
@@ -64,7 +64,7 @@ def subject(patch: Path) -> str:
 
 def current() -> str:
     """Return what the register should be."""
-    from rkv_sglang.integration.hooks import HOOKS
+    from rkv_sglang.integration.hooks.table import HOOKS
 
     return render(HOOKS, sorted(FOLDER.glob("*/*.patch")))
 

@@ -16,6 +16,8 @@ LAYERS = ("config", "sizes", "algorithm", "policies", "kernels", "cache", "view"
 # The package itself re-exports settings only, so it may be imported from everywhere but from them.
 RANKS = {layer: 2 * rank for rank, layer in enumerate(LAYERS)} | {"": 1}
 SGLANG_LAYER = "integration"
+# Inside the integration: each of these imports only itself and what comes before it.
+ROOMS = ("hooking", "startup", "runtime", "hooks", "doctor", "plugin")
 MOST_LINES = 300
 IMPORT_FUNCTIONS = {"import_module", "__import__", "find_spec", "resolve_name"}
 
@@ -76,6 +78,32 @@ def layer_violations(sources: dict[str, str]) -> list[str]:
     return wrong
 
 
+def room_violations(sources: dict[str, str]) -> list[str]:
+    """Return one line for every import between the rooms of the integration that points up."""
+    wrong = []
+    for module, source in sources.items():
+        room, *_ = [*module.split(".")[2:], ""]
+        if layer_of(module) != SGLANG_LAYER or room == "__init__":
+            continue
+        if room not in ROOMS:
+            wrong.append(f"{module}: the room {room!r} is not in {ROOMS}")
+            continue
+        for line, target in imported_modules(module, source):
+            other = target.split(".")[2] if target.startswith(f"{PACKAGE}.{SGLANG_LAYER}.") else ""
+            if other in ROOMS and ROOMS.index(other) > ROOMS.index(room):
+                wrong.append(f"{module}:{line}: {room} imports up from {other}")
+    return wrong
+
+
+def modules_that_make_hooks(sources: dict[str, str]) -> set[str]:
+    """Return the modules that call ``Hook``."""
+    calls = {
+        module: [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+        for module, source in sources.items()
+    }
+    return {module for module, nodes in calls.items() if any(getattr(n.func, "id", "") == "Hook" for n in nodes)}
+
+
 def top_level_names(source: str) -> tuple[set[str], set[str], set[str]]:
     """Return the names a module defines, those it imports (both at its top level), and what its ``__all__`` lists."""
     defined: set[str] = set()
@@ -114,6 +142,18 @@ def unlisted_names(sources: dict[str, str]) -> list[str]:
 
 def test_imports_point_down_and_only_the_integration_imports_sglang():
     assert layer_violations(package_sources()) == []
+
+
+def test_the_rooms_of_the_integration_are_entered_in_order():
+    assert room_violations(package_sources()) == []
+    up = {f"{PACKAGE}.integration.runtime.part": f"def later():\n    import {PACKAGE}.integration.hooks.table"}
+    assert room_violations(up) == [f"{PACKAGE}.integration.runtime.part:2: runtime imports up from hooks"]
+    assert "not in" in room_violations({f"{PACKAGE}.integration.attic.part": ""})[0]
+
+
+def test_every_hook_is_made_in_the_room_of_hooks():
+    makers = modules_that_make_hooks(package_sources())
+    assert makers and all(module.startswith(f"{PACKAGE}.integration.hooks.") for module in makers)
 
 
 def test_all_holds_exactly_the_public_names():

@@ -6,13 +6,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from rkv_sglang.integration.answer_info import META_INFO_HOOKS
-from rkv_sglang.integration.args import ARGS_HOOKS, NO_POLICY, policy_name
-from rkv_sglang.integration.errors import stop
-from rkv_sglang.integration.hooks import HOOKS
-from rkv_sglang.integration.process_hooks import LAUNCHER_HOOKS, PROCESS_HOOKS
-from rkv_sglang.integration.refusals import LAST_STEP, register_refusal
-from rkv_sglang.integration.verify import install, register_hooks, require_targets
+from rkv_sglang.config import NO_POLICY
+from rkv_sglang.integration.hooking.install import install, register_hooks, require_targets
+from rkv_sglang.integration.hooks.answers import META_INFO_HOOKS
+from rkv_sglang.integration.hooks.flags import ARGS_HOOKS
+from rkv_sglang.integration.hooks.processes import LAUNCHER_HOOKS, PROCESS_HOOKS
+from rkv_sglang.integration.hooks.table import HOOKS
+from rkv_sglang.integration.startup.errors import stop
+from rkv_sglang.integration.startup.refusals import LAST_STEP, register_refusal
+from rkv_sglang.integration.startup.server_args import policy_name
 
 
 def register() -> None:

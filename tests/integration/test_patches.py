@@ -104,7 +104,7 @@ def test_the_register_is_current(generate: ModuleType) -> None:
 
 
 def test_the_register_names_every_hook_and_patch(generate: ModuleType) -> None:
-    from rkv_sglang.integration.hooks import HOOKS
+    from rkv_sglang.integration.hooks.table import HOOKS
 
     text = (PATCHES / "README.md").read_text()
     for hook in HOOKS:
@@ -114,7 +114,7 @@ def test_the_register_names_every_hook_and_patch(generate: ModuleType) -> None:
 
 
 def test_a_register_that_lacks_a_hook_is_out_of_date(generate: ModuleType, tmp_path: Path) -> None:
-    from rkv_sglang.integration.hooks import HOOKS
+    from rkv_sglang.integration.hooks.table import HOOKS
 
     stale = tmp_path / "README.md"
     stale.write_text(generate.render(HOOKS[1:], SERIES))

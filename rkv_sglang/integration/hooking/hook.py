@@ -1,0 +1,28 @@
+"""What a hook is: one row of the tables in ``hooks/``."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+HookKind = Literal["BEFORE", "AFTER", "AROUND", "REPLACE"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hook:
+    """One place where the plugin meets SGLang.
+
+    Attributes:
+        target: Dotted path of the function, method or class in SGLang.
+        kind: How SGLang's ``HookRegistry`` applies ``function``.
+        function: The hook itself; a class for ``REPLACE`` of a class.
+        signature: ``str(inspect.signature(target))`` without annotations, as this release was written against.
+        why: What would be wrong without it.
+        upstream: The change in SGLang that would make it unnecessary.
+    """
+
+    target: str
+    kind: HookKind
+    function: Callable[..., Any]
+    signature: str
+    why: str
+    upstream: str
