@@ -84,7 +84,7 @@ def compact_requests(
             torch.cat([request.slots for request in together]),
             kv_lens=[plan.resident_len for plan in plans],
             prompt_lens=[plan.prompt_len for plan in plans],
-            budgets=[plan.kept_len - plan.prompt_len for plan in plans],
+            budgets=[plan.budget for plan in plans],
             window=window,
         )
         history = [History(request.logical_len, request.kept_scores) for request in together]

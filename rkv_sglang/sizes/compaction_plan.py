@@ -24,6 +24,16 @@ class CompactionPlan:
     freed_end: int
 
     @property
+    def budget(self) -> int:
+        """Generated tokens that stay."""
+        return self.kept_len - self.prompt_len
+
+    @property
+    def generated_len(self) -> int:
+        """Generated tokens held before."""
+        return self.resident_len - self.prompt_len
+
+    @property
     def evicted_tokens(self) -> int:
         """Tokens that lose their KV, in every layer and head (which ones differs by layer and head)."""
         return self.resident_len - self.kept_len

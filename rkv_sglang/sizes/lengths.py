@@ -1,4 +1,4 @@
-"""Resident and logical lengths of a request, and when it is due. The one owner of that distinction.
+"""Resident and logical lengths of a request, and when it is due: the one owner of that distinction.
 
 *Resident* is what attention reads: slots held. *Logical* is every token ever seen: what RoPE and sampling count by.
 They differ by the tokens evicted since the last prefill.
@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from rkv_sglang.config import PolicyConfig
+from rkv_sglang.sizes.compaction_plan import CompactionPlan
 
 NEVER = math.inf
 
 
 @dataclass(slots=True)
 class RequestState:
-    """What the policy remembers of one request.
+    """Memory that the policy keeps of one request. Nothing else changes its logical length.
 
     Attributes:
         prompt_len: Tokens of the prompt; never compacted.
@@ -44,6 +45,12 @@ class RequestState:
     def logical_len(self, resident_len: int) -> int:
         """Return the length that RoPE positions count by."""
         return resident_len + self.evicted_tokens
+
+    def record(self, plan: CompactionPlan) -> None:
+        """Count one compaction: its evicted tokens stay part of the logical length, on which RoPE depends."""
+        self.compactions += 1
+        self.evicted_tokens += plan.evicted_tokens
+        self.evicted_in_all += plan.evicted_tokens
 
     def forget_cache(self) -> None:
         """Return to the state before any prefill, as after a retraction: nothing is resident, so nothing is evicted."""

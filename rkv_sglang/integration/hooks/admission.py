@@ -26,12 +26,12 @@ def set_limits(limit: Callable[..., None], scheduler: Any, req: Any) -> None:
     params = req.sampling_params
     asked, min_new_tokens = params.max_new_tokens, params.min_new_tokens
     try:
-        get_runtime().read_settings(req)
+        get_runtime().read_request(req)
     except ValueError as error:
         # The client gets it as status 400.
         req.set_finish_with_abort(str(error))
     limit(scheduler, req)
-    config = get_runtime().settings_of(req)
+    config = get_runtime().config_of(req)
     if config is None or req.to_finish is not None or req.finished():
         return
     input_len = len(req.origin_input_ids)

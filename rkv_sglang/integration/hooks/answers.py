@@ -9,7 +9,7 @@ from rkv_sglang.config import NO_POLICY
 from rkv_sglang.integration.hooking.hook import Hook
 from rkv_sglang.integration.hooks.scheduler import POLICY_KEY
 from rkv_sglang.integration.runtime.current import get_runtime
-from rkv_sglang.integration.runtime.requests import known_state_of
+from rkv_sglang.integration.runtime.requests import known_state_of, trace_of
 from rkv_sglang.sizes.lengths import RequestState
 
 COMPACTIONS_KEY = "kv_compactions"
@@ -27,7 +27,7 @@ def answer_info(req: Any) -> dict[str, Any]:
     ``kv_trace`` is there if the request asked for it; with tensor parallelism it knows the first rank's heads.
     """
     runtime = get_runtime()
-    config = runtime.settings_of(req)
+    config = runtime.config_of(req)
     # SGLang may refuse a request before it knows how many tokens that one may generate.
     state = known_state_of(req) or RequestState(len(req.origin_input_ids), max_new_tokens=0)
     seen = len(req.origin_input_ids) + max(len(req.output_ids) - 1, 0)
@@ -37,10 +37,9 @@ def answer_info(req: Any) -> dict[str, Any]:
         RESIDENT_KEY: seen - state.evicted_tokens,
         EVICTED_KEY: state.evicted_in_all,
     }
-    trace = runtime.trace_of(req)
+    trace = trace_of(req)
     if trace is not None:
-        assert runtime.buffers is not None
-        keys = runtime.buffers.keys
+        keys = runtime.parts.buffers.keys
         info[TRACE_KEY] = {"num_layers": keys.num_layers, "num_kv_heads": keys.num_kv_heads, "compactions": trace}
     return info
 

@@ -6,33 +6,33 @@ from typing import Any
 
 from rkv_sglang.integration.hooking.hook import Hook
 from rkv_sglang.integration.runtime.current import get_runtime
+from rkv_sglang.integration.runtime.requests import state_of
 from rkv_sglang.integration.runtime.runtime import Runtime
 
 
 def running_tokens(runtime: Runtime) -> tuple[int, int]:
     """Return the tokens that the running requests hold, and those they would hold without a policy."""
-    assert runtime.scheduler is not None
     resident = evicted = 0
-    for req in runtime.scheduler.running_batch.reqs:
+    for req in runtime.parts.scheduler.running_batch.reqs:
         if req.kv.holds_kv and not req.finished():
             resident += req.kv.kv_allocated_len
-            evicted += runtime.state_of(req).evicted_tokens
+            evicted += state_of(req).evicted_tokens
     return resident, resident + evicted
 
 
 def report_running(_: None, collector: Any, stats: Any) -> None:
     """Set the gauges whenever SGLang sets its own."""
     runtime = get_runtime()
-    if runtime.metrics is not None:
+    if runtime.is_bound and (metrics := runtime.parts.metrics) is not None:
         resident, logical = running_tokens(runtime)
-        runtime.metrics.set(resident_tokens=resident, logical_tokens=logical)
-        runtime.metrics.count(runtime.stats)
+        metrics.set(resident_tokens=resident, logical_tokens=logical)
+        metrics.count(runtime.stats)
 
 
 def add_to_decode_log(parts: list[str], pool_stats: Any) -> list[str]:
     """Say in SGLang's decode log line how many tokens the running requests hold, and of how many."""
     runtime = get_runtime()
-    if runtime.scheduler is None:
+    if not runtime.is_bound:
         return parts
     resident, logical = running_tokens(runtime)
     return [*parts, f"#resident/logical: {resident}/{logical}"]

@@ -39,10 +39,10 @@ def bind_model_runner(_: None, model_runner: Any, *args: Any, **kwargs: Any) -> 
     get_runtime().bind_model_runner(model_runner)
 
 
-def capture_queries(layer: Any, q: Any, k: Any, v: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
+def record_queries(layer: Any, q: Any, k: Any, v: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
     """Store the queries of a decode step; they are after q/k-norm and RoPE here."""
     if forward_batch.forward_mode.is_decode():
-        get_runtime().capture_queries(layer.layer_id, q, forward_batch)
+        get_runtime().record_queries(layer.layer_id, q, forward_batch)
 
 
 def use_logical_positions(result: Any, _: type, batch: Any, *args: Any, **kwargs: Any) -> None:
@@ -76,7 +76,7 @@ MODEL_HOOKS: tuple[Hook, ...] = (
     Hook(
         target="sglang.srt.layers.radix_attention.RadixAttention.forward",
         kind="BEFORE",
-        function=capture_queries,
+        function=record_queries,
         signature="(self, q, k, v, forward_batch, save_kv_cache=True, key_value_num_tokens=None, **kwargs)",
         why="The score needs the queries of the last tokens, and no later place sees them for every attention backend.",
         upstream="A call `forward_batch.kv_policy.observe(layer, q)` in RadixAttention.forward.",

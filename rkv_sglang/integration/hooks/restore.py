@@ -61,9 +61,9 @@ def drop_after_flush(is_flushed: bool, scheduler: Any, *args: Any, **kwargs: Any
 
 def drop_before_weights(manager: Any, source: str) -> None:
     """Drop KV of the old weights."""
-    scheduler = get_runtime().scheduler
-    if scheduler is not None:
-        drop_host_copies(scheduler, "the weights changed before its compressed KV was put back")
+    runtime = get_runtime()
+    if runtime.is_bound:
+        drop_host_copies(runtime.parts.scheduler, "the weights changed before its compressed KV was put back")
 
 
 RESTORE_HOOKS: tuple[Hook, ...] = (

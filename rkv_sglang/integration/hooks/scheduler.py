@@ -31,9 +31,9 @@ def match_prompt_only(compute: Callable[..., int], req: Any, input_len: int) -> 
     return max_prefix_len
 
 
-def forget_cache(_: None, req: Any) -> None:
+def after_retract(_: None, req: Any) -> None:
     """Reset the policy's view of a retracted request."""
-    get_runtime().on_retract(req)
+    get_runtime().after_retract(req)
     use_resident_ids(req)
 
 
@@ -78,7 +78,7 @@ SCHEDULER_HOOKS: tuple[Hook, ...] = (
     Hook(
         target="sglang.srt.managers.schedule_batch.Req.reset_for_retract",
         kind="AFTER",
-        function=forget_cache,
+        function=after_retract,
         signature="(self)",
         why="Lengths restart with the new prefill, and recomputed KV of generated tokens must stay out of the tree.",
         upstream="A `kv_policy.on_retract(req)` call in reset_for_retract.",

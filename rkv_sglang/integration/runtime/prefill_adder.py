@@ -16,7 +16,7 @@ from rkv_sglang.sizes.reservation import decode_growth, most_growth
 
 def growth_of_waiting(req: Any) -> int | None:
     """Return by how much a waiting request can grow after its prefill; None if it asks for no policy."""
-    if get_runtime().settings_of(req) is None:
+    if get_runtime().config_of(req) is None:
         return None
     held = len_after_prefill(req)
     return max(growth_after_prefill(req, held), _least_growth(req, held))
@@ -93,11 +93,10 @@ def _least_growth(req: Any, resident_len: int) -> int:
     the pool has: there is always one row.
     """
     runtime = get_runtime()
-    config = runtime.settings_of(req)
+    config = runtime.config_of(req)
     if config is None or config.capacity >= runtime.config.capacity or not runtime.may_compact(req):
         return 0
-    scheduler = runtime.scheduler
-    assert scheduler is not None
+    scheduler = runtime.parts.scheduler
     most = most_growth(resident_len, scheduler.max_total_num_tokens)
     return max(min(runtime.config.capacity + len(req.origin_input_ids) - resident_len, most), 0)
 
@@ -151,7 +150,7 @@ def adder_class(base: Any) -> Any:
         _counted_for_preemption: set[int] | None = None
 
         def _get_running_request_total_token_offset(self, req: Any) -> float:
-            config = get_runtime().settings_of(req)
+            config = get_runtime().config_of(req)
             if config is None:
                 return float(super()._get_running_request_total_token_offset(req))
             held = req.kv.kv_allocated_len

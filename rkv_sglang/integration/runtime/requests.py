@@ -14,7 +14,7 @@ TRACE_FIELD = "kv_trace"
 
 # A request carries these under these names; SGLang's Req is a plain class.
 STATE_ATTRIBUTE = "rkv_state"
-SETTINGS_ATTRIBUTE = "rkv_settings"
+CONFIG_ATTRIBUTE = "rkv_config"
 TRACE_ATTRIBUTE = "rkv_trace"
 
 
@@ -24,7 +24,21 @@ def known_state_of(req: Any) -> RequestState | None:
     return state
 
 
-def settings_for(custom_params: Any, server: PolicyConfig, pool_size: int) -> PolicyConfig | None:
+def state_of(req: Any) -> RequestState:
+    """Return the request's state, made at the first look, which is after SGLang has set its length limit."""
+    state = known_state_of(req)
+    if state is None:
+        state = RequestState(len(req.origin_input_ids), int(req.sampling_params.max_new_tokens))
+        setattr(req, STATE_ATTRIBUTE, state)
+    return state
+
+
+def trace_of(req: Any) -> list[dict[str, Any]] | None:
+    """Return the compactions of a request that asked for a trace, as ``pack_compaction`` makes them; else None."""
+    return getattr(req, TRACE_ATTRIBUTE, None)
+
+
+def config_for(custom_params: Any, server: PolicyConfig, pool_size: int) -> PolicyConfig | None:
     """Return the settings of a request; None if it asks for no policy.
 
     Args:

@@ -14,7 +14,7 @@ import torch
 
 from rkv_sglang.cache.host_copy import HostCopy, load_slots, save_slots
 from rkv_sglang.integration.runtime.current import get_runtime
-from rkv_sglang.integration.runtime.requests import known_state_of
+from rkv_sglang.integration.runtime.requests import known_state_of, state_of
 from rkv_sglang.integration.runtime.runtime import Runtime
 from rkv_sglang.sizes.reservation import most_growth, tokens_to_reserve
 
@@ -39,7 +39,7 @@ def len_after_prefill(req: Any) -> int:
 
 def growth_after_prefill(req: Any, resident_len: int) -> int:
     """Return by how many tokens a request with a policy can grow after a prefill that leaves it ``resident_len``."""
-    config = get_runtime().settings_of(req)
+    config = get_runtime().config_of(req)
     assert config is not None, "only requests with a policy have a bound"
     return tokens_to_reserve(
         config,
@@ -51,8 +51,7 @@ def growth_after_prefill(req: Any, resident_len: int) -> int:
 
 def can_be_admitted(req: Any, resident_len: int) -> bool:
     """Return whether a request that holds so many tokens after its prefill ever fits the pool."""
-    scheduler = get_runtime().scheduler
-    assert scheduler is not None
+    scheduler = get_runtime().parts.scheduler
     return growth_after_prefill(req, resident_len) <= most_growth(resident_len, scheduler.max_total_num_tokens)
 
 
@@ -79,15 +78,13 @@ def save_if_too_long(req: Any) -> None:
     if can_be_admitted(req, num_seen) or not can_be_admitted(req, saved_len + 1):
         return
     state.host_copy = _save(runtime, req, saved_len)
-    assert runtime.window is not None
     # Else a request that ends while it waits would be kept, with its copy, until its row is needed.
-    if runtime.window.has_row(req.kv.req_pool_idx, req):
-        runtime.window.release(req.kv.req_pool_idx)
+    if runtime.parts.query_window.has_row(req.kv.req_pool_idx, req):
+        runtime.parts.query_window.release(req.kv.req_pool_idx)
 
 
 def _save(runtime: Runtime, req: Any, saved_len: int) -> HostCopy | None:
-    scheduler = runtime.scheduler
-    assert scheduler is not None
+    scheduler = runtime.parts.scheduler
     slots = scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, :saved_len].to(torch.int64)
     pool: Any = scheduler.token_to_kv_pool_allocator.get_kvcache()
     with runtime.on_forward_stream() as stream:
@@ -141,8 +138,7 @@ def _restore(runtime: Runtime, batch: Any, req: Any) -> None:
 
     Takes a row of ``req_to_token`` and slots of the pool. Where the tree has part of the prompt, that is shared again.
     """
-    scheduler, state, kv = runtime.scheduler, runtime.state_of(req), req.kv
-    assert scheduler is not None
+    scheduler, state, kv = runtime.parts.scheduler, state_of(req), req.kv
     copy: HostCopy = state.host_copy
     matched_len, saved_len = req.prefix_len, copy.num_tokens
     if req.extend_end != saved_len + 1 or not matched_len == kv.cache_protected_len <= state.prompt_len:
@@ -166,8 +162,8 @@ def _restore(runtime: Runtime, batch: Any, req: Any) -> None:
     req.prefix_len = kv.kv_allocated_len = kv.kv_committed_len = saved_len
     state.host_copy = None
     runtime.stats.requests_restored += 1
-    if runtime.metrics is not None:
-        runtime.metrics.count(runtime.stats)
+    if runtime.parts.metrics is not None:
+        runtime.parts.metrics.count(runtime.stats)
     # Every rank restores it; one says so.
     if scheduler.metrics_reporter.is_stats_logging_rank:
         logger.info(
@@ -219,11 +215,11 @@ def add_evicted_tokens(forward_batch: Any, batch: Any) -> None:
 def end_if_hopeless(req: Any) -> bool:
     """End a retracted request that can neither be computed again nor restored; return whether it was one."""
     runtime = get_runtime()
-    if runtime.settings_of(req) is None or len(req.output_ids) == 0 or req.finished() or host_copy_of(req) is not None:
+    if runtime.config_of(req) is None or len(req.output_ids) == 0 or req.finished() or host_copy_of(req) is not None:
         return False
     if can_be_admitted(req, len(req.origin_input_ids) + len(req.output_ids)):
         return False
-    _abort(runtime.scheduler, req, "no copy of its compressed KV could be kept")
+    _abort(runtime.parts.scheduler, req, "no copy of its compressed KV could be kept")
     return True
 
 
@@ -237,7 +233,7 @@ def drop_host_copies(scheduler: Any, why: str) -> None:
         return
     scheduler.waiting_queue = [req for req in scheduler.waiting_queue if host_copy_of(req) is None]
     for req in dropped:
-        get_runtime().state_of(req).forget_cache()
+        state_of(req).forget_cache()
         _abort(scheduler, req, why)
 
 

@@ -29,14 +29,11 @@ class PolicyStats:
     peak_private_tokens: int = 0
 
     def count(self, plan: CompactionPlan, state: RequestState) -> None:
-        """Count one compaction, here and in the request's own state."""
+        """Count one compaction that ``state`` has recorded; only read here."""
         self.compactions += 1
         self.evicted_tokens += plan.evicted_tokens
-        self.requests_compressed += state.compactions == 0
-        self.peak_private_tokens = max(self.peak_private_tokens, plan.resident_len - plan.prompt_len)
-        state.compactions += 1
-        state.evicted_tokens += plan.evicted_tokens
-        state.evicted_in_all += plan.evicted_tokens
+        self.requests_compressed += state.compactions == 1
+        self.peak_private_tokens = max(self.peak_private_tokens, plan.generated_len)
 
     def as_dict(self) -> dict[str, int]:
         """Return the counters as plain integers."""

@@ -37,6 +37,7 @@ def test_counters_follow_the_stats_and_are_never_counted_twice(registry):
     for resident_len in (20, 20, 17):
         state = RequestState(4, 100)
         plan = plan_compaction(prompt_len=4, resident_len=resident_len, budget=10, page_size=1)
+        state.record(plan)
         stats.count(plan, state)
         with metrics.timed():
             pass

@@ -41,10 +41,12 @@ def saved(monkeypatch):
         lengths.append(saved_len)
 
     runtime = SimpleNamespace(
-        scheduler=SimpleNamespace(max_total_num_tokens=90, page_size=1),
         config=PolicyConfig(budget=24, buffer=16),
-        settings_of=lambda req: PolicyConfig(budget=24, buffer=16),
-        window=SimpleNamespace(has_row=lambda req_pool_idx, req: False),
+        config_of=lambda req: PolicyConfig(budget=24, buffer=16),
+        parts=SimpleNamespace(
+            scheduler=SimpleNamespace(max_total_num_tokens=90, page_size=1),
+            query_window=SimpleNamespace(has_row=lambda req_pool_idx, req: False),
+        ),
     )
     monkeypatch.setattr(restore, "get_runtime", lambda: runtime)
     monkeypatch.setattr(restore, "_save", save)

@@ -10,8 +10,9 @@ import torch
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.hooks import answers
 from rkv_sglang.integration.runtime import runtime
-from rkv_sglang.integration.runtime.requests import STATE_ATTRIBUTE
-from rkv_sglang.integration.runtime.runtime import TRACE_ATTRIBUTE, Runtime
+from rkv_sglang.integration.runtime.parts import Parts
+from rkv_sglang.integration.runtime.requests import STATE_ATTRIBUTE, TRACE_ATTRIBUTE
+from rkv_sglang.integration.runtime.runtime import Runtime
 from rkv_sglang.sizes.lengths import RequestState
 
 
@@ -51,7 +52,7 @@ def test_what_was_kept_is_read_for_a_trace_on_the_stream_that_computes_it(monkey
         lambda *args, **kwargs: [SimpleNamespace(kept_indices=KeptIndices(), kept_scores=0)],
     )
     policy = Runtime(PolicyConfig(budget=24, buffer=16))
-    policy.scheduler = SimpleNamespace(
+    scheduler: Any = SimpleNamespace(
         enable_overlap=True,
         forward_stream=streams.forward_stream,
         forward_stream_ctx=streams.forward_stream_ctx,
@@ -59,8 +60,9 @@ def test_what_was_kept_is_read_for_a_trace_on_the_stream_that_computes_it(monkey
         tree_cache=SimpleNamespace(free_kv_row=lambda kv, ranges: None),
         token_to_kv_pool_allocator=SimpleNamespace(page_size=1),
     )
-    policy.window = SimpleNamespace(flush=lambda: None, release=lambda row: None, row_bytes=0)
-    policy.buffers = SimpleNamespace()
+    query_window: Any = SimpleNamespace(flush=lambda: None, release=lambda row: None, row_bytes=0)
+    buffers: Any = SimpleNamespace()
+    policy.bind(Parts(scheduler=scheduler, buffers=buffers, query_window=query_window, metrics=None))
     kv = SimpleNamespace(req_pool_idx=0, kv_allocated_len=45, kv_committed_len=45, cache_protected_len=5)
     req = SimpleNamespace(rid="r", kv=kv, beam_group=None)
     setattr(req, STATE_ATTRIBUTE, RequestState(5, 300))
@@ -89,7 +91,7 @@ def test_a_finished_request_keeps_no_tensors(monkeypatch):
     monkeypatch.setattr(
         answers,
         "get_runtime",
-        lambda: SimpleNamespace(settings_of=lambda req: PolicyConfig(), trace_of=lambda req: None),
+        lambda: SimpleNamespace(config_of=lambda req: PolicyConfig()),
     )
     info = answers.streamer_class(object)().build_additional_customized_info([req, runs])
     assert info["kv_compactions"] == [[2], []]
