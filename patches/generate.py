@@ -20,8 +20,8 @@ Made by `python patches/generate.py` from `rkv_sglang/integration/hooks/`; do no
 
 Nothing in the installed SGLang is changed. SGLang's plugin loader applies the hooks below as its processes start, each
 only after its target has been found with the signature it was written against; `rkv-sglang doctor` looks them all up.
-Each says what would be wrong without it, and which change in SGLang would make it unnecessary. Flags and models are
-refused in SGLang's own extension point for that, `register_resolution_hook`.
+Each says what would be wrong without it, and which change in SGLang would make it unnecessary. A STEP is a step of
+SGLang's resolution of its arguments, wrapped through its own extension point for that, `register_resolution_hook`.
 
 ## Hooks
 """

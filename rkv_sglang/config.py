@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 NO_POLICY = "none"
+# Under this name server arguments, requests, answers and the ready messages of processes say which policy is on.
+POLICY_FIELD = "kv_policy"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 
 PACKAGE = "rkv_sglang"
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = ("config", "sizes", "algorithm", "policies", "kernels", "cache", "view", "plan_command", "integration", "cli")
+LAYERS = (
+    "config",
+    "sizes",
+    "algorithm",
+    "policy_names",
+    "policies",
+    "kernels",
+    "cache",
+    "view",
+    "plan_command",
+    "integration",
+    "cli",
+)
 # The package itself re-exports settings only, so it may be imported from everywhere but from them.
 RANKS = {layer: 2 * rank for rank, layer in enumerate(LAYERS)} | {"": 1}
 SGLANG_LAYER = "integration"
@@ -95,6 +107,31 @@ def room_violations(sources: dict[str, str]) -> list[str]:
     return wrong
 
 
+def circle(sources: dict[str, str]) -> list[str]:
+    """Return a circle of modules that import each other, at any depth and for types too; empty if there is none."""
+    names = {module.removesuffix(".__init__"): module for module in sources}
+    imports = {}
+    for name, module in names.items():
+        targets = [target for _, target in imported_modules(module, sources[module])]
+        # Of ``from a import b`` the module is a.b or, where b is only a name in it, a.
+        found = {target if target in names else target.rpartition(".")[0] for target in targets}
+        # A package is imported by whoever imports from it, its own modules among them.
+        imports[name] = {target for target in found & names.keys() if not f"{name}.".startswith(f"{target}.")}
+
+    finished: set[str] = set()
+
+    def search(path: list[str]) -> list[str]:
+        for target in sorted(imports[path[-1]] - finished):
+            if target in path:
+                return path[path.index(target) :]
+            if wrong := search([*path, target]):
+                return wrong
+        finished.add(path[-1])
+        return []
+
+    return next(filter(None, (search([name]) for name in sorted(names) if name not in finished)), [])
+
+
 def modules_that_make_hooks(sources: dict[str, str]) -> set[str]:
     """Return the modules that call ``Hook``."""
     calls = {
@@ -149,6 +186,17 @@ def test_the_rooms_of_the_integration_are_entered_in_order():
     up = {f"{PACKAGE}.integration.runtime.part": f"def later():\n    import {PACKAGE}.integration.hooks.table"}
     assert room_violations(up) == [f"{PACKAGE}.integration.runtime.part:2: runtime imports up from hooks"]
     assert "not in" in room_violations({f"{PACKAGE}.integration.attic.part": ""})[0]
+
+
+def test_no_modules_import_each_other_in_a_circle_even_for_types():
+    assert circle(package_sources()) == []
+    there_and_back = {
+        "rkv_sglang.a": "from rkv_sglang import b",
+        "rkv_sglang.b": "def later():\n    import rkv_sglang.c.d",
+        "rkv_sglang.c.__init__": "",
+        "rkv_sglang.c.d": "if TYPE_CHECKING:\n    from rkv_sglang.a import name",
+    }
+    assert circle(there_and_back) == ["rkv_sglang.a", "rkv_sglang.b", "rkv_sglang.c.d"]
 
 
 def test_every_hook_is_made_in_the_room_of_hooks():

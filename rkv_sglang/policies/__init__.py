@@ -6,10 +6,11 @@ from rkv_sglang.policies.keydiff import KeyDiff
 from rkv_sglang.policies.longflow import LongFlow
 from rkv_sglang.policies.manifoldkv import ManifoldKV
 from rkv_sglang.policies.random import Random
-from rkv_sglang.policies.registry import POLICIES, make_policy, policy_names
+from rkv_sglang.policies.registry import POLICIES, make_policy
 from rkv_sglang.policies.rkv import RKV
 from rkv_sglang.policies.snapkv import SnapKV
 from rkv_sglang.policies.streaming_llm import StreamingLLM
+from rkv_sglang.policy_names import policy_names
 
 __all__ = [
     "H2O",

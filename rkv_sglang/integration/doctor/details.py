@@ -6,7 +6,12 @@ from typing import TextIO
 
 from rkv_sglang.integration.hooking.install import SUPPORTED_SGLANG, target_problem
 from rkv_sglang.integration.hooks.table import HOOKS
-from rkv_sglang.integration.startup.refused_settings import ATTENTION_BACKENDS, DEVICES, KV_CACHE_DTYPES, REFUSALS
+from rkv_sglang.integration.startup.refused_settings import (
+    ATTENTION_BACKENDS,
+    DEVICES,
+    KV_CACHE_DTYPES,
+    REFUSED_SETTINGS,
+)
 from rkv_sglang.policies import policy_names
 
 
@@ -30,5 +35,5 @@ def print_details(out: TextIO | None = None) -> None:
         state = "ok  " if target_problem(hook) is None else "FAIL"
         say(f"  {state} {hook.kind:<8}{hook.target.removeprefix('sglang.')}")
     say("\nRefused with a policy, where it is set to more than its default")
-    for refusal in REFUSALS:
-        say(f"  {refusal.setting}: {refusal.why}" + (f"; {refusal.mend}" if refusal.mend else ""))
+    for refused in REFUSED_SETTINGS:
+        say(f"  {refused.setting}: {refused.why}" + (f"; {refused.mend}" if refused.mend else ""))

@@ -1,10 +1,10 @@
-"""What a hook is: one row of the tables in ``hooks/``."""
+"""The shape of a hook: one row of the tables in ``hooks/``."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-HookKind = Literal["BEFORE", "AFTER", "AROUND", "REPLACE"]
+HookKind = Literal["BEFORE", "AFTER", "AROUND", "REPLACE", "STEP"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +13,8 @@ class Hook:
 
     Attributes:
         target: Dotted path of the function, method or class in SGLang.
-        kind: How SGLang's ``HookRegistry`` applies ``function``.
+        kind: How SGLang's ``HookRegistry`` applies ``function``; ``"STEP"`` goes around a step of its resolution of
+            arguments, through ``register_resolution_hook``.
         function: The hook itself; a class for ``REPLACE`` of a class.
         signature: ``str(inspect.signature(target))`` without annotations, as this release was written against.
         why: What would be wrong without it.

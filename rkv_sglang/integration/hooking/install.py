@@ -101,6 +101,14 @@ def register_hooks(hooks: Iterable[Hook]) -> None:
         HookRegistry.register(hook.target, hook.function, HookType[hook.kind])
 
 
+def register_steps(hooks: Iterable[Hook]) -> None:
+    """Put hooks of the kind ``"STEP"`` around their steps of SGLang's resolution of arguments."""
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+
+    for hook in hooks:
+        register_resolution_hook(hook.target.rpartition(".")[2])(hook.function)
+
+
 def install(hooks: tuple[Hook, ...]) -> None:
     """Check the targets, apply the hooks now, around whatever other plugins put there, and see each one applied.
 

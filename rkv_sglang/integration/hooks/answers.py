@@ -5,16 +5,15 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from rkv_sglang.config import NO_POLICY
+from rkv_sglang.config import NO_POLICY, POLICY_FIELD
 from rkv_sglang.integration.hooking.hook import Hook
-from rkv_sglang.integration.hooks.scheduler import POLICY_KEY
 from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.requests import known_state_of, trace_of
 from rkv_sglang.sizes.lengths import RequestState
 
 COMPACTIONS_KEY = "kv_compactions"
 RESIDENT_KEY, EVICTED_KEY = "kv_resident_tokens", "kv_evicted_tokens"
-KEYS = (POLICY_KEY, COMPACTIONS_KEY, RESIDENT_KEY, EVICTED_KEY)
+KEYS = (POLICY_FIELD, COMPACTIONS_KEY, RESIDENT_KEY, EVICTED_KEY)
 # Only for requests that asked for it.
 TRACE_KEY = "kv_trace"
 
@@ -32,7 +31,7 @@ def answer_info(req: Any) -> dict[str, Any]:
     state = known_state_of(req) or RequestState(len(req.origin_input_ids), max_new_tokens=0)
     seen = len(req.origin_input_ids) + max(len(req.output_ids) - 1, 0)
     info = {
-        POLICY_KEY: NO_POLICY if config is None else config.policy,
+        POLICY_FIELD: NO_POLICY if config is None else config.policy,
         COMPACTIONS_KEY: state.compactions,
         RESIDENT_KEY: seen - state.evicted_tokens,
         EVICTED_KEY: state.evicted_in_all,

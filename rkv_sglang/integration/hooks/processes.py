@@ -1,21 +1,16 @@
-"""Hooks at the doors of SGLang's processes: they apply the others where a policy is set, and see that it happened."""
+"""Hooks at the doors of SGLang's processes: they apply the others where a policy is set, and see that it happened.
+
+Every process loads this module, so what only a policy needs is imported where it is used.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from rkv_sglang.config import NO_POLICY
+from rkv_sglang.config import NO_POLICY, POLICY_FIELD
 from rkv_sglang.integration.hooking.hook import Hook
 from rkv_sglang.integration.hooking.install import install
-from rkv_sglang.integration.hooks.admission import ADMISSION_HOOKS
-from rkv_sglang.integration.hooks.answers import STREAMER_HOOKS
-from rkv_sglang.integration.hooks.metrics import METRICS_HOOKS
-from rkv_sglang.integration.hooks.model import MODEL_HOOKS
-from rkv_sglang.integration.hooks.restore import RESTORE_HOOKS
-from rkv_sglang.integration.hooks.scheduler import POLICY_KEY, SCHEDULER_HOOKS
-from rkv_sglang.integration.runtime.current import set_runtime
-from rkv_sglang.integration.startup.refusals import refuse_runtime
 from rkv_sglang.integration.startup.server_args import config_from_args, policy_name
 
 
@@ -28,7 +23,16 @@ def start_scheduler(init: Callable[..., None], scheduler: Any, server_args: Any,
     """
     if policy_name(server_args) == NO_POLICY:
         return init(scheduler, server_args, *args, **kwargs)
+    # Here, so that a scheduler without a policy loads none of it.
+    from rkv_sglang.integration.hooks.admission import ADMISSION_HOOKS
+    from rkv_sglang.integration.hooks.answers import STREAMER_HOOKS
+    from rkv_sglang.integration.hooks.metrics import METRICS_HOOKS
+    from rkv_sglang.integration.hooks.model import MODEL_HOOKS
+    from rkv_sglang.integration.hooks.restore import RESTORE_HOOKS
+    from rkv_sglang.integration.hooks.scheduler import SCHEDULER_HOOKS
+    from rkv_sglang.integration.runtime.current import set_runtime
     from rkv_sglang.integration.runtime.runtime import Runtime
+    from rkv_sglang.integration.startup.refusals import refuse_runtime
 
     runtime = Runtime(config_from_args(server_args))
     set_runtime(runtime)
@@ -47,9 +51,9 @@ def start_controller(init: Callable[..., None], controller: Any, server_args: An
 
 def pass_on_policy(result: dict[str, Any], controller: Any) -> None:
     """Report a policy only if every replica reports it."""
-    policies = {info.get(POLICY_KEY) for info in controller._scheduler_init_infos}
+    policies = {info.get(POLICY_FIELD) for info in controller._scheduler_init_infos}
     if len(policies) == 1:
-        result[POLICY_KEY] = policies.pop()
+        result[POLICY_FIELD] = policies.pop()
 
 
 def require_policy(result: list[dict[str, Any]], *args: Any, **kwargs: Any) -> None:
@@ -58,7 +62,7 @@ def require_policy(result: list[dict[str, Any]], *args: Any, **kwargs: Any) -> N
     Raises:
         RuntimeError: One does not, so its process runs without the plugin.
     """
-    if not all(info.get(POLICY_KEY) not in (None, NO_POLICY) for info in result):
+    if not all(info.get(POLICY_FIELD) not in (None, NO_POLICY) for info in result):
         raise RuntimeError(
             "--kv-policy is set but a scheduler process runs without it: see 'Failed to load plugin' or 'Failed to "
             "execute general plugin' above, and check that SGLANG_PLUGINS, if set, names rkv_sglang"

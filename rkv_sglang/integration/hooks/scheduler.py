@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from rkv_sglang.config import POLICY_FIELD
 from rkv_sglang.integration.hooking.hook import Hook
 from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.restore import use_resident_ids
-
-# Where a ready message names the policy.
-POLICY_KEY = "kv_policy"
 
 
 def before_admission(scheduler: Any, *args: Any, **kwargs: Any) -> None:
@@ -44,7 +42,7 @@ def add_policy_stats(result: Any, scheduler: Any, recv_req: Any) -> None:
 
 def report_policy(result: dict[str, Any], scheduler: Any) -> None:
     """Tell the launcher that this scheduler runs the policy."""
-    result[POLICY_KEY] = get_runtime().config.policy
+    result[POLICY_FIELD] = get_runtime().config.policy
 
 
 SCHEDULER_HOOKS: tuple[Hook, ...] = (

@@ -1,4 +1,4 @@
-"""Every place where the plugin meets SGLang, in the order in which it comes to pass.
+"""Every place where the plugin meets SGLang, in the order of a server's start and then of a request's life.
 
 The register in ``patches/`` is made from this table.
 """
@@ -12,17 +12,19 @@ from rkv_sglang.integration.hooks.model import MODEL_HOOKS
 from rkv_sglang.integration.hooks.processes import CONTROLLER_HOOKS, LAUNCHER_HOOKS, PROCESS_HOOKS
 from rkv_sglang.integration.hooks.restore import RESTORE_HOOKS
 from rkv_sglang.integration.hooks.scheduler import SCHEDULER_HOOKS
+from rkv_sglang.integration.hooks.steps import STEP_HOOKS
 
 HOOKS: tuple[Hook, ...] = (
     *ARGS_HOOKS,
-    *LAUNCHER_HOOKS,
-    *META_INFO_HOOKS,
+    *STEP_HOOKS,
     *PROCESS_HOOKS,
-    *CONTROLLER_HOOKS,
     *MODEL_HOOKS,
+    *CONTROLLER_HOOKS,
+    *LAUNCHER_HOOKS,
     *ADMISSION_HOOKS,
-    *RESTORE_HOOKS,
     *SCHEDULER_HOOKS,
+    *RESTORE_HOOKS,
     *STREAMER_HOOKS,
+    *META_INFO_HOOKS,
     *METRICS_HOOKS,
 )

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from rkv_sglang.config import NO_POLICY, PolicyConfig
+from rkv_sglang.config import NO_POLICY, POLICY_FIELD, PolicyConfig
 from rkv_sglang.sizes.lengths import RequestState
 
-POLICY_FIELD, BUDGET_FIELD, BUFFER_FIELD = "kv_policy", "kv_budget", "kv_buffer"
+BUDGET_FIELD, BUFFER_FIELD = "kv_budget", "kv_buffer"
 TRACE_FIELD = "kv_trace"
 
 # A request carries these under these names; SGLang's Req is a plain class.

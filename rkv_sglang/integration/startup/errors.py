@@ -5,8 +5,8 @@ from types import TracebackType
 from typing import NoReturn
 
 
-class UnsupportedError(ValueError):
-    """What was asked for cannot be served; the message is one line that names the cause and the mend."""
+class RefusedError(ValueError):
+    """A server cannot serve what was asked for; the message is one line that names the cause and the mend."""
 
 
 def stop(problem: str) -> NoReturn:
@@ -15,10 +15,10 @@ def stop(problem: str) -> NoReturn:
     Callers of ``sglang.Engine`` can catch it like any other ``ValueError``.
 
     Raises:
-        UnsupportedError: Always, with ``problem`` as its message.
+        RefusedError: Always, with ``problem`` as its message.
     """
     _show_in_one_line()
-    raise UnsupportedError(problem)
+    raise RefusedError(problem)
 
 
 def _show_in_one_line() -> None:
@@ -28,7 +28,7 @@ def _show_in_one_line() -> None:
         return
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if isinstance(error, UnsupportedError):
+        if isinstance(error, RefusedError):
             print(error, file=sys.stderr)
         else:
             previous(kind, error, trace)

@@ -1,18 +1,11 @@
 """Refuse, before and while a scheduler starts, what a KV policy cannot serve rightly."""
 
-from collections.abc import Callable
 from typing import Any
 
 from rkv_sglang.config import NO_POLICY
-from rkv_sglang.integration.startup.errors import UnsupportedError, stop
-from rkv_sglang.integration.startup.refused_settings import REFUSALS
+from rkv_sglang.integration.startup.errors import RefusedError
+from rkv_sglang.integration.startup.refused_settings import REFUSED_SETTINGS
 from rkv_sglang.integration.startup.server_args import config_from_args, policy_name
-
-# Before SGLang looks at the model, so that a wrong flag costs neither a download nor the loading of a config. It is
-# also the last step that SGLang takes for --model-path dummy.
-EARLY_STEP = "handle_hardware_runtime_validation"
-# The last step of all, where every default has been decided.
-LAST_STEP = "validate_deepep_v2_dispatch_token_budget"
 
 _WHOLE_CACHE_LAYERS = ("full_attention", "attention")
 
@@ -24,7 +17,7 @@ def refuse(server_args: Any) -> None:
         server_args: SGLang's resolved view of an ``RKVServerArgs``, or a raw one, whose unset fields are let pass.
 
     Raises:
-        UnsupportedError: The first problem, in one line.
+        RefusedError: The first problem, in one line.
     """
     policy = policy_name(server_args)
     if policy == NO_POLICY:
@@ -32,15 +25,15 @@ def refuse(server_args: Any) -> None:
     try:
         config_from_args(server_args)
     except ValueError as error:
-        raise UnsupportedError(str(error)) from None
-    for refusal in REFUSALS:
-        value = refusal.found(server_args)
+        raise RefusedError(str(error)) from None
+    for refused in REFUSED_SETTINGS:
+        value = refused.found(server_args)
         if value is None or value is False:
             continue
-        is_variable = not refusal.setting.startswith("--")
-        shown = refusal.setting if value is True else f"{refusal.setting} {value}"
-        mend = refusal.mend or (f"unset {refusal.setting}" if is_variable else f"leave {refusal.setting} out")
-        raise UnsupportedError(f"{shown} cannot be combined with --kv-policy {policy}: {refusal.why}; {mend}")
+        is_variable = not refused.setting.startswith("--")
+        shown = refused.setting if value is True else f"{refused.setting} {value}"
+        mend = refused.mend or (f"unset {refused.setting}" if is_variable else f"leave {refused.setting} out")
+        raise RefusedError(f"{shown} cannot be combined with --kv-policy {policy}: {refused.why}; {mend}")
 
 
 def refuse_model(model_config: Any) -> None:
@@ -50,7 +43,7 @@ def refuse_model(model_config: Any) -> None:
         model_config: SGLang's ``ModelConfig``.
 
     Raises:
-        UnsupportedError: The first problem, in one line.
+        RefusedError: The first problem, in one line.
     """
     from sglang.srt.configs.hybrid_arch import mambaish_config
     from sglang.srt.configs.model_config import AttentionArch
@@ -86,7 +79,7 @@ def refuse_model(model_config: Any) -> None:
     for is_refused, why in problems:
         if is_refused:
             architecture = (model_config.hf_config.architectures or ["this model"])[0]
-            raise UnsupportedError(
+            raise RefusedError(
                 f"--model-path {model_config.model_path} ({architecture}) cannot be served with a --kv-policy: {why}; "
                 "serve it with --kv-policy none"
             )
@@ -96,7 +89,7 @@ def refuse_runtime(scheduler: Any) -> None:
     """Check, once a scheduler is built, that it holds its cache as the policy expects. Does nothing without a policy.
 
     Raises:
-        UnsupportedError: The first problem, in one line.
+        RefusedError: The first problem, in one line.
     """
     from sglang.srt.arg_groups.overrides import resolving_view
 
@@ -107,7 +100,7 @@ def refuse_runtime(scheduler: Any) -> None:
     refuse_model(scheduler.model_config)
     problem = _pool_problem(scheduler) or _layer_problem(scheduler)
     if problem is not None:
-        raise UnsupportedError(
+        raise RefusedError(
             f"--kv-policy cannot be used with this model and these flags: {problem}; serve them with --kv-policy none"
         )
 
@@ -154,33 +147,3 @@ def _layer_problem(scheduler: Any) -> str | None:
     if sorted(layer.layer_id for layer in layers) != list(range(pool.start_layer, pool.start_layer + pool.layer_num)):
         return f"{len(layers)} attention layers share {pool.layer_num} layers of KV cache"
     return None
-
-
-def register_refusal() -> None:
-    """Have SGLang refuse while it resolves its arguments, before anything is started."""
-    from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
-    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
-
-    def refuse_early(server_args: Any, previous: Callable[[Any], None]) -> None:
-        previous(server_args)
-        _stop_if(lambda: refuse(resolving_view(server_args)))
-
-    def refuse_resolved(server_args: Any, previous: Callable[[Any], None]) -> None:
-        previous(server_args)
-        if policy_name(server_args) != NO_POLICY:
-            _stop_if(lambda: refuse(resolving_view(server_args)))
-            _stop_if(lambda: refuse_model(model_config_of(server_args)))
-
-    register_resolution_hook(EARLY_STEP)(refuse_early)
-    register_resolution_hook(LAST_STEP)(refuse_resolved)
-
-
-def _stop_if(check: Callable[[], None]) -> None:
-    try:
-        check()
-    except UnsupportedError as error:
-        problem = str(error)
-    else:
-        return
-    # Outside the handler, so that a caller sees one error and not a chain.
-    stop(problem)

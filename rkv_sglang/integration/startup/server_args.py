@@ -6,24 +6,22 @@ from typing import Any
 
 from sglang.srt import server_args as sglang_args
 
-from rkv_sglang.config import NO_POLICY, PolicyConfig
-from rkv_sglang.integration.startup.policy_parameters import read_parameters
-from rkv_sglang.policies import make_policy, policy_names
+from rkv_sglang.config import NO_POLICY, POLICY_FIELD, PolicyConfig
+from rkv_sglang.policy_names import policy_names
 
 GROUP_TITLE = "KV policy (rkv_sglang)"
 
-_POLICY_FIELD = "kv_policy"
 _PARAMETERS_FIELD = "kv_policy_config"
 _SETTING_OF_FIELD = {
     f"rkv_{setting.name}": setting for setting in fields(PolicyConfig) if setting.name not in ("policy", "parameters")
 }
 _DEFAULTS = {
-    _POLICY_FIELD: NO_POLICY,
+    POLICY_FIELD: NO_POLICY,
     **{name: setting.default for name, setting in _SETTING_OF_FIELD.items()},
     _PARAMETERS_FIELD: "{}",
 }
 _HELP = {
-    _POLICY_FIELD: "How the private KV cache of a decoding request is bounded. 'none' leaves SGLang as it is; every "
+    POLICY_FIELD: "How the private KV cache of a decoding request is bounded. 'none' leaves SGLang as it is; every "
     "other policy keeps the prompt and at most --rkv-budget plus --rkv-buffer generated tokens per layer and KV head, "
     "and chooses them in its own way: R-KV (arXiv 2505.24133), SnapKV (2404.14469), H2O (2306.14048), StreamingLLM "
     "(2309.17453), KeyDiff (2504.15364), ManifoldKV (2602.08343), LongFlow (2603.11504), at random, or as an installed "
@@ -81,7 +79,7 @@ class RKVServerArgs(sglang_args.ServerArgs, dict=True):  # type: ignore[misc, ca
             group.add_argument(
                 flag,
                 type=type(default),
-                choices=policy_names() if name == _POLICY_FIELD else None,
+                choices=policy_names() if name == POLICY_FIELD else None,
                 default=default,
                 help=f"{_HELP[name]} Default: {default}.",
             )
@@ -89,7 +87,7 @@ class RKVServerArgs(sglang_args.ServerArgs, dict=True):  # type: ignore[misc, ca
 
 def policy_name(server_args: Any) -> str:
     """Return the policy asked for, ``"none"`` for a record of SGLang's own class."""
-    return str(getattr(server_args, _POLICY_FIELD, NO_POLICY))
+    return str(getattr(server_args, POLICY_FIELD, NO_POLICY))
 
 
 def config_from_args(server_args: Any) -> PolicyConfig:
@@ -104,6 +102,10 @@ def config_from_args(server_args: Any) -> PolicyConfig:
     """
     if policy_name(server_args) == NO_POLICY:
         return PolicyConfig(policy=NO_POLICY)
+    # Here, so that processes without a policy load neither policies nor torch for them.
+    from rkv_sglang.integration.startup.policy_parameters import read_parameters
+    from rkv_sglang.policies import make_policy
+
     settings = {setting.name: getattr(server_args, name) for name, setting in _SETTING_OF_FIELD.items()}
     parameters = read_parameters(getattr(server_args, _PARAMETERS_FIELD))
     config = PolicyConfig(policy=server_args.kv_policy, parameters=parameters, **settings)

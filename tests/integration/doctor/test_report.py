@@ -11,7 +11,7 @@ from rkv_sglang.integration.doctor import report as doctor
 from rkv_sglang.integration.doctor.report import Finding, check_device, check_hooks, check_plugin, check_sglang, report
 from rkv_sglang.integration.hooking.hook import Hook
 from rkv_sglang.integration.hooks.table import HOOKS
-from rkv_sglang.integration.startup.refused_settings import REFUSALS
+from rkv_sglang.integration.startup.refused_settings import REFUSED_SETTINGS
 from rkv_sglang.policies import policy_names
 
 PLUGIN = EntryPoint("rkv_sglang", "rkv_sglang.integration.plugin:register", doctor.PLUGIN_GROUP)
@@ -32,7 +32,7 @@ def test_details_name_every_hook_every_policy_and_every_refusal(capsys: pytest.C
     assert cli.main(["doctor", "--details"]) == 0
     shown = capsys.readouterr().out
     assert all(f"  ok   {hook.kind:<8}{hook.target.removeprefix('sglang.')}\n" in shown for hook in HOOKS)
-    assert all(f"  {refusal.setting}: {refusal.why}" in shown for refusal in REFUSALS)
+    assert all(f"  {refusal.setting}: {refusal.why}" in shown for refusal in REFUSED_SETTINGS)
     assert ", ".join(policy_names()) in shown
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rkv_sglang.integration.startup.errors import UnsupportedError
+from rkv_sglang.integration.startup.errors import RefusedError
 
 TINY = {
     "hidden_size": 64,
@@ -27,7 +27,7 @@ def tiny_config_dir(folder: Path, config: Any, architecture: str) -> str:
 
 
 def message_of(check: Any, *args: Any) -> str:
-    with pytest.raises(UnsupportedError) as caught:
+    with pytest.raises(RefusedError) as caught:
         check(*args)
     message = str(caught.value)
     assert "\n" not in message and message.isprintable()

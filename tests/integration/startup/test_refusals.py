@@ -13,9 +13,11 @@ from sglang.srt.arg_groups import resolution_hooks
 from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 from sglang.srt.arg_groups.parallel_hook import handle_deprecated_dp_attention
 
-from rkv_sglang.integration.startup.errors import UnsupportedError, stop
-from rkv_sglang.integration.startup.refusals import refuse, register_refusal
-from rkv_sglang.integration.startup.refused_settings import ATTENTION_BACKENDS, REFUSALS, Refusal
+from rkv_sglang.integration.hooking.install import register_steps
+from rkv_sglang.integration.hooks.steps import STEP_HOOKS
+from rkv_sglang.integration.startup.errors import RefusedError, stop
+from rkv_sglang.integration.startup.refusals import refuse
+from rkv_sglang.integration.startup.refused_settings import ATTENTION_BACKENDS, REFUSED_SETTINGS, RefusedSetting
 from rkv_sglang.integration.startup.server_args import RKVServerArgs
 from tests.integration.children import Child
 from tests.integration.startup.refusal_kit import TINY, message_of, tiny_config_dir
@@ -75,7 +77,7 @@ REFUSED_VALUES: dict[str, list[str]] = {
     "--prefill-attention-backend": ["trtllm_mha", "flex_attention"],
     "--decode-attention-backend": ["trtllm_mha", "flex_attention"],
 }
-CASES = [(refusal, value) for refusal in REFUSALS for value in REFUSED_VALUES.get(refusal.setting, ["missing"])]
+CASES = [(refusal, value) for refusal in REFUSED_SETTINGS for value in REFUSED_VALUES.get(refusal.setting, ["missing"])]
 
 ALLOWED = [
     "",
@@ -150,14 +152,14 @@ def parse(parser: argparse.ArgumentParser, line: str, policy: str = "rkv") -> An
 
 
 def test_the_table_is_covered_and_names_every_setting_once() -> None:
-    settings = [refusal.setting for refusal in REFUSALS]
+    settings = [refusal.setting for refusal in REFUSED_SETTINGS]
     assert len(settings) == len(set(settings))
     assert set(REFUSED_VALUES) == set(settings)
 
 
 @pytest.mark.parametrize(("refusal", "value"), CASES, ids=lambda part: getattr(part, "setting", part))
 def test_every_row_is_refused_with_its_name_why_and_mend(
-    parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch, refusal: Refusal, value: str
+    parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch, refusal: RefusedSetting, value: str
 ) -> None:
     is_flag = refusal.setting.startswith("--")
     if not is_flag:
@@ -197,7 +199,7 @@ def test_a_bad_value_comes_before_a_refused_flag(parser: argparse.ArgumentParser
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resolution_hooks, "_HOOKS", {})
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    register_refusal()
+    register_steps(STEP_HOOKS)
 
 
 @pytest.mark.usefixtures("registered")
@@ -245,7 +247,7 @@ def test_only_an_unsupported_setting_is_shown_without_a_traceback(
     others: list[BaseException] = []
     monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: others.append(error))
     for problem in ("first", "second"):
-        with pytest.raises(UnsupportedError, match=problem) as caught:
+        with pytest.raises(RefusedError, match=problem) as caught:
             stop(problem)
         sys.excepthook(type(caught.value), caught.value, caught.tb)
         assert capsys.readouterr().err == f"{problem}\n"
