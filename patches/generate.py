@@ -19,7 +19,8 @@ _HEAD = """\
 Made by `python patches/generate.py` from `rkv_sglang/integration/hooks/`; do not edit it by hand.
 
 Nothing in the installed SGLang is changed. SGLang's plugin loader applies the hooks below as its processes start, each
-only after its target has been found with the signature it was written against; `rkv-sglang doctor` looks them all up.
+only after its target has been found with the signature it was written against, and with it every other name of SGLang
+that the hook uses; `rkv-sglang doctor` looks them all up. What a port to another SGLang must go through is this list.
 Each says what would be wrong without it, and which change in SGLang would make it unnecessary. A STEP is a step of
 SGLang's resolution of its arguments, wrapped through its own extension point for that, `register_resolution_hook`.
 
@@ -48,9 +49,18 @@ def render(hooks: Iterable[Hook], patches: Iterable[Path]) -> str:
         if hook.signature:
             lines.append(f"- signature: `{hook.signature}`")
         lines += [f"- why: {hook.why}", f"- unnecessary with: {hook.upstream}"]
+        lines += [f"- uses of `{owner}`: {', '.join(used)}" for owner, used in _by_owner(hook.uses).items()]
         sections.append("\n".join(lines) + "\n")
     entries = [f"- `{patch.relative_to(FOLDER)}`: {subject(patch)}" for patch in patches]
     return "\n".join(sections) + _PATCHES_HEAD + "\n" + "\n".join(entries) + "\n"
+
+
+def _by_owner(uses: Iterable[str]) -> dict[str, list[str]]:
+    owners: dict[str, list[str]] = {}
+    for name in uses:
+        owner, _, attribute = name.rpartition(".")
+        owners.setdefault(owner, []).append(f"`{attribute}`")
+    return owners
 
 
 def subject(patch: Path) -> str:

@@ -19,6 +19,8 @@ class Hook:
         signature: ``str(inspect.signature(target))`` without annotations, as this release was written against.
         why: What would be wrong without it.
         upstream: The change in SGLang that would make it unnecessary.
+        uses: Every other name of SGLang that ``function`` relies on, itself or in what it calls, as dotted paths. They
+            must exist; it is also the list to go through for another SGLang.
     """
 
     target: str
@@ -27,3 +29,9 @@ class Hook:
     signature: str
     why: str
     upstream: str
+    uses: tuple[str, ...] = ()
+
+
+def names(owner: str, attributes: str) -> tuple[str, ...]:
+    """Return the dotted paths of an owner's attributes, given with spaces between them."""
+    return tuple(f"{owner}.{attribute}" for attribute in attributes.split())

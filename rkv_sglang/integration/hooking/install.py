@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from rkv_sglang.integration.hooking.hook import Hook
+from rkv_sglang.integration.hooking.names import is_there
 
 SUPPORTED_SGLANG = ("0.5.23",)
 PLUGIN_NAME = "rkv_sglang"
@@ -50,11 +51,20 @@ def bare_signature(function: Callable[..., Any]) -> str:
 
 
 def target_problem(hook: Hook) -> str | None:
-    """Return one line if the hook's target is missing or has another signature, else None. Imports the target."""
+    """Return one line if SGLang is not as the hook expects, else None. Imports the target and what the hook uses.
+
+    The target must exist and have the hook's signature; all that the hook uses must exist.
+    """
     try:
         found = _static(hook.target)
     except (ImportError, AttributeError) as error:
         return f"{hook.target} does not exist in this SGLang ({error}): install sglang=={SUPPORTED_SGLANG[-1]}"
+    for name in hook.uses:
+        if not is_there(name):
+            return (
+                f"{name}, which the hook on {hook.target} uses, does not exist in this SGLang: "
+                f"install sglang=={SUPPORTED_SGLANG[-1]} unmodified"
+            )
     if isinstance(found, type):
         return None
     signature = bare_signature(found)
@@ -81,7 +91,7 @@ def _closure_values(function: Any) -> list[Any]:
 
 
 def require_targets(hooks: Iterable[Hook]) -> None:
-    """Check version and signatures.
+    """Check version, signatures and the names that are used.
 
     Raises:
         RuntimeError: The first problem, in one line.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rkv_sglang.integration.hooking.hook import Hook
+from rkv_sglang.integration.hooking.hook import Hook, names
+from rkv_sglang.integration.hooks.owners import ADDER, MANAGERS, MODEL_CONFIG, REQ, REQ_KV, SAMPLING_PARAMS, SCHEDULER
 from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.prefill_adder import adder_class
 from rkv_sglang.integration.runtime.restore import end_if_hopeless
@@ -67,6 +68,12 @@ ADMISSION_HOOKS: tuple[Hook, ...] = (
             "request's own settings are read, before anything depends on them."
         ),
         upstream="A bound on what a request holds at a time, asked of the KV policy.",
+        uses=(
+            *names(SCHEDULER, "model_config max_new_tokens_limit max_total_num_tokens"),
+            *names(REQ, "beam_group finished origin_input_ids sampling_params set_finish_with_abort to_finish"),
+            *names(SAMPLING_PARAMS, "custom_params max_new_tokens min_new_tokens"),
+            f"{MODEL_CONFIG}.context_len",
+        ),
     ),
     Hook(
         target="sglang.srt.managers.scheduler.Scheduler.get_prefill_adder_class",
@@ -75,6 +82,18 @@ ADMISSION_HOOKS: tuple[Hook, ...] = (
         signature="(self)",
         why="Admission would reserve room for every token a request may generate, and leave the freed room empty.",
         upstream="PrefillAdder asks the KV policy how much a request can still grow.",
+        uses=(
+            "sglang.srt.managers.schedule_policy.CLIP_MAX_NEW_TOKENS",
+            *names(ADDER, "_get_running_request_total_token_offset add_chunked_req add_one_req preempt_to_schedule"),
+            *names(
+                ADDER, "can_run_list memory_budget page_size per_req_token_overhead rem_chunk_tokens rem_input_tokens"
+            ),
+            *names(ADDER, "log_input_tokens reprocessed_log_input_tokens"),
+            "sglang.srt.mem_cache.prefill_budget.PrefillBudget.total_offset",
+            *names(REQ, "decode_batch_idx full_untruncated_fill_ids kv output_ids prefix_len refresh_fill_ids"),
+            *names(REQ_KV, "cache_protected_len kv_allocated_len"),
+            f"{SAMPLING_PARAMS}.ignore_eos",
+        ),
     ),
     Hook(
         target="sglang.srt.managers.scheduler.Scheduler._add_request_to_queue",
@@ -83,5 +102,11 @@ ADMISSION_HOOKS: tuple[Hook, ...] = (
         signature="(self, req, is_retracted=False)",
         why="A preempted request with a history longer than the pool would wait for ever to be prefilled again.",
         upstream="Retraction keeps a host copy of the compacted KV.",
+        uses=(
+            *names(SCHEDULER, "_release_aborted_request max_total_num_tokens send_abort_output"),
+            *names(REQ, "finished origin_input_ids output_ids to_finish"),
+            f"{MANAGERS}.schedule_batch.FINISH_ABORT",
+            f"{MANAGERS}.scheduler._make_abort_req",
+        ),
     ),
 )

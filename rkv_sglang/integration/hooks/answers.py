@@ -6,7 +6,8 @@ import functools
 from typing import Any
 
 from rkv_sglang.config import NO_POLICY, POLICY_FIELD
-from rkv_sglang.integration.hooking.hook import Hook
+from rkv_sglang.integration.hooking.hook import Hook, names
+from rkv_sglang.integration.hooks.owners import REQ
 from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.requests import known_state_of, trace_of
 from rkv_sglang.sizes.lengths import RequestState
@@ -88,6 +89,13 @@ STREAMER_HOOKS: tuple[Hook, ...] = (
         signature="(self)",
         why="Who trains on answers must know from each whether its cache was compressed.",
         upstream="The KV policy adds to the outputs of a request.",
+        uses=(
+            *names(
+                "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer",
+                "build_additional_customized_info has_additional_customized_info",
+            ),
+            *names(REQ, "finished origin_input_ids output_ids"),
+        ),
     ),
 )
 
@@ -99,5 +107,11 @@ META_INFO_HOOKS: tuple[Hook, ...] = (
         signature="(self, meta_info, state, customized_info, index, finish_reason)",
         why="The policy's fields would arrive as lists of one value.",
         upstream="Fields of a request that are no list of one value a token.",
+        uses=(
+            *names(
+                "sglang.srt.managers.tokenizer_manager.ReqState",
+                "customized_info_accumulated customized_info_reported_keys",
+            ),
+        ),
     ),
 )

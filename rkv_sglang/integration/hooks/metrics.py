@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from rkv_sglang.integration.hooking.hook import Hook
+from rkv_sglang.integration.hooking.hook import Hook, names
+from rkv_sglang.integration.hooks.owners import REPORTER, SCHEDULER
 from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.requests import state_of
 from rkv_sglang.integration.runtime.runtime import Runtime
@@ -46,6 +47,15 @@ METRICS_HOOKS: tuple[Hook, ...] = (
         signature="(self, stats)",
         why="The gauges of running requests belong to the same moment as SGLang's own.",
         upstream="Metrics that a plugin registers with the collector.",
+        uses=(
+            *names(
+                "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector",
+                "_counter_cls _gauge_cls _histogram_cls labels",
+            ),
+            *names(SCHEDULER, "device metrics_reporter running_batch"),
+            *names(REPORTER, "current_scheduler_metrics_enabled metrics_collector"),
+            "sglang.srt.utils.device_timer.DeviceTimer.wrap",
+        ),
     ),
     Hook(
         target="sglang.srt.managers.scheduler_components.pool_stats_observer.PoolStats.get_decode_usage_msg_parts",

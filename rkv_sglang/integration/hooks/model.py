@@ -7,7 +7,18 @@ from typing import Any
 
 import torch
 
-from rkv_sglang.integration.hooking.hook import Hook
+from rkv_sglang.integration.hooking.hook import Hook, names
+from rkv_sglang.integration.hooks.owners import (
+    ATTENTION,
+    BATCH,
+    FORWARD_BATCH,
+    FORWARD_MODE,
+    KV_POOL,
+    MODEL_CONFIG,
+    MODEL_RUNNER,
+    ROWS,
+    RUNTIME_CONTEXT,
+)
 from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.restore import add_evicted_tokens
 from rkv_sglang.policies import is_stateful
@@ -64,6 +75,11 @@ MODEL_HOOKS: tuple[Hook, ...] = (
         signature="(self, pre_model_load_memory)",
         why="The query window lives beside the KV pool; unless its share is left over, a full pool runs out of memory.",
         upstream="A registry of side buffers that KV pool sizing subtracts.",
+        uses=(
+            *names("sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator", "model_config kv_cache_dtype"),
+            *names(MODEL_CONFIG, "num_hidden_layers num_attention_heads get_num_kv_heads head_dim v_head_dim dtype"),
+            f"{RUNTIME_CONTEXT}.get_parallel",
+        ),
     ),
     Hook(
         target="sglang.srt.model_executor.model_runner.ModelRunner.alloc_memory_pool",
@@ -72,6 +88,12 @@ MODEL_HOOKS: tuple[Hook, ...] = (
         signature="(self, memory_pool_config=None, *, draft_parallel_layout=None)",
         why="The query window must exist, at a fixed address, before decode CUDA graphs are captured.",
         upstream="A `kv_policy` object that ModelRunner builds together with its memory pools.",
+        uses=(
+            *names(MODEL_RUNNER, "model token_to_kv_pool req_to_token_pool dtype device"),
+            *names(ATTENTION, "layer_id k_scale_float v_scale_float tp_q_head_num qk_head_dim"),
+            *names(KV_POOL, "k_buffer v_buffer dtype size start_layer"),
+            f"{ROWS}.req_to_token",
+        ),
     ),
     Hook(
         target="sglang.srt.layers.radix_attention.RadixAttention.forward",
@@ -80,6 +102,11 @@ MODEL_HOOKS: tuple[Hook, ...] = (
         signature="(self, q, k, v, forward_batch, save_kv_cache=True, key_value_num_tokens=None, **kwargs)",
         why="The score needs the queries of the last tokens, and no later place sees them for every attention backend.",
         upstream="A call `forward_batch.kv_policy.observe(layer, q)` in RadixAttention.forward.",
+        uses=(
+            f"{ATTENTION}.layer_id",
+            *names(FORWARD_BATCH, "forward_mode req_pool_indices positions"),
+            f"{FORWARD_MODE}.is_decode",
+        ),
     ),
     Hook(
         target="sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
@@ -91,5 +118,11 @@ MODEL_HOOKS: tuple[Hook, ...] = (
         ),
         why="Positions are taken from seq_lens, which counts resident tokens once a request was compacted.",
         upstream="ForwardBatch.init_new takes positions from `orig_seq_lens`.",
+        uses=(
+            *names(FORWARD_BATCH, "forward_mode positions"),
+            *names(FORWARD_MODE, "is_decode is_extend"),
+            *names(BATCH, "reqs orig_seq_lens seq_lens extend_lens"),
+            "sglang.srt.model_executor.forward_batch_info.clamp_position",
+        ),
     ),
 )

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from rkv_sglang.config import NO_POLICY, POLICY_FIELD
-from rkv_sglang.integration.hooking.hook import Hook
+from rkv_sglang.integration.hooking.hook import Hook, names
 from rkv_sglang.integration.hooking.install import install
+from rkv_sglang.integration.hooks.owners import ATTENTION, KV_POOL, MEM_CACHE, RUNTIME_CONTEXT, SCHEDULER
 from rkv_sglang.integration.startup.server_args import config_from_args, policy_name
 
 
@@ -77,6 +78,24 @@ PROCESS_HOOKS: tuple[Hook, ...] = (
         signature="(self, server_args, port_args)",
         why="The first place in a scheduler process that knows the flags; without a policy it applies nothing.",
         upstream="Plugins get the resolved server arguments before a scheduler is built.",
+        uses=(
+            *names(
+                SCHEDULER,
+                "max_running_requests max_total_num_tokens metrics_reporter model_config page_size tree_cache",
+            ),
+            *names(SCHEDULER, "is_hybrid_ssm is_hybrid_swa server_args token_to_kv_pool_allocator tp_worker"),
+            "sglang.srt.arg_groups.overrides.resolving_view",
+            *names(RUNTIME_CONTEXT, "get_exec"),
+            *names(
+                MEM_CACHE,
+                "allocator.TokenToKVPoolAllocator memory_pool.MHATokenToKVPool unified_radix_cache.UnifiedRadixCache",
+            ),
+            *names(KV_POOL, "dtype kv_cache_layout layer_num start_layer"),
+            *names(
+                ATTENTION, "attn_type is_cross_attention layer_id sliding_window_size use_irope xai_temperature_len"
+            ),
+            "sglang.srt.layers.radix_attention.AttentionType.DECODER",
+        ),
     ),
     Hook(
         target="sglang.srt.managers.data_parallel_controller.DataParallelController.__init__",
@@ -96,6 +115,7 @@ CONTROLLER_HOOKS: tuple[Hook, ...] = (
         signature="(self)",
         why="The controller drops what it does not know from its schedulers' ready messages.",
         upstream="The controller's ready message carries its schedulers' policy.",
+        uses=("sglang.srt.managers.data_parallel_controller.DataParallelController._scheduler_init_infos",),
     ),
 )
 

@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rkv_sglang.integration.hooking.hook import Hook
+from rkv_sglang.integration.hooking.hook import Hook, names
+from rkv_sglang.integration.hooks.owners import (
+    ALLOCATOR,
+    BATCH,
+    FORWARD_BATCH,
+    KV_POOL,
+    MEM_CACHE,
+    REPORTER,
+    REQ,
+    REQ_KV,
+    ROWS,
+    SCHEDULER,
+    TREE,
+)
 from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.restore import (
     EVICTED_ATTRIBUTE,
@@ -77,6 +90,14 @@ RESTORE_HOOKS: tuple[Hook, ...] = (
         ),
         why="A preempted request loses its compacted KV, and what is longer than the pool cannot be computed again.",
         upstream="Retraction asks the KV policy whether to keep a host copy.",
+        uses=(
+            *names(SCHEDULER, "max_total_num_tokens req_to_token_pool token_to_kv_pool_allocator tp_cpu_group tp_size"),
+            *names(REQ, "finished input_embeds kv origin_input_ids output_ids rid"),
+            *names(REQ_KV, "kv_allocated_len req_pool_idx"),
+            f"{ALLOCATOR}.get_kvcache",
+            *names(KV_POOL, "k_buffer v_buffer"),
+            f"{ROWS}.req_to_token",
+        ),
     ),
     Hook(
         target="sglang.srt.managers.schedule_batch.Req.refresh_fill_ids",
@@ -85,6 +106,7 @@ RESTORE_HOOKS: tuple[Hook, ...] = (
         signature="(self)",
         why="Admission counts a waiting request by every token it has seen, and it comes back with those it kept.",
         upstream="The KV policy tells how many tokens a waiting request will hold.",
+        uses=(f"{REQ}.full_untruncated_fill_ids",),
     ),
     Hook(
         target="sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend",
@@ -93,6 +115,16 @@ RESTORE_HOOKS: tuple[Hook, ...] = (
         signature="(self)",
         why="A request with a host copy needs slots with that KV in them before its last token is computed.",
         upstream="prepare_for_extend restores requests that were retracted with a host copy, as decode instances do.",
+        uses=(
+            *names(MEM_CACHE + ".allocation", "alloc_paged_token_slots_extend alloc_req_slots alloc_token_slots"),
+            *names(BATCH, "device orig_seq_lens req_to_token_pool reqs seq_lens tree_cache"),
+            *names(REQ, "extend_end kv output_ids prefix_len rid"),
+            *names(REQ_KV, "cache_protected_len kv_allocated_len kv_committed_len req_pool_idx"),
+            *names(TREE, "page_size prefix_device_indices"),
+            f"{ROWS}.write",
+            f"{SCHEDULER}.metrics_reporter",
+            f"{REPORTER}.is_stats_logging_rank",
+        ),
     ),
     Hook(
         target="sglang.srt.model_executor.model_runner.ModelRunner.sample",
@@ -101,6 +133,7 @@ RESTORE_HOOKS: tuple[Hook, ...] = (
         signature="(self, logits_output, forward_batch)",
         why="A seeded sample after a prefill depends on seq_lens, which counts resident tokens once it was compacted.",
         upstream="Samples after a prefill depend on positions, as those of decode steps do.",
+        uses=(f"{FORWARD_BATCH}.seq_lens",),
     ),
     Hook(
         target="sglang.srt.managers.scheduler.Scheduler.flush_cache",
@@ -109,6 +142,7 @@ RESTORE_HOOKS: tuple[Hook, ...] = (
         signature="(self, empty_cache=True)",
         why="Who flushes the cache, as after new weights, must not meet the old KV again in a restored request.",
         upstream="A `kv_policy.flush()` call in flush_cache.",
+        uses=(f"{SCHEDULER}.waiting_queue",),
     ),
     Hook(
         target=(

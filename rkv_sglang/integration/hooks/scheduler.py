@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from rkv_sglang.config import POLICY_FIELD
-from rkv_sglang.integration.hooking.hook import Hook
+from rkv_sglang.integration.hooking.hook import Hook, names
+from rkv_sglang.integration.hooks.owners import ALLOCATOR, BATCH, REQ, REQ_KV, ROWS, SCHEDULER, TREE
 from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.restore import use_resident_ids
 
@@ -53,6 +54,16 @@ SCHEDULER_HOOKS: tuple[Hook, ...] = (
         signature="(self, prefill_delayer_single_pass, running_batch)",
         why="Compaction belongs after finished requests left the batch and before admission counts free slots.",
         upstream="A call `self.kv_policy.before_decode(running_batch)` after the merge in get_next_batch_to_run.",
+        uses=(
+            *names(SCHEDULER, "enable_overlap forward_ct forward_stream forward_stream_ctx schedule_stream"),
+            *names(SCHEDULER, "token_to_kv_pool_allocator tree_cache"),
+            *names(BATCH, "batch_is_full req_to_token_pool reqs seq_lens seq_lens_cpu seq_lens_sum"),
+            *names(REQ, "decode_batch_idx finished kv rid skip_radix_cache_insert"),
+            *names(REQ_KV, "cache_protected_len holds_kv kv_allocated_len kv_committed_len req_pool_idx"),
+            f"{ROWS}.req_to_token",
+            f"{ALLOCATOR}.page_size",
+            f"{TREE}.free_kv_row",
+        ),
     ),
     Hook(
         target="sglang.srt.managers.scheduler.Scheduler.update_running_batch",
@@ -72,6 +83,7 @@ SCHEDULER_HOOKS: tuple[Hook, ...] = (
             "compaction would write slots that other requests share."
         ),
         upstream="A per-request limit on how much of its history may be shared.",
+        uses=(*names(REQ, "origin_input_ids output_ids"),),
     ),
     Hook(
         target="sglang.srt.managers.schedule_batch.Req.reset_for_retract",
@@ -80,6 +92,7 @@ SCHEDULER_HOOKS: tuple[Hook, ...] = (
         signature="(self)",
         why="Lengths restart with the new prefill, and recomputed KV of generated tokens must stay out of the tree.",
         upstream="A `kv_policy.on_retract(req)` call in reset_for_retract.",
+        uses=(*names(REQ, "full_untruncated_fill_ids origin_input_ids output_ids skip_radix_cache_insert"),),
     ),
     Hook(
         target="sglang.srt.managers.scheduler.Scheduler.get_internal_state",
@@ -88,6 +101,7 @@ SCHEDULER_HOOKS: tuple[Hook, ...] = (
         signature="(self, recv_req)",
         why="Users see in /server_info how often the server compacted.",
         upstream="A place for plugins to add to the internal state.",
+        uses=("sglang.srt.managers.io_struct.GetInternalStateReqOutput.internal_state",),
     ),
     Hook(
         target="sglang.srt.managers.scheduler.Scheduler.get_init_info",

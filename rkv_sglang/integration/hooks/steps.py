@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from rkv_sglang.config import NO_POLICY
-from rkv_sglang.integration.hooking.hook import Hook
+from rkv_sglang.integration.hooking.hook import Hook, names
+from rkv_sglang.integration.hooks.owners import MODEL_CONFIG, OVERRIDES
 from rkv_sglang.integration.startup.server_args import policy_name
 
 
@@ -67,6 +68,11 @@ STEP_HOOKS: tuple[Hook, ...] = (
         signature="(server_args)",
         why="A flag that a policy cannot be combined with would be found only after the model is downloaded.",
         upstream="A place for plugins to check the arguments as they came.",
+        uses=(
+            "sglang.srt.arg_groups.resolution_hooks.register_resolution_hook",
+            "sglang.srt.arg_groups.overrides.resolving_view",
+            "sglang.srt.environ.envs",
+        ),
     ),
     Hook(
         target=f"sglang.srt.arg_groups.moe_hook.{LAST_STEP}",
@@ -78,5 +84,15 @@ STEP_HOOKS: tuple[Hook, ...] = (
             "are checked and applied here too."
         ),
         upstream="A place for plugins to check the resolved arguments.",
+        uses=(
+            *names(OVERRIDES, "model_config_of resolving_view"),
+            *names(
+                MODEL_CONFIG,
+                "attention_arch attention_chunk_size hf_config hf_text_config is_encoder_decoder is_generation",
+            ),
+            *names(MODEL_CONFIG, "is_hybrid_swa model_is_mrope model_path use_engram use_ngram_embedding"),
+            *names("sglang.srt.configs.model_config.AttentionArch", "MHA SSM"),
+            "sglang.srt.configs.hybrid_arch.mambaish_config",
+        ),
     ),
 )

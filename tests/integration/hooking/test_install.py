@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from rkv_sglang.integration.hooking import install as installing
-from rkv_sglang.integration.hooking.hook import Hook
+from rkv_sglang.integration.hooking.hook import Hook, names
 from rkv_sglang.integration.hooking.install import bare_signature, install, is_applied, require_targets, target_problem
+from rkv_sglang.integration.hooking.names import is_there
 from rkv_sglang.integration.hooks.processes import pass_on_policy, require_policy
 from rkv_sglang.integration.hooks.table import HOOKS
 from rkv_sglang.integration.runtime.current import get_runtime
+from tests.test_layering import imported_modules, package_sources
 
 
 def double(result: int, *args: Any, **kwargs: Any) -> int:
@@ -32,7 +34,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         "class Part:\n"
         "    def work(self, amount: int, *, pace=1) -> int: return amount * pace\n"
         "    @classmethod\n"
-        "    def make(cls, amount: int = 3): return amount\n",
+        "    def make(cls, amount: int = 3): return amount\n"
+        "LIMIT = 5\n",
         module.__dict__,
     )
     monkeypatch.setitem(sys.modules, "fake_engine", module)
@@ -51,6 +54,28 @@ def test_every_target_of_this_sglang_is_as_expected():
     assert [problem for hook in HOOKS if (problem := target_problem(hook))] == []
     assert len({hook.target for hook in HOOKS}) == len(HOOKS)
     assert all(hook.why and hook.upstream for hook in HOOKS)
+
+
+def test_every_import_of_sglang_where_a_policy_works_is_a_name_that_some_hook_uses():
+    used = {name for hook in HOOKS for name in (hook.target, *hook.uses)}
+    # Of a class that is imported, an attribute may stand in the table.
+    used |= {name.rpartition(".")[0] for name in used}
+    # How hooks are applied is no matter of any one of them.
+    used.add("sglang.srt.server_args")
+    imports = set()
+    for module, source in package_sources().items():
+        if module.startswith("rkv_sglang.integration.") and ".hooking." not in module and ".doctor." not in module:
+            imports |= {name for _, name in imported_modules(module, source) if name.startswith("sglang.")}
+    assert len(imports) > 20
+    assert {name for name in imports if name not in used and not any(u.startswith(f"{name}.") for u in used)} == set()
+
+
+def test_a_name_is_there_as_a_variable_an_attribute_and_what_objects_get(engine):
+    kinds = ("signature", "Signature.bind", "Parameter._annotation", "_empty")
+    assert all(is_there(f"inspect.{name}") for name in kinds)
+    assert is_there("fractions.Fraction._numerator") and is_there("argparse.ArgumentParser.fromfile_prefix_chars")
+    assert not any(is_there(f"inspect.{name}") for name in ("autograph", "Signature.sign", "Nothing.bind"))
+    assert not is_there("no_such_engine.Part.work")
 
 
 def test_install_applies_once_and_sees_it(engine):
@@ -80,6 +105,12 @@ def test_install_goes_around_what_another_plugin_hooked_first(engine):
         (hook_on("work", "(self, amount)"), r"has the signature \(self, amount, \*, pace=1\) instead of"),
         (hook_on("rest", "(self)"), "does not exist"),
         (dataclasses.replace(hook_on("work", "(self)"), target="no_such_engine.work"), "does not exist"),
+        (
+            dataclasses.replace(
+                hook_on("work", "(self, amount, *, pace=1)"), uses=names("fake_engine", "LIMIT CEILING")
+            ),
+            r"fake_engine\.CEILING, which the hook on fake_engine\.Part\.work uses, does not exist",
+        ),
     ],
 )
 def test_a_changed_target_is_refused_and_nothing_applied(engine, hook, words):
