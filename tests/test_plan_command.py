@@ -34,7 +34,7 @@ def test_plan_of_llama_8b(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     [
         ([], "--plan needs a model: add --model-path"),
         (["--model-path", "/no/such/folder"], "--model-path /no/such/folder has no usable configuration"),
-        (["--model-path", "HERE", "--budget", "4"], "--rkv-budget 4 must be greater than --rkv-window 8"),
+        (["--model-path", "HERE", "--budget", "4"], "--kv-budget 4 must be greater than --kv-window 8"),
     ],
 )
 def test_a_bad_plan_ends_in_one_line(tmp_path, capsys, arguments, problem):

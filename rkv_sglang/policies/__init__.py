@@ -6,7 +6,7 @@ from rkv_sglang.policies.keydiff import KeyDiff
 from rkv_sglang.policies.longflow import LongFlow
 from rkv_sglang.policies.manifoldkv import ManifoldKV
 from rkv_sglang.policies.random import Random
-from rkv_sglang.policies.registry import POLICIES, make_policy
+from rkv_sglang.policies.registry import POLICIES, default_sizes, make_policy
 from rkv_sglang.policies.rkv import RKV
 from rkv_sglang.policies.snapkv import SnapKV
 from rkv_sglang.policies.streaming_llm import StreamingLLM
@@ -24,6 +24,7 @@ __all__ = [
     "ScoreInputs",
     "SnapKV",
     "StreamingLLM",
+    "default_sizes",
     "is_stateful",
     "make_policy",
     "needs_values",

@@ -60,6 +60,17 @@ def make_policy(config: PolicyConfig) -> Policy:
     return policy
 
 
+def default_sizes(name: str) -> dict[str, int]:
+    """Return which of ``window`` and ``buffer`` the policy of that name chooses itself where the user does not.
+
+    Raises:
+        ValueError: The name is unknown, or its package cannot be used.
+    """
+    policy_class = _find(name)
+    own = {size: getattr(policy_class, f"default_{size}", None) for size in ("window", "buffer")}
+    return {size: value for size, value in own.items() if value is not None}
+
+
 def _find(name: str) -> type[Any]:
     brought = tuple(entry_points(group=GROUP, name=name))
     if name == NO_POLICY:

@@ -11,7 +11,7 @@ ARGS_HOOKS: tuple[Hook, ...] = (
         function=RKVServerArgs,
         signature="",
         why="There would be no --kv-policy, neither in argv nor in a --config file.",
-        upstream="Fields kv_policy and rkv_* in arg_groups/fields/memory.py.",
+        upstream="Fields kv_* and rkv_* in arg_groups/fields/memory.py.",
     ),
     Hook(
         target="sglang.srt.entrypoints.engine.Engine.server_args_class",

@@ -11,7 +11,7 @@ from typing import Any
 from rkv_sglang.config import NO_POLICY
 from rkv_sglang.integration.hooking.hook import Hook, names
 from rkv_sglang.integration.hooks.owners import MODEL_CONFIG, OVERRIDES
-from rkv_sglang.integration.startup.server_args import policy_name
+from rkv_sglang.integration.startup.server_args import config_from_args, policy_name, resolved_fields
 
 
 def refuse_early(server_args: Any, previous: Callable[[Any], None]) -> None:
@@ -25,16 +25,18 @@ def refuse_early(server_args: Any, previous: Callable[[Any], None]) -> None:
 
 
 def refuse_resolved(server_args: Any, previous: Callable[[Any], None]) -> None:
-    """Refuse flags and the model at the last step of all, where every default has been decided."""
+    """Refuse flags and the model at the last step, where every default has been decided; then decide the policy's."""
     previous(server_args)
     if policy_name(server_args) == NO_POLICY:
         return
-    from sglang.srt.arg_groups.overrides import model_config_of
+    from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
 
     from rkv_sglang.integration.startup.refusals import refuse_model
 
     _refuse_flags(server_args)
     _stop_if(lambda: refuse_model(model_config_of(server_args)))
+    # What /server_info shows: with the policy's own defaults, whatever spelling was used.
+    declare_resolution(server_args, "rkv_sglang", **resolved_fields(config_from_args(resolving_view(server_args))))
 
 
 def _refuse_flags(server_args: Any) -> None:
@@ -85,7 +87,7 @@ STEP_HOOKS: tuple[Hook, ...] = (
         ),
         upstream="A place for plugins to check the resolved arguments.",
         uses=(
-            *names(OVERRIDES, "model_config_of resolving_view"),
+            *names(OVERRIDES, "declare_resolution model_config_of resolving_view"),
             *names(
                 MODEL_CONFIG,
                 "attention_arch attention_chunk_size hf_config hf_text_config is_encoder_decoder is_generation",

@@ -91,5 +91,5 @@ def wants_trace(custom_params: Any, server: PolicyConfig) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{TRACE_FIELD} {value!r} is not a boolean: set it to true or leave it out")
     if value and not server.trace:
-        raise ValueError(f"{TRACE_FIELD} is off on this server: start it with --rkv-trace or leave {TRACE_FIELD} out")
+        raise ValueError(f"{TRACE_FIELD} is off on this server: start it with --kv-trace or leave {TRACE_FIELD} out")
     return value

@@ -210,7 +210,8 @@ class TestResolution:
     def test_what_is_served_resolves(self, llama_dir: str) -> None:
         args = self.args(llama_dir, kv_policy="rkv", rkv_budget=64)
         args.resolve_once()
-        assert resolving_view(args).rkv_budget == 64
+        view = resolving_view(args)
+        assert (view.kv_budget, view.rkv_budget, view.kv_buffer, view.kv_window) == (64, 64, 128, 8)
 
     @pytest.mark.parametrize("model_path", ["no/such/model", "dummy"])
     def test_a_flag_is_refused_before_the_model_is_looked_for(self, model_path: str) -> None:
@@ -219,7 +220,7 @@ class TestResolution:
 
     def test_a_value_is_refused_before_the_model_is_looked_for(self) -> None:
         args = self.args("no/such/model", kv_policy="rkv", rkv_buffer=0)
-        assert message_of(args.resolve_once).startswith("--rkv-buffer 0 ")
+        assert message_of(args.resolve_once).startswith("--kv-buffer 0 ")
 
     def test_a_default_is_refused_once_it_is_known(self, llama_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
         def choose(server_args: Any, previous: Any) -> None:
@@ -274,6 +275,6 @@ def test_engine_raises_a_value_error_and_uncaught_ends_in_one_line(children: dic
     status, out, err = children["engine"].finish()
     assert status == 1
     lines = [line for line in out.splitlines() if line.startswith("--")]
-    assert [line.split()[0] for line in lines] == ["--rkv-budget", "--rkv-window", "--enable-mixed-chunk"]
+    assert [line.split()[0] for line in lines] == ["--kv-budget", "--kv-window", "--enable-mixed-chunk"]
     assert err.splitlines()[-1].startswith("--kv-canary log cannot be combined with --kv-policy rkv: ")
     assert "Traceback" not in err

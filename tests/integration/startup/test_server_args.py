@@ -16,7 +16,7 @@ from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
 
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.startup.server_args import GROUP_TITLE, RKVServerArgs, config_from_args, policy_name
-from rkv_sglang.policies import policy_names
+from rkv_sglang.policies import SnapKV, policy_names
 from tests.harness.environment import PROJECT_ROOT
 from tests.integration.children import Child
 
@@ -38,6 +38,10 @@ VALUES: dict[str, Any] = {
     "parameters": {"mix_lambda": 0.75},
 }
 FIELDS = {"policy": "kv_policy", "parameters": "kv_policy_config"}
+# Settings of every policy have a second spelling.
+SHARED = ("budget", "buffer", "window", "trace")
+FIELDS |= {setting: f"kv_{setting}" for setting in SHARED}
+SECOND_FIELDS = {setting: f"rkv_{setting}" for setting in SHARED}
 
 
 def field_of(setting: str) -> str:
@@ -87,13 +91,13 @@ def test_every_setting_has_a_field_with_its_default() -> None:
 
 def test_the_record_is_sglangs_own_with_fields_after_its_last() -> None:
     assert STOCK.__name__ == "ServerArgs" and STOCK is not RKVServerArgs
-    assert RKVServerArgs.__struct_fields__ == (*STOCK.__struct_fields__, *ALL_FIELDS)
+    assert RKVServerArgs.__struct_fields__ == (*STOCK.__struct_fields__, *ALL_FIELDS, *SECOND_FIELDS.values())
 
 
 def test_flags_are_in_a_group_of_their_own(parser: argparse.ArgumentParser) -> None:
     (group,) = [group for group in parser._action_groups if group.title == GROUP_TITLE]
     in_group = {option for action in group._group_actions for option in action.option_strings}
-    assert in_group == {flag_of(setting) for setting in VALUES}
+    assert in_group == {flag_of(setting) for setting in VALUES} | {f"--rkv-{setting}" for setting in SHARED}
     stock = argparse.ArgumentParser()
     STOCK.add_cli_args(stock)
     assert set(parser._option_string_actions) == set(stock._option_string_actions) | in_group
@@ -120,9 +124,49 @@ def test_argv_config_file_and_keywords_agree(parser: argparse.ArgumentParser, tm
     config.write_text("".join(f"{flag_of(setting)[2:]}: {text_of(value)}\n" for setting, value in VALUES.items()))
     merged = ConfigArgumentMerger(parser).merge_config_with_args(["--config", str(config)])
     assert config_from_args(parse(parser, *merged)) == expected
-    # What the command line says comes before what the file says.
-    merged = ConfigArgumentMerger(parser).merge_config_with_args(["--config", str(config), "--rkv-budget", "77"])
-    assert config_from_args(parse(parser, *merged)).budget == 77
+    # What the command line says comes before what the file says, whatever the spelling.
+    for flag in ("--kv-budget", "--rkv-budget"):
+        merged = ConfigArgumentMerger(parser).merge_config_with_args(["--config", str(config), flag, "77"])
+        assert config_from_args(parse(parser, *merged)).budget == 77
+
+
+@pytest.mark.parametrize("setting", SHARED)
+def test_both_spellings_reach_the_setting(parser: argparse.ArgumentParser, tmp_path: Any, setting: str) -> None:
+    value, second = VALUES[setting], SECOND_FIELDS[setting]
+    flag = "--" + second.replace("_", "-")
+    expected = PolicyConfig(**{"policy": "rkv", setting: value})
+    words = [flag] if value is True else [flag, str(value)]
+    assert config_from_args(parse(parser, "--kv-policy", "rkv", *words)) == expected
+    assert config_from_args(RKVServerArgs(model_path="m", kv_policy="rkv", **{second: value})) == expected
+    both = {second: value, field_of(setting): value}
+    assert config_from_args(RKVServerArgs(model_path="m", kv_policy="rkv", **both)) == expected
+    config = tmp_path / "server.yaml"
+    config.write_text(f"kv-policy: rkv\n{flag[2:]}: {text_of(value)}\n")
+    merged = ConfigArgumentMerger(parser).merge_config_with_args(["--config", str(config)])
+    assert config_from_args(parse(parser, *merged)) == expected
+
+
+@pytest.mark.parametrize("setting", ["budget", "buffer", "window"])
+def test_two_spellings_with_different_values_are_refused_in_one_line(setting: str) -> None:
+    values = {field_of(setting): 21, SECOND_FIELDS[setting]: 20}
+    with pytest.raises(ValueError) as caught:
+        config_from_args(RKVServerArgs(model_path="m", kv_policy="rkv", **values))
+    assert str(caught.value) == (
+        f"--kv-{setting} 21 and --rkv-{setting} 20 are two spellings of one setting: set --kv-{setting} only"
+    )
+    assert config_from_args(RKVServerArgs(model_path="m", **values)) == PolicyConfig(policy="none")
+
+
+@pytest.mark.parametrize("setting", ["buffer", "window"])
+def test_a_policys_own_default_holds_where_the_user_names_none(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    monkeypatch.setattr(SnapKV, f"default_{setting}", 32, raising=False)
+    assert config_from_args(RKVServerArgs(model_path="m", kv_policy="snapkv")) == PolicyConfig(
+        **{"policy": "snapkv", setting: 32}
+    )
+    assert config_from_args(RKVServerArgs(model_path="m", kv_policy="h2o")) == PolicyConfig(policy="h2o")
+    for name in (field_of(setting), SECOND_FIELDS[setting]):
+        args = RKVServerArgs(model_path="m", kv_policy="snapkv", **{name: 5})
+        assert config_from_args(args) == PolicyConfig(**{"policy": "snapkv", setting: 5})
 
 
 BAD_PARAMETERS: list[Any] = [
@@ -142,9 +186,9 @@ BAD_PARAMETERS: list[Any] = [
 ]
 BAD_VALUES: list[tuple[str, Any]] = [
     *[("policy", value) for value in ("snapkw", "RKV", "", None, 3)],
-    *[("budget", value) for value in (1, 0, -5, 8, True, 100.5, "100", None)],
-    *[("buffer", value) for value in (0, -1, False, 12.0, "x", None)],
-    *[("window", value) for value in (0, -1, 4.0, None)],
+    *[("budget", value) for value in (1, 0, -5, 8, True, 100.5, "100")],
+    *[("buffer", value) for value in (0, -1, False, 12.0, "x")],
+    *[("window", value) for value in (0, -1, 4.0)],
     *[("kernel_size", value) for value in (0, -1, 4, 7.0, None)],
     *[("mix_lambda", value) for value in (-0.01, 1.01, math.nan, math.inf, "0.1", True, None)],
     *[("similarity_threshold", value) for value in (-1.01, 1.01, math.nan, -math.inf, "0.5", False, None)],
@@ -209,7 +253,7 @@ def test_a_policy_of_another_package_is_a_choice(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_window_as_large_as_the_budget_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"--rkv-budget 64 must be greater than --rkv-window 64"):
+    with pytest.raises(ValueError, match=r"--kv-budget 64 must be greater than --kv-window 64"):
         config_from_args(RKVServerArgs(model_path="m", kv_policy="rkv", rkv_budget=64, rkv_window=64))
 
 
@@ -217,9 +261,9 @@ def test_a_window_as_large_as_the_budget_is_refused() -> None:
     ("flag", "value"),
     [
         ("--kv-policy", "snapkw"),
-        ("--rkv-budget", "abc"),
-        ("--rkv-budget", "1.5"),
-        ("--rkv-buffer", ""),
+        ("--kv-budget/--rkv-budget", "abc"),
+        ("--kv-budget/--rkv-budget", "1.5"),
+        ("--kv-buffer/--rkv-buffer", ""),
         ("--rkv-mix-lambda", "half"),
     ],
 )
@@ -227,7 +271,7 @@ def test_what_cannot_be_parsed_ends_in_one_line_that_names_its_flag(
     parser: argparse.ArgumentParser, capsys: pytest.CaptureFixture[str], flag: str, value: str
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        parse(parser, flag, value)
+        parse(parser, flag.split("/")[-1], value)
     assert caught.value.code == 2
     assert re.match(
         rf"sglang serve: error: argument {flag}: invalid .*{value}", capsys.readouterr().err.splitlines()[-1]
@@ -256,12 +300,12 @@ def test_a_record_survives_pickling_before_and_after_it_is_resolved(resolved: An
         assert type(copy) is RKVServerArgs
         assert config_from_args(copy) == config_from_args(resolving_view(copy)) == PolicyConfig(**VALUES)
     with pytest.raises(AttributeError):
-        pickle.loads(pickle.dumps(resolved)).rkv_budget = 5
+        pickle.loads(pickle.dumps(resolved)).kv_budget = 5
 
 
 def test_a_view_sees_what_resolution_decided() -> None:
     args = RKVServerArgs(model_path="m", **ALL_FIELDS)
-    declare_resolution(args, "test", rkv_budget=99)
+    declare_resolution(args, "test", kv_budget=99)
     assert config_from_args(resolving_view(args)).budget == 99
 
 
@@ -280,4 +324,4 @@ def test_launch_server_shows_the_group(help_process: Child) -> None:
     assert status == 0, err
     group = out[out.index(f"{GROUP_TITLE}:") :]
     for setting in VALUES:
-        assert len(re.findall(rf"^  {flag_of(setting)} ", group, re.MULTILINE)) == 1
+        assert len(re.findall(rf"^  {flag_of(setting)}[ ,]", group, re.MULTILINE)) == 1
