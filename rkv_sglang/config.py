@@ -1,4 +1,4 @@
-"""The settings of a policy, validated once and frozen. Everything below reads them from here."""
+"""Settings of a policy, validated once and frozen. Everything below reads them from here."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ POLICY_FIELD = "kv_policy"
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
-    """What to keep and when to compact. All counts are integer tokens.
+    """How much a policy keeps, and when it compacts. All counts are integer tokens.
 
     Attributes:
         policy: Name of the policy; ``"none"`` leaves SGLang as it is. The policies know which names there are, so an

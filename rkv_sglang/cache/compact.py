@@ -36,7 +36,7 @@ class DueRequest:
 
 @dataclass(frozen=True)
 class Compacted:
-    """What one compaction did to one request.
+    """Result of a compaction for one request.
 
     Attributes:
         kept_indices: Of the generated tokens that were resident, those that stay, ascending,
@@ -67,6 +67,7 @@ def compact_requests(
         read_queries: Given a slice of ``requests``, returns their window's queries after RoPE, oldest first,
             ``[num_layers, num_requests, window, num_qo_heads, head_dim]``. Called when they are needed, so that never
             all are held at once.
+        policy: Scores the tokens.
         window: Most recent tokens, kept whatever their score.
         query_bytes: What ``read_queries`` allocates for each request.
 

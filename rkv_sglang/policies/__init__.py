@@ -1,4 +1,4 @@
-"""The policies: rules that score the tokens of a request. ``registry`` has them by name."""
+"""Policies: rules that score the tokens of a request. ``registry`` has them by name."""
 
 from rkv_sglang.policies.base import Policy, ScoreInputs, is_stateful, needs_values
 from rkv_sglang.policies.h2o import H2O

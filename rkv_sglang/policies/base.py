@@ -1,4 +1,4 @@
-"""What a policy is given and what it returns."""
+"""Interface of a policy: its inputs and its scores."""
 
 from dataclasses import dataclass
 from typing import Protocol

@@ -9,7 +9,7 @@ from rkv_sglang.sizes.query_rows import query_bytes_per_slot
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """What decides the bytes of a token's KV on one rank.
+    """Shape of a model on one rank: it decides the bytes of a token's KV.
 
     Attributes:
         num_layers: Attention layers.
@@ -61,7 +61,8 @@ def requests_at_once(
     each = ceil_to_page(prompt_len + growth, page_size)
     count = pool_size // each
     if config is None:
-        # SGLang counts a page more for the request that it admits, and wants something to be left.
+        # PrefillAdder.add_one_req counts a page more (per_req_token_overhead) for the request that it admits, and wants
+        # something to be left.
         while count > 0 and pool_size - (count - 1) * each <= prompt_len + growth + page_size:
             count -= 1
     return count

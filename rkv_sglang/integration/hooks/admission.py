@@ -1,4 +1,4 @@
-"""Which requests the scheduler takes in, and how long they may get: by what they hold, not by all they write."""
+"""Hooks on admission: requests are taken in, and limited in length, by what they hold, not by all they write."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def set_limits(limit: Callable[..., None], scheduler: Any, req: Any) -> None:
     if config is None or req.to_finish is not None or req.finished():
         return
     input_len = len(req.origin_input_ids)
-    # SGLang's own bound, with the context alone in the place of the smaller of context and pool.
+    # The bound of Scheduler.init_req_max_new_tokens, with the context alone in the place of max_req_len, which is the
+    # smaller of context and pool.
     most = scheduler.model_config.context_len - 2 - input_len
     if asked is not None:
         most = min(most, asked)

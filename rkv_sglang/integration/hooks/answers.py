@@ -1,4 +1,4 @@
-"""What an answer says of the policy in its ``meta_info``: whether, and how much, its KV was compressed."""
+"""Hooks on answers: their ``meta_info`` says whether, and how much, their KV was compressed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def answer_info(req: Any) -> dict[str, Any]:
     """
     runtime = get_runtime()
     config = runtime.config_of(req)
-    # SGLang may refuse a request before it knows how many tokens that one may generate.
+    # Scheduler.handle_generate_request may refuse a request before it knows how many tokens that one may generate.
     state = known_state_of(req) or RequestState(len(req.origin_input_ids), max_new_tokens=0)
     seen = len(req.origin_input_ids) + max(len(req.output_ids) - 1, 0)
     info = {
@@ -87,7 +87,7 @@ STREAMER_HOOKS: tuple[Hook, ...] = (
         kind="AFTER",
         function=use_policy_streamer,
         signature="(self)",
-        why="Who trains on answers must know from each whether its cache was compressed.",
+        why="Training on answers needs to know of each whether its cache was compressed.",
         upstream="The KV policy adds to the outputs of a request.",
         uses=(
             *names(

@@ -61,7 +61,7 @@ def use_logical_positions(result: Any, _: type, batch: Any, *args: Any, **kwargs
     if result.forward_mode.is_decode():
         from sglang.srt.model_executor.forward_batch_info import clamp_position
 
-        # As int64, as SGLang itself calls it: on a GPU it builds a kernel for each dtype.
+        # As int64, as ForwardBatch.init_new itself calls it: on a GPU a kernel is built for each dtype.
         result.positions = clamp_position(batch.orig_seq_lens.to(torch.int64))
     elif result.forward_mode.is_extend():
         add_evicted_tokens(result, batch)

@@ -140,7 +140,7 @@ RESTORE_HOOKS: tuple[Hook, ...] = (
         kind="AFTER",
         function=drop_after_flush,
         signature="(self, empty_cache=True)",
-        why="Who flushes the cache, as after new weights, must not meet the old KV again in a restored request.",
+        why="After a flush, as with new weights, the old KV must not come back in a restored request.",
         upstream="A `kv_policy.flush()` call in flush_cache.",
         uses=(f"{SCHEDULER}.waiting_queue",),
     ),

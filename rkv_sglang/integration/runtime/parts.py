@@ -1,4 +1,4 @@
-"""The parts of SGLang and of the policy that a scheduler process works on, frozen once they are there."""
+"""Parts of SGLang and of the policy that a scheduler process works on, frozen once they are there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SGLang's admission of waiting requests with an exact reservation for those under a policy."""
+"""Admission of waiting requests by SGLang's ``PrefillAdder``, with an exact reservation for those under a policy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def growth_of_waiting(req: Any) -> int | None:
 
 @contextlib.contextmanager
 def _estimate(growth: int | None) -> Iterator[None]:
-    """Within it, SGLang's cap on the tokens it expects of a waiting request is ``growth``."""
+    """Cap the tokens that ``PrefillAdder`` expects of a waiting request at ``growth`` while this is entered."""
     from sglang.srt.managers import schedule_policy
 
     if growth is None:
@@ -40,9 +40,9 @@ def _estimate(growth: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _exact_preemption(adder: Any, req: Any) -> Iterator[None]:
-    """Within it, SGLang preempts for a request under a policy until what admission asks of it is free.
+    """Have SGLang preempt for a request under a policy until what admission asks of it is free.
 
-    SGLang would not count pages, nor the prompt of a request that it has not tried to admit yet.
+    ``PrefillAdder.preempt_to_schedule`` would not count pages, nor the prompt of a request that was never tried.
     """
     growth = growth_of_waiting(req)
     with _estimate(growth):
@@ -62,10 +62,11 @@ def _exact_preemption(adder: Any, req: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _exact_reservation(adder: Any, req: Any) -> Iterator[None]:
-    """Within it, a request under a policy is admitted if its pages fit, and from then on all of them are reserved.
+    """Admit a request under a policy if its pages fit, and reserve all of them from then on.
 
-    SGLang would count a page more for each request, want something to be left, expect no more growth than the request
-    has tokens to generate (its query row may take more), and of a prompt in chunks reserve only the next.
+    ``PrefillAdder.add_one_req`` would count a page more for each request (``per_req_token_overhead``), want something
+    to be left, and expect no more growth than the request has tokens to generate (its query row may take more);
+    ``add_chunked_req`` would reserve only the next chunk of a prompt.
     """
     growth = growth_of_waiting(req)
     with _estimate(growth):
@@ -103,7 +104,7 @@ def _least_growth(req: Any, resident_len: int) -> int:
 
 @contextlib.contextmanager
 def _one_estimate_for_all(req: Any) -> Iterator[None]:
-    """Within it, the request does not take SGLang's other way of counting (``ignore_eos`` without a radix cache).
+    """Keep a request from ``PrefillAdder.add_one_req_ignore_eos``, the way of counting without a radix cache.
 
     That one counts tokens generated as tokens held, of every running request.
     """
@@ -117,9 +118,9 @@ def _one_estimate_for_all(req: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _in_one_piece(adder: Any, req: Any) -> Iterator[None]:
-    """Within it, a request that is to be restored is admitted whole, and charged for the one token it computes.
+    """Admit a request that is to be restored whole, and charge it for the one token it computes.
 
-    SGLang would cut it where a chunk of prefill ends, as if its other tokens were computed too.
+    ``PrefillAdder.add_one_req`` would cut it where a chunk of prefill ends, as if its other tokens were computed too.
     """
     copy = host_copy_of(req)
     if copy is None:
@@ -164,8 +165,8 @@ def adder_class(base: Any) -> Any:
             growth = max(growth, _least_growth(req, held))
             reserved = ceil_to_page(held + growth, self.page_size) - ceil_to_page(held, self.page_size)
             if self._counted_for_preemption is not None and id(req) not in self._counted_for_preemption:
-                # SGLang asks first what preempting the request would bring and later what was reserved for it. A
-                # request at its budget reserves little, but gives back all it holds.
+                # preempt_to_schedule asks first what preempting the request would bring and later what was reserved
+                # for it. A request at its budget reserves little, but gives back all it holds.
                 self._counted_for_preemption.add(id(req))
                 return float(reserved + ceil_to_page(held, self.page_size) - req.kv.cache_protected_len)
             return float(reserved)

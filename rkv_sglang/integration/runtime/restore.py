@@ -1,7 +1,7 @@
-"""A preempted request that is too long to be computed again goes on from a host copy of its compacted KV.
+"""Restore of a preempted request that is too long to be computed again, from a host copy of its compacted KV.
 
-It is copied before its slots are freed, waits in SGLang's queue as a request of its resident length, and is put back
-right before the prefill that SGLang would give it: only the last output token is then left to compute.
+The KV is copied before its slots are freed; the request waits in SGLang's queue as one of its resident length, and is
+put back right before the prefill that SGLang would give it: only the last output token is then left to compute.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def save_if_too_long(req: Any) -> None:
     if state is None or state.evicted_tokens == 0 or req.finished() or req.input_embeds is not None:
         return
     num_seen = len(req.origin_input_ids) + len(req.output_ids)
-    # The last output is fed again, so what it left in the cache is not copied; nor is what SGLang forgets with a token
-    # in flight. Both are at the end: the most recent tokens are never evicted.
+    # The last output is fed again, so what it left in the cache is not copied; nor is what Req.reset_for_retract
+    # forgets with a token in flight. Both are at the end: the most recent tokens are never evicted.
     num_dropped = state.logical_len(req.kv.kv_allocated_len) - (num_seen - 1)
     saved_len = req.kv.kv_allocated_len - num_dropped
     if num_dropped not in (0, 1):

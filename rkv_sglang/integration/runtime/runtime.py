@@ -206,6 +206,7 @@ class Runtime:
         batch.batch_is_full = False
 
     def _job(self, batch: ScheduleBatch, req: Req) -> Job:
+        """Plan one request's compaction; nothing is changed."""
         state, config, kv = state_of(req), self.config_of(req), req.kv
         if config is None or kv.cache_protected_len > state.prompt_len or kv.kv_committed_len != kv.kv_allocated_len:
             raise RuntimeError(

@@ -1,4 +1,4 @@
-"""What a server says of its memory at start-up, and what it warns of."""
+"""Report of a server's memory at start-up, and warnings of flags that waste it."""
 
 from __future__ import annotations
 
