@@ -19,8 +19,8 @@ from benchmarks.common.tables import KERNELS
 from rkv_sglang.algorithm.reference import NORM_EPS
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import DueRequest, compact_requests
-from rkv_sglang.cache.plan import plan_compaction
 from rkv_sglang.policies import RKV
+from rkv_sglang.sizes.compaction_plan import plan_compaction
 
 NUM_LAYERS, NUM_KV_HEADS, NUM_QO_HEADS, HEAD_DIM = 32, 8, 32, 128
 WINDOW, BUFFER = 8, 128

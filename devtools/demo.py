@@ -132,8 +132,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--policies", default="none,rkv", help="comma-separated, default %(default)s")
     parser.add_argument("--prompt-file", type=Path, default=Path(__file__).with_name("demo_prompt.txt"))
     parser.add_argument("--new-tokens", type=int, default=1024)
-    parser.add_argument("--rkv-budget", type=int, default=192)
-    parser.add_argument("--rkv-buffer", type=int, default=64)
+    parser.add_argument("--kv-budget", type=int, default=192)
+    parser.add_argument("--kv-buffer", type=int, default=64)
     return parser.parse_args()
 
 
@@ -147,7 +147,7 @@ def main() -> int:
     question = options.prompt_file.read_text().strip()
     input_ids = chat_ids(AutoTokenizer.from_pretrained(options.model), question)
     print(f"Question ({len(input_ids)} tokens with the chat template):\n{question}\n", flush=True)
-    policy_flags = ["--rkv-budget", str(options.rkv_budget), "--rkv-buffer", str(options.rkv_buffer)]
+    policy_flags = ["--kv-budget", str(options.kv_budget), "--kv-buffer", str(options.kv_buffer)]
     runs: list[Run] = []
     try:
         for policy in options.policies.split(","):
@@ -163,7 +163,7 @@ def main() -> int:
     print(f"\n{table(runs)}\n")
     for other in runs[1:]:
         print(comparison(runs[0], other))
-    broken = [broken_promise(run, options.new_tokens, options.rkv_budget, options.rkv_buffer) for run in runs]
+    broken = [broken_promise(run, options.new_tokens, options.kv_budget, options.kv_buffer) for run in runs]
     for line in filter(None, broken):
         print(f"demo: {line}", file=sys.stderr)
     return 1 if any(broken) else 0

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from rkv_sglang.integration.hook import Hook
+from rkv_sglang.integration.hooking.hook import Hook
 
 ROOT = Path(__file__).resolve().parents[1]
 PATCHES = ROOT / "patches"
@@ -17,12 +17,13 @@ REGISTER = ROOT / "docs" / "hooks.md"
 _HEAD = """\
 # Where rkv_sglang meets SGLang
 
-Made by `python -m devtools.hooks_page` from `rkv_sglang/integration/hooks.py`; do not edit it by hand.
+Made by `python -m devtools.hooks_page` from `rkv_sglang/integration/hooks/`; do not edit it by hand.
 
 Nothing in the installed SGLang is changed. SGLang's plugin loader applies the hooks below as its processes start, each
-only after its target has been found with the signature it was written against; `rkv-sglang doctor` looks them all up.
-Each says what would be wrong without it, and which change in SGLang would make it unnecessary. Flags and models are
-refused in SGLang's own extension point for that, `register_resolution_hook`.
+only after its target has been found with the signature it was written against, and with it every other name of SGLang
+that the hook uses; `rkv-sglang doctor` looks them all up. What a port to another SGLang must go through is this list.
+Each says what would be wrong without it, and which change in SGLang would make it unnecessary. A STEP is a step of
+SGLang's resolution of its arguments, wrapped through its own extension point for that, `register_resolution_hook`.
 
 ## Hooks
 """
@@ -50,9 +51,18 @@ def render(hooks: Iterable[Hook], patches: Iterable[Path]) -> str:
         if hook.signature:
             lines.append(f"- signature: `{hook.signature}`")
         lines += [f"- why: {hook.why}", f"- unnecessary with: {hook.upstream}"]
+        lines += [f"- uses of `{owner}`: {', '.join(used)}" for owner, used in _by_owner(hook.uses).items()]
         sections.append("\n".join(lines) + "\n")
     entries = [f"- `{patch.relative_to(PATCHES)}`: {subject(patch)}" for patch in patches]
     return "\n".join(sections) + _PATCHES_HEAD + "\n" + "\n".join(entries) + "\n"
+
+
+def _by_owner(uses: Iterable[str]) -> dict[str, list[str]]:
+    owners: dict[str, list[str]] = {}
+    for name in uses:
+        owner, _, attribute = name.rpartition(".")
+        owners.setdefault(owner, []).append(f"`{attribute}`")
+    return owners
 
 
 def subject(patch: Path) -> str:
@@ -66,7 +76,7 @@ def subject(patch: Path) -> str:
 
 def current() -> str:
     """Return what the register should be."""
-    from rkv_sglang.integration.hooks import HOOKS
+    from rkv_sglang.integration.hooks.table import HOOKS
 
     return render(HOOKS, sorted(PATCHES.glob("*/*.patch")))
 

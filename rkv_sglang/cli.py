@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from rkv_sglang import __version__
-from rkv_sglang.integration.plan_command import add_plan_flags, print_plan
+from rkv_sglang.plan_command import add_plan_flags, print_plan
 from rkv_sglang.view.command import add_view_flags, run_view
 
 
@@ -30,11 +30,11 @@ def _doctor(options: argparse.Namespace) -> int:
     if options.plan:
         return print_plan(options)
     # Imported here so that --help does not wait for SGLang.
-    from rkv_sglang.integration.doctor import diagnose
+    from rkv_sglang.integration.doctor.report import diagnose
 
     status = diagnose()
     if options.details and status == 0:
-        from rkv_sglang.integration.doctor_details import print_details
+        from rkv_sglang.integration.doctor.details import print_details
 
         print_details()
     return status

@@ -46,7 +46,7 @@ class Setting:
         """What this server is started with, on top of the flags that all have."""
         if self.config is None:
             return self.own_flags
-        sizes = ("--rkv-budget", str(self.budget), "--rkv-buffer", str(self.buffer))
+        sizes = ("--kv-budget", str(self.budget), "--kv-buffer", str(self.buffer))
         return (*self.own_flags, "--kv-policy", self.policy, *sizes)
 
 

@@ -53,8 +53,8 @@ def main() -> int:
     """Run from the command line."""
     parser = benchmark_parser(__doc__, smoke="a tiny random model; into .cache/frontend")
     parser.add_argument("--model", default=SMALL_MODEL, help="folder or hub name, default %(default)s")
-    parser.add_argument("--budget", type=int, default=64, help="--rkv-budget, default %(default)s")
-    parser.add_argument("--buffer", type=int, default=16, help="--rkv-buffer, default %(default)s")
+    parser.add_argument("--budget", type=int, default=64, help="--kv-budget, default %(default)s")
+    parser.add_argument("--buffer", type=int, default=16, help="--kv-buffer, default %(default)s")
     options = parser.parse_args()
     if options.smoke:
         from devtools.tiny_models import tiny_model_path

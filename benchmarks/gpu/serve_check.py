@@ -97,7 +97,7 @@ def run_all(options: argparse.Namespace) -> tuple[list[Row], list[str]]:
     model = options.model or str(write_model(options.work / "llama-3.1-8b-shape"))
     flags = [*(GPU_FLAGS if has_gpu() else ()), "--decode-log-interval", "1"]
     flags += [] if options.model else ["--load-format", "dummy"]
-    policy = ["--kv-policy", "rkv", "--rkv-budget", str(options.budget), "--rkv-buffer", str(options.buffer)]
+    policy = ["--kv-policy", "rkv", "--kv-budget", str(options.budget), "--kv-buffer", str(options.buffer)]
     rows, problems = [], []
     for setting, own in (("rkv", policy), (NONE, [])):
         print(f"{setting}: starting a server ...", flush=True)

@@ -33,8 +33,8 @@ from benchmarks.serving.servers import (
 from benchmarks.serving.trace import LOCKSTEP, Conversation, TraceSpec, make_trace
 from devtools.chat import chat_ids
 from devtools.launch import Server, has_gpu, launched_server
-from rkv_sglang.cache.memory_plan import ModelShape
-from rkv_sglang.integration.plan_command import model_shape
+from rkv_sglang.plan_command import model_shape
+from rkv_sglang.sizes.memory_plan import ModelShape
 
 WARM_UP_SEED = -1
 LOG_DIR = Path(".cache/logs/serving")

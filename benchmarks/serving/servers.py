@@ -18,10 +18,10 @@ import psutil
 from benchmarks.common import settings
 from benchmarks.common.settings import STOCK_ENVIRONMENT, Setting
 from devtools.launch import Server, ServerError, has_gpu
-from rkv_sglang.cache.memory_plan import ModelShape
-from rkv_sglang.cache.query_window import num_query_rows
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.policies import is_stateful, make_policy
+from rkv_sglang.sizes.memory_plan import ModelShape
+from rkv_sglang.sizes.query_rows import num_query_rows
 
 STOCK, FP8 = "stock", "fp8"
 # Tokens singly and at once, as differences; the log tells the batch size every so many decode steps.

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from rkv_sglang.algorithm.selection import select_kept
 from rkv_sglang.kernels.move import move_kept_paged, move_kept_torch
-from rkv_sglang.kernels.paged_batch import FP8_DTYPES, PagedBatch, PagedBuffers, pages_needed
+from rkv_sglang.kernels.paged_batch import FP8_DTYPES, PagedBatch, PagedBuffers
 from rkv_sglang.kernels.score_config import padded_head_dim, padded_window
 from rkv_sglang.kernels.scorers import PAGED_SCORERS, History, PagedInputs, scores_of_kept
 from rkv_sglang.kernels.select import select_kept_paged
 from rkv_sglang.policies import Policy, ScoreInputs, is_stateful, needs_values
+from rkv_sglang.sizes.pages import pages_needed
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers, pages_needed
+from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
+from rkv_sglang.sizes.pages import pages_needed
 
 # What a program holds in registers between a chunk's loads and its stores: 128 bytes for each thread.
 CHUNK_BYTES = 16384

@@ -15,17 +15,13 @@ import torch
 from torch import Tensor
 
 from rkv_sglang.kernels.transfer import to_device
+from rkv_sglang.sizes.pages import pages_needed
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 KEY_DTYPES = (torch.bfloat16, torch.float16, torch.float32, *FP8_DTYPES)
 MAX_HEAD_DIM = 256
 # The widest load of a thread.
 VECTOR_BYTES = 16
-
-
-def pages_needed(num_tokens: int, page_size: int) -> int:
-    """Return how many pages hold ``num_tokens`` tokens."""
-    return -(-num_tokens // page_size)
 
 
 @dataclass(frozen=True, kw_only=True)

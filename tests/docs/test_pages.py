@@ -100,9 +100,10 @@ def test_every_command_line_of_the_package_is_one(path: Path, capsys: pytest.Cap
                 assert re.search(rf"(?<![\w-]){flag}(?![\w-])", shown), f"{code}: no {flag}"
 
 
-def test_the_map_of_folders_is_complete() -> None:
-    rows = table((ROOT / "docs" / "how-it-works.md").read_text(), "folder of `rkv_sglang/`")
-    folders = {path.parent.name for path in (ROOT / "rkv_sglang").glob("*/*.py")}
+@pytest.mark.parametrize("header, folder", [("folder", "rkv_sglang"), ("room", "rkv_sglang/integration")])
+def test_the_map_of_folders_is_complete(header: str, folder: str) -> None:
+    rows = table((ROOT / "docs" / "how-it-works.md").read_text(), f"{header} of `{folder}/`")
+    folders = {path.parent.name for path in (ROOT / folder).glob("*/*.py")}
     assert {row[0].strip("`") for row in rows} == folders
 
 
@@ -139,13 +140,11 @@ def test_the_tests_readme_names_every_folder_and_only_what_exists() -> None:
 
 def test_flags_in_examples_are_known() -> None:
     # A page may not promise a flag that argparse would refuse.
-    from rkv_sglang.integration.args import RKVServerArgs
+    from rkv_sglang.integration.startup.server_args import RKVServerArgs
 
     parser = argparse.ArgumentParser()
     RKVServerArgs.add_cli_args(parser)
     known = {option for option in parser._option_string_actions if re.match(r"--r?kv-", option)}
-    if "--kv-budget" not in known:
-        pytest.skip("this copy of the package has the flags under their first names only")
     for path in PAGES:
         for code in code_of(path):
             for flag in re.findall(r"--r?kv-(?!gib|itemsize|cache|canary)[\w-]+", code):

@@ -12,10 +12,13 @@ import pytest
 import torch
 
 from benchmarks.common.registry import BENCHMARKS
-from rkv_sglang.integration import answer_info, metrics, refusals, request_settings
-from rkv_sglang.integration.args import GROUP_TITLE, RKVServerArgs
-from rkv_sglang.integration.hooks import HOOKS
-from rkv_sglang.integration.unsupported import REFUSALS
+from rkv_sglang.config import POLICY_FIELD
+from rkv_sglang.integration.hooks import answers
+from rkv_sglang.integration.hooks.table import HOOKS
+from rkv_sglang.integration.runtime import metrics, requests
+from rkv_sglang.integration.startup import refusals
+from rkv_sglang.integration.startup.refused_settings import REFUSED_SETTINGS
+from rkv_sglang.integration.startup.server_args import GROUP_TITLE, RKVServerArgs
 from rkv_sglang.policies import POLICIES, ScoreInputs
 from tests.docs.pages import README, ROOT, fences, page, spans, table
 
@@ -31,47 +34,36 @@ def options() -> list[argparse.Action]:
     return group._group_actions
 
 
-def assert_flags(rows: list[list[str]], options: list[argparse.Action], *, all_of_them: bool) -> None:
-    """Compare rows (spellings, default) with the options, in order; ``all_of_them`` with every spelling."""
-    by_flag = {flag: action for action in options for flag in action.option_strings}
-    # Until the general names are merged the parser knows the first ones only.
-    has_general_names = "--kv-budget" in by_flag
-    documented = []
-    for spelled, default, *_ in rows:
-        flags = spans(spelled)
-        known = [flag for flag in flags if flag in by_flag]
-        if not has_general_names and not known:
-            known = [flags[0].replace("--kv-", "--rkv-")]
-        assert known == flags or not has_general_names
-        (action,) = {id(by_flag[flag]): by_flag[flag] for flag in known}.values()
-        documented.append(action)
-        assert default.strip("`") == ("off" if action.default is False else str(action.default)), spelled
-        if all_of_them:
-            assert set(action.option_strings) <= set(flags)
-    if all_of_them:
-        assert documented == options
+def shown_default(option: argparse.Action) -> str:
+    """Return the default that ``--help`` shows; what has two spellings is parsed to None where it is not given."""
+    found = re.search(r"Default: (.*)\.$", option.help or "")
+    assert found is not None
+    return "off" if found[1] == "False" else found[1]
 
 
 def test_the_table_of_flags_is_that_of_the_parser(options: list[argparse.Action]) -> None:
-    assert_flags(table(CONFIGURATION, "flag", "default", "meaning"), options, all_of_them=True)
+    rows = table(CONFIGURATION, "flag", "default", "meaning")
+    documented = [(spans(spelled), default.strip("`")) for spelled, default, _ in rows]
+    assert documented == [(list(option.option_strings), shown_default(option)) for option in options]
 
 
 def test_the_readmes_flags_are_among_them(options: list[argparse.Action]) -> None:
     rows = table(README.read_text(), "flag", "default", "meaning")
+    defaults = {option.option_strings[0]: shown_default(option) for option in options}
     assert len(rows) == 4
-    assert_flags(rows, options, all_of_them=False)
+    assert [default.strip("`") for _, default, _ in rows] == [defaults[spans(flag)[0]] for flag, _, _ in rows]
 
 
 def test_the_table_of_custom_params_has_every_field() -> None:
     text = "".join(row[0] for row in table(CONFIGURATION, "`custom_params`"))
-    named = [value for name, value in vars(request_settings).items() if name.endswith("_FIELD")]
-    assert set(re.findall(r'"(\w+)":', text)) == set(named)
+    named = {value for name, value in vars(requests).items() if name.endswith("_FIELD")}
+    assert POLICY_FIELD in named and set(re.findall(r'"(\w+)":', text)) == named
 
 
 def test_the_table_of_meta_info_has_every_field() -> None:
     rows = table(page("docs/observability.md"), "field", "meaning")
-    assert [row[0].strip("`") for row in rows] == list(answer_info.KEYS)
-    assert f"`{answer_info.TRACE_KEY}`" in page("docs/observability.md")
+    assert [row[0].strip("`") for row in rows] == list(answers.KEYS)
+    assert f"`{answers.TRACE_KEY}`" in page("docs/observability.md")
 
 
 def test_the_table_of_series_has_every_metric_with_its_type() -> None:
@@ -113,7 +105,7 @@ def test_the_table_of_refusals_is_that_of_the_code() -> None:
             refusal.why,
             refusal.mend or ("leave it out" if refusal.setting.startswith("--") else "unset it"),
         ]
-        for refusal in REFUSALS
+        for refusal in REFUSED_SETTINGS
     ]
     assert table(COMPATIBILITY, "setting", "why", "mend") == expected
 
@@ -179,7 +171,7 @@ def test_every_error_that_ends_a_start_is_on_that_page() -> None:
     integration = ROOT / "rkv_sglang" / "integration"
     for path in sorted(integration.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Raise) and "UnsupportedError" in ast.unparse(node):
+            if isinstance(node, ast.Raise) and "RefusedError" in ast.unparse(node):
                 texts = [text for text in texts_of(ast.unparse(node)) if len(text) > 20]
                 for text in texts[:1]:
                     assert any(matches(message, text) for message in messages), text
@@ -199,8 +191,7 @@ def test_how_it_works_names_no_place_that_is_not_hooked() -> None:
         section = page("docs/how-it-works.md").split(f"## {heading}\n")[1].split("\n## ")[0]
         for row in table(section, "where in SGLang"):
             for name in spans(row[0]):
-                if name != "register_resolution_hook":
-                    assert [target for target in targets if target.endswith(f".{name}")], name
+                assert [target for target in targets if target.endswith(f".{name}")], name
 
 
 def test_the_table_of_benchmarks_has_each_with_its_files() -> None:
@@ -214,7 +205,7 @@ def test_the_table_of_benchmarks_has_each_with_its_files() -> None:
 
 
 def test_the_versions_named_are_those_supported() -> None:
-    from rkv_sglang.integration.verify import SUPPORTED_SGLANG
+    from rkv_sglang.integration.hooking.install import SUPPORTED_SGLANG
 
     assert f"SGLang {', '.join(SUPPORTED_SGLANG)}; Python" in COMPATIBILITY
     assert f"for SGLang {', '.join(SUPPORTED_SGLANG)}." in README.read_text()

@@ -6,8 +6,8 @@ import random
 import pytest
 
 from devtools.tiny_models import tiny_model_path
-from rkv_sglang.cache.memory_plan import requests_at_once
 from rkv_sglang.config import PolicyConfig
+from rkv_sglang.sizes.memory_plan import requests_at_once
 from tests.e2e.workload import (
     Setting,
     assert_same_tokens,

@@ -94,7 +94,7 @@ def test_the_register_is_current() -> None:
 
 
 def test_the_register_names_every_hook_and_patch() -> None:
-    from rkv_sglang.integration.hooks import HOOKS
+    from rkv_sglang.integration.hooks.table import HOOKS
 
     text = hooks_page.REGISTER.read_text()
     for hook in HOOKS:
@@ -104,7 +104,7 @@ def test_the_register_names_every_hook_and_patch() -> None:
 
 
 def test_a_register_that_lacks_a_hook_is_out_of_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rkv_sglang.integration.hooks import HOOKS
+    from rkv_sglang.integration.hooks.table import HOOKS
 
     register = hooks_page.REGISTER
     stale = tmp_path / "hooks.md"

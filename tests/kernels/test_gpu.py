@@ -11,7 +11,6 @@ from rkv_sglang.algorithm.scoring import rkv_scores
 from rkv_sglang.algorithm.selection import select_kept
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import DueRequest, compact_requests
-from rkv_sglang.cache.plan import plan_compaction
 from rkv_sglang.cache.query_window import QueryWindow
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.kernels import capture, move, score_blocks, score_totals, select
@@ -24,6 +23,7 @@ from rkv_sglang.kernels.score import rkv_scores_paged
 from rkv_sglang.kernels.select import select_kept_paged
 from rkv_sglang.kernels.warmup import warm_up
 from rkv_sglang.policies import POLICIES, RKV, Policy, make_policy
+from rkv_sglang.sizes.compaction_plan import plan_compaction
 from tests.kernels.test_api import GPU_ATTENTIONS, check_attention
 
 pytestmark = pytest.mark.gpu
@@ -175,7 +175,7 @@ def served(seed: int, num_requests: int) -> tuple[KVBuffers, QueryWindow, Callab
         dtype=torch.bfloat16,
         device=DEVICE,
     )
-    window.buffer.copy_(torch.randn_like(window.buffer))
+    window.rings.copy_(torch.randn_like(window.rings))
     for request in range(num_requests):
         window.acquire(request + 1, object(), lambda *_: True)
     window.flush()
@@ -243,7 +243,7 @@ def test_nothing_is_compiled_after_the_warm_up(seed):
     warm_up(
         buffers.keys,
         buffers.values,
-        window.buffer,
+        window.rings,
         window.row_of_request,
         RKV(),
         budget=BUDGET,
@@ -258,7 +258,7 @@ def test_nothing_is_compiled_after_the_warm_up(seed):
         queries = torch.randn(batch_size, NUM_KV_HEADS * GROUP_SIZE * HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
         # A view that starts anywhere, as a part of a larger tensor may.
         indices = torch.zeros(batch_size + 1, dtype=torch.int64, device=DEVICE)[1:]
-        for layer in range(len(window.buffer)):
+        for layer in range(len(window.rings)):
             window.capture(layer, queries, indices, indices)
     assert [len(kernel.device_caches[device][0]) for kernel in kernels] == compiled
 

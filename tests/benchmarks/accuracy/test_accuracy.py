@@ -150,7 +150,7 @@ def test_settings_are_read_and_become_flags() -> None:
     setting = parse_setting("snapkv:1024:128")
     assert setting.name == "snapkv:1024:128"
     assert (setting.policy, setting.budget, setting.buffer) == ("snapkv", 1024, 128)
-    assert setting.flags == ("--kv-policy", "snapkv", "--rkv-budget", "1024", "--rkv-buffer", "128")
+    assert setting.flags == ("--kv-policy", "snapkv", "--kv-budget", "1024", "--kv-buffer", "128")
     for wrong in ("", "rkv", "rkv:1024", "rkv:a:b", "rkv:1:2:3", "none:1:2", ":1:2"):
         with pytest.raises(ValueError, match="neither none nor"):
             parse_setting(wrong)

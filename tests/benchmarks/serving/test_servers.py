@@ -13,8 +13,8 @@ from benchmarks.serving.servers import (
     query_window_bytes,
 )
 from devtools.launch import has_gpu
-from rkv_sglang.cache.memory_plan import ModelShape
 from rkv_sglang.config import PolicyConfig
+from rkv_sglang.sizes.memory_plan import ModelShape
 
 SHAPE = ModelShape(
     num_layers=3, num_qo_heads=4, num_kv_heads=2, head_dim=32, v_head_dim=32, kv_itemsize=4, query_itemsize=4
@@ -50,7 +50,7 @@ def test_only_stateful_policies_carry_scores() -> None:
 def test_settings() -> None:
     rkv = parse_setting("rkv:64:32")
     assert rkv.config == PolicyConfig(policy="rkv", budget=64, buffer=32)
-    assert rkv.flags == ("--kv-policy", "rkv", "--rkv-budget", "64", "--rkv-buffer", "32")
+    assert rkv.flags == ("--kv-policy", "rkv", "--kv-budget", "64", "--kv-buffer", "32")
     assert parse_setting("none").flags == () and parse_setting("none").config is None
     assert parse_setting(STOCK).environment == {"SGLANG_PLUGINS": "no_plugin"}
     for wrong in ("rkv", "rkv:64", "rkv:4:4", "nonsense:64:32", "rkv:a:b"):
