@@ -53,7 +53,7 @@ from rkv_sglang.cache.query_window import QueryWindow
 from rkv_sglang.kernels.dispatch import working_bytes_per_token
 from rkv_sglang.kernels.move import move_kept_paged
 from rkv_sglang.kernels.paged_batch import PagedBatch
-from rkv_sglang.kernels.score import rkv_scores_paged
+from rkv_sglang.kernels.score.attention import rkv_scores_paged
 from rkv_sglang.kernels.select import select_kept_paged
 
 DECODE_BATCH = 64

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ SGLANG_LAYER = "integration"
 # Inside the integration: each of these imports only itself and what comes before it.
 ROOMS = ("hooking", "startup", "runtime", "hooks", "doctor", "plugin")
 MOST_LINES = 300
+MOST_MODULES = 12
 IMPORT_FUNCTIONS = {"import_module", "__import__", "find_spec", "resolve_name"}
 
 
@@ -217,6 +219,19 @@ def test_every_listed_name_exists():
 def test_modules_are_small():
     sizes = {module: len(source.splitlines()) for module, source in package_sources().items()}
     assert {module: size for module, size in sizes.items() if size > MOST_LINES} == {}
+
+
+def test_folders_are_small():
+    folders = Counter(path.parent for path in (ROOT / PACKAGE).rglob("*.py") if path.name != "__init__.py")
+    assert {str(folder): count for folder, count in folders.items() if count > MOST_MODULES} == {}
+
+
+def test_docstrings_of_modules_lead_with_a_noun_or_a_verb():
+    first_words = {
+        module: (ast.get_docstring(ast.parse(source)) or "-").split()[0] for module, source in package_sources().items()
+    }
+    questions = {"What", "Which", "Who", "How", "When", "Where", "Whether", "Within"}
+    assert {module: word for module, word in first_words.items() if word in questions} == {}
 
 
 def heavy_imports(statement: str) -> tuple[str, int]:

@@ -8,7 +8,7 @@ import torch
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.kernels.dispatch import compact_paged, runs_triton, working_bytes_per_token
 from rkv_sglang.kernels.paged_batch import PagedBatch
-from rkv_sglang.kernels.scorers import History
+from rkv_sglang.kernels.score.scorers import History
 from rkv_sglang.policies import Policy
 from rkv_sglang.sizes.compaction_plan import CompactionPlan
 

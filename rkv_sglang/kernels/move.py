@@ -48,6 +48,10 @@ def _move_kept_kernel(
     WORD: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):
+    """Pack one head's kept tokens of one request, of the keys or of the values, to the front of its generated ones.
+
+    Mutates the pool whose layers' addresses are at ``first_pointers_ptr`` (keys) or ``second_pointers_ptr`` (values).
+    """
     layer = tl.program_id(0) // NUM_KV_HEADS
     head = (tl.program_id(0) % NUM_KV_HEADS).to(tl.int64)
     request = tl.program_id(1)

@@ -1,4 +1,4 @@
-"""What every kernel is given: the due requests of one compaction, and the layers of a paged pool.
+"""Arguments of every kernel: the due requests of one compaction, and the layers of a paged pool.
 
 The paging convention is FlashInfer's: request ``r`` owns the pages
 ``kv_indices[kv_indptr[r] : kv_indptr[r + 1]]``, and its token ``t`` lies in page
@@ -231,7 +231,7 @@ class PagedBuffers:
 
     @property
     def storage_dtype(self) -> torch.dtype:
-        """What the tensors hold: uint8 for fp8, else ``dtype``."""
+        """Dtype of the tensors: uint8 for fp8, else ``dtype``."""
         return self.tensors[0].dtype
 
     @property

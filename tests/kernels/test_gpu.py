@@ -13,13 +13,14 @@ from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import DueRequest, compact_requests
 from rkv_sglang.cache.query_window import QueryWindow
 from rkv_sglang.config import PolicyConfig
-from rkv_sglang.kernels import capture, move, score_blocks, score_totals, select
+from rkv_sglang.kernels import capture, move, select
 from rkv_sglang.kernels.api import compact_paged_kv
 from rkv_sglang.kernels.capture import capture_queries, capture_queries_torch
 from rkv_sglang.kernels.dispatch import choose_kept_torch, compact_paged, working_bytes_per_token
 from rkv_sglang.kernels.move import move_kept_paged, move_kept_torch
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
-from rkv_sglang.kernels.score import rkv_scores_paged
+from rkv_sglang.kernels.score import key_passes, totals
+from rkv_sglang.kernels.score.attention import rkv_scores_paged
 from rkv_sglang.kernels.select import select_kept_paged
 from rkv_sglang.kernels.warmup import warm_up
 from rkv_sglang.policies import POLICIES, RKV, Policy, make_policy
@@ -231,7 +232,7 @@ def test_the_api_waits_for_nothing_on_the_gpu_if_the_lengths_are_on_the_cpu(seed
 def test_nothing_is_compiled_after_the_warm_up(seed):
     kernels = [
         value
-        for module in (capture, move, score_blocks, score_totals, select)
+        for module in (capture, move, key_passes, totals, select)
         for name, value in vars(module).items()
         if name.endswith("_kernel") and hasattr(value, "device_caches")
     ]

@@ -1,11 +1,11 @@
-"""What the kernels share that read one side of the pool and no queries: their compile-time arguments and checks."""
+"""Compile-time arguments of the kernels that read one side of the pool and no queries."""
 
 from typing import Any
 
 import torch
 
-from rkv_sglang.kernels.paged_batch import FP8_DTYPES, PagedBatch, PagedBuffers
-from rkv_sglang.kernels.score_config import ELEMENTS, padded_head_dim
+from rkv_sglang.kernels.paged_batch import FP8_DTYPES, PagedBuffers
+from rkv_sglang.kernels.score.config import ELEMENTS, padded_head_dim
 
 
 def tokens_per_program(head_dim: int, dtype: torch.dtype) -> int:
@@ -28,14 +28,6 @@ def pass_constants(
     }
     optional = {"UNIT": unit, "WINDOW": window}
     return constants | {name: value for name, value in optional.items() if value is not None}
-
-
-def check_pool(name: str, buffers: PagedBuffers, batch: PagedBatch) -> None:
-    """Raise ``ValueError`` unless the pages of ``batch`` are pages of ``buffers``."""
-    if buffers.page_size != batch.page_size:
-        raise ValueError(f"{name} have page_size {buffers.page_size} and batch {batch.page_size}: they must be equal")
-    if buffers.device != batch.device:
-        raise ValueError(f"batch is on {batch.device} and {name} on {buffers.device}: put all on one device")
 
 
 def aot_constants(dtype: torch.dtype, head_dim: int) -> dict[str, Any]:

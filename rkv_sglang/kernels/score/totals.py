@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from rkv_sglang.kernels.score_device import BATCH_POINTERS, VARYING_SIZES
+from rkv_sglang.kernels.score.device import BATCH_POINTERS, VARYING_SIZES
 
 
 @triton.jit(do_not_specialize=VARYING_SIZES, do_not_specialize_on_alignment=BATCH_POINTERS)

@@ -1,4 +1,4 @@
-"""Which policies have a scorer for a whole batch in a constant number of launches, and how its arguments are made."""
+"""Scorers of a whole batch in a constant number of launches, by policy, and how their arguments are made."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
-from rkv_sglang.kernels.score import h2o_scores_paged, rkv_scores_paged, snapkv_scores_paged
-from rkv_sglang.kernels.score_keys import keydiff_scores_paged, manifoldkv_scores_paged
-from rkv_sglang.kernels.score_places import places_of, spread
-from rkv_sglang.kernels.score_values import longflow_scores_paged
+from rkv_sglang.kernels.score.attention import h2o_scores_paged, rkv_scores_paged, snapkv_scores_paged
+from rkv_sglang.kernels.score.mean_keys import keydiff_scores_paged, manifoldkv_scores_paged
+from rkv_sglang.kernels.score.places import places_of, spread
+from rkv_sglang.kernels.score.values import longflow_scores_paged
 from rkv_sglang.policies import H2O, RKV, KeyDiff, LongFlow, ManifoldKV, Random, SnapKV, StreamingLLM
 
 
 @dataclass(frozen=True)
 class History:
-    """What a compaction must know of a request beyond its cache, for policies that ask for it.
+    """Past of a request that its cache does not tell, for policies that ask for it.
 
     Attributes:
         logical_len: Tokens ever seen, evicted ones included.
@@ -31,7 +31,7 @@ class History:
 
 @dataclass(frozen=True, kw_only=True)
 class PagedInputs:
-    """What a scorer of a whole batch is given; as in ``dispatch.compact_paged``."""
+    """Arguments of a scorer of a whole batch; as in ``dispatch.compact_paged``."""
 
     keys: PagedBuffers
     values: PagedBuffers

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from rkv_sglang.kernels.paged_batch import FP8_DTYPES
-from rkv_sglang.kernels.score_blocks import score_tokens_kernel, summarise_blocks_kernel
-from rkv_sglang.kernels.score_totals import combine_scores_kernel, reduce_blocks_kernel
+from rkv_sglang.kernels.score.key_passes import score_tokens_kernel, summarise_blocks_kernel
+from rkv_sglang.kernels.score.totals import combine_scores_kernel, reduce_blocks_kernel
 
 MAX_WINDOW = 64
 # Of the kernels that read no keys.

@@ -13,10 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
-from rkv_sglang.kernels.pool_pass import aot_constants, check_pool, pass_constants, pass_signature, tokens_per_program
-from rkv_sglang.kernels.score import check_score_inputs, run_key_passes
-from rkv_sglang.kernels.score_config import MAX_WINDOW, NUM_STAGES, NUM_WARPS, ScoreConfig
-from rkv_sglang.kernels.score_device import BATCH_POINTERS, VARYING_SIZES, key_rows, load_tile
+from rkv_sglang.kernels.score.attention import run_key_passes
+from rkv_sglang.kernels.score.checks import check_pool, check_score_inputs
+from rkv_sglang.kernels.score.config import MAX_WINDOW, NUM_STAGES, NUM_WARPS, ScoreConfig
+from rkv_sglang.kernels.score.device import BATCH_POINTERS, VARYING_SIZES, key_rows, load_tile
+from rkv_sglang.kernels.score.pool_pass import (
+    aot_constants,
+    pass_constants,
+    pass_signature,
+    tokens_per_program,
+)
 
 
 @triton.jit(do_not_specialize=VARYING_SIZES, do_not_specialize_on_alignment=BATCH_POINTERS)

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""What the scoring kernels share: reading keys from the pool, their lengths, and the window's logits."""
+"""Shared parts of the scoring kernels: reading keys from the pool, their lengths, and the window's logits."""
 
 import triton
 import triton.language as tl

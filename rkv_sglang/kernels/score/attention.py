@@ -1,4 +1,6 @@
-"""The R-KV score of a whole batch, straight from the paged pool. Source: arXiv 2505.24133.
+"""R-KV score of a whole batch, and the parts of it that SnapKV and H2O are, straight from the paged pool.
+
+Source: arXiv 2505.24133.
 
 Four kernels and one fill, whatever the number of layers, heads and requests: two passes over the keys, a reduction
 between them, and a last step that pools and combines. No L x L matrix: 12 bytes per token and head beside the result,
@@ -7,6 +9,7 @@ and some per block. The function is that of ``rkv_sglang.algorithm.scoring`` wit
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -14,12 +17,10 @@ from torch import Tensor
 
 from rkv_sglang.algorithm.validation import check_kernel_size, check_mix_lambda, check_threshold
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
-from rkv_sglang.kernels.pool_pass import check_pool
-from rkv_sglang.kernels.score_blocks import score_tokens_kernel, summarise_blocks_kernel
-from rkv_sglang.kernels.score_config import (
+from rkv_sglang.kernels.score.checks import check_score_inputs
+from rkv_sglang.kernels.score.config import (
     CHUNK,
     COMBINE_BLOCK,
-    MAX_WINDOW,
     NUM_STAGES,
     NUM_WARPS,
     ScoreConfig,
@@ -27,7 +28,8 @@ from rkv_sglang.kernels.score_config import (
     key_constants,
     score_config,
 )
-from rkv_sglang.kernels.score_totals import combine_scores_kernel, reduce_blocks_kernel
+from rkv_sglang.kernels.score.key_passes import score_tokens_kernel, summarise_blocks_kernel
+from rkv_sglang.kernels.score.totals import combine_scores_kernel, reduce_blocks_kernel
 
 
 def rkv_scores_paged(
@@ -119,10 +121,15 @@ def _scores(
     passes = run_key_passes(keys, batch, queries, threshold=threshold, num_unscored=batch.window, config=config)
     grid = (triton.cdiv(batch.max_kv_len, COMBINE_BLOCK), batch.num_requests, keys.num_layers * keys.num_kv_heads)
     combine_scores_kernel[grid](
-        *(batch.token_indptr, passes.attention, passes.exp_sums, passes.column_means),
-        *(batch.num_tokens, passes.num_blocks, kernel_size // 2),
-        importance_weight,
-        1.0 - importance_weight,
+        token_indptr_ptr=batch.token_indptr,
+        attention_ptr=passes.attention,
+        exp_sums_ptr=passes.exp_sums,
+        scores_ptr=passes.column_means,
+        num_tokens=batch.num_tokens,
+        num_blocks=passes.num_blocks,
+        reach=kernel_size // 2,
+        importance_weight=importance_weight,
+        redundancy_weight=1.0 - importance_weight,
         WINDOW=batch.window,
         KEY_BLOCK=passes.block,
         BLOCK=COMBINE_BLOCK,
@@ -136,7 +143,7 @@ def _scores(
 
 @dataclass(frozen=True, kw_only=True)
 class KeyPasses:
-    """What the passes over the keys leave behind.
+    """Results of the passes over the keys.
 
     Attributes:
         attention: Mean over the queries of the attention that each token gets, -inf where it is not scored,
@@ -189,7 +196,7 @@ def run_key_passes(
     )
     block_w, block_d = constants["BLOCK_W"], constants["BLOCK_D"]
     num_heads, num_tokens = num_layers * keys.num_kv_heads, batch.num_tokens
-    # The rows of the per-block results: see ``score_blocks``.
+    # The rows of the per-block results: see ``key_passes``.
     num_blocks = num_tokens // config.block + num_requests
 
     def fp32(*shape: int) -> Tensor:
@@ -204,25 +211,47 @@ def run_key_passes(
         exp_sums = fp32(num_heads, num_blocks)
         exempt = torch.zeros(num_heads, num_tokens, dtype=torch.int64, device=keys.device)
 
-    pool = (keys.pointers, keys.scales, queries, batch.kv_indptr, batch.kv_indices, batch.token_indptr)
-    sizes = (keys.num_kv_heads, num_tokens, num_blocks, keys.stride_page, keys.stride_slot, keys.stride_head)
-    softmax_scale = 1.0 / math.sqrt(head_dim)
+    # What both passes over the keys take.
+    shared: dict[str, Any] = {
+        "key_ptrs": keys.pointers,
+        "key_scales_ptr": keys.scales,
+        "queries_ptr": queries,
+        "kv_indptr_ptr": batch.kv_indptr,
+        "kv_indices_ptr": batch.kv_indices,
+        "token_indptr_ptr": batch.token_indptr,
+        "num_kv_heads": keys.num_kv_heads,
+        "num_tokens": num_tokens,
+        "num_blocks": num_blocks,
+        "stride_page": keys.stride_page,
+        "stride_slot": keys.stride_slot,
+        "stride_head": keys.stride_head,
+        "stride_query_layer": queries.stride(0),
+        "stride_query_request": queries.stride(1),
+        "stride_query_token": queries.stride(2),
+        "stride_query_head": queries.stride(3),
+        "softmax_scale": 1.0 / math.sqrt(head_dim),
+    }
     grid = (triton.cdiv(batch.max_kv_len, config.block), num_requests, num_heads)
     key_shape = {"num_warps": config.num_warps, "num_stages": NUM_STAGES}
     summarise_blocks_kernel[grid](
-        *pool,
-        *(key_sums, logit_maxima, logit_sums, exempt),
-        *sizes,
-        *queries.stride()[:4],
-        softmax_scale,
-        threshold or 0.0,
+        **shared,
+        key_sums_ptr=key_sums,
+        logit_maxima_ptr=logit_maxima,
+        logit_sums_ptr=logit_sums,
+        exempt_ptr=exempt,
+        threshold=threshold or 0.0,
         BLOCK_COLUMNS=config.block_columns,
         **constants,
         **key_shape,
     )
     reduce_blocks_kernel[(num_requests, num_heads)](
-        *(batch.token_indptr, key_sums, logit_maxima, logit_sums, key_totals, logit_totals),
-        num_blocks,
+        token_indptr_ptr=batch.token_indptr,
+        key_sums_ptr=key_sums,
+        logit_maxima_ptr=logit_maxima,
+        logit_sums_ptr=logit_sums,
+        key_totals_ptr=key_totals,
+        logit_totals_ptr=logit_totals,
+        num_blocks=num_blocks,
         BLOCK=config.block,
         CHUNK=CHUNK,
         BLOCK_W=block_w,
@@ -231,40 +260,17 @@ def run_key_passes(
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
     )
-    means = column_means if threshold is not None else None
     score_tokens_kernel[grid](
-        *pool,
-        *(key_totals, logit_totals, exempt, attention, means, exp_sums),
-        *sizes,
-        *queries.stride()[:4],
-        softmax_scale,
+        **shared,
+        key_totals_ptr=key_totals,
+        logit_totals_ptr=logit_totals,
+        exempt_ptr=exempt,
+        attention_ptr=attention,
+        column_means_ptr=column_means if threshold is not None else None,
+        exp_sums_ptr=exp_sums,
         **constants,
         **key_shape,
     )
     return KeyPasses(
         attention=attention, column_means=column_means, exp_sums=exp_sums, num_blocks=num_blocks, block=config.block
     )
-
-
-def check_score_inputs(keys: PagedBuffers, batch: PagedBatch, queries: Tensor) -> None:
-    """Raise ``ValueError`` unless the three fit together and are within what the kernels support."""
-    check_pool("keys", keys, batch)
-    if not 1 <= batch.window <= MAX_WINDOW:
-        raise ValueError(f"batch has a window of {batch.window}: at most {MAX_WINDOW} is supported")
-    wanted = [keys.num_layers, batch.num_requests, batch.window, keys.head_dim]
-    if queries.dim() != 5 or [*queries.shape[:3], queries.shape[4]] != wanted:
-        raise ValueError(
-            f"queries must be [num_layers {wanted[0]}, num_requests {wanted[1]}, window {wanted[2]}, num_qo_heads, "
-            f"head_dim {wanted[3]}], got {list(queries.shape)}"
-        )
-    if queries.shape[3] == 0 or queries.shape[3] % keys.num_kv_heads:
-        raise ValueError(
-            f"num_qo_heads {queries.shape[3]} of queries must be a multiple of num_kv_heads {keys.num_kv_heads}"
-        )
-    if queries.dtype not in (torch.bfloat16, torch.float16, torch.float32) or queries.stride(4) != 1:
-        raise ValueError(
-            f"queries must be bf16, fp16 or fp32 with stride 1 along head_dim, "
-            f"got {queries.dtype} with strides {list(queries.stride())}"
-        )
-    if queries.device != keys.device:
-        raise ValueError(f"queries is on {queries.device} and keys on {keys.device}: put all on one device")

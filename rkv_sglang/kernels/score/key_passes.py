@@ -11,7 +11,7 @@ request of n tokens has at most ``n // BLOCK + 1`` blocks.
 import triton
 import triton.language as tl
 
-from rkv_sglang.kernels.score_device import (
+from rkv_sglang.kernels.score.device import (
     BATCH_POINTERS,
     VARYING_SIZES,
     dot_rows,

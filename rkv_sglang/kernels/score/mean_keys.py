@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
-from rkv_sglang.kernels.pool_pass import aot_constants, check_pool, pass_constants, pass_signature, tokens_per_program
-from rkv_sglang.kernels.score_config import CHUNK, NUM_STAGES, NUM_WARPS, padded_head_dim
-from rkv_sglang.kernels.score_device import (
+from rkv_sglang.kernels.score.checks import check_pool
+from rkv_sglang.kernels.score.config import CHUNK, NUM_STAGES, NUM_WARPS, padded_head_dim
+from rkv_sglang.kernels.score.device import (
     BATCH_POINTERS,
     NORM_EPS,
     VARYING_SIZES,
@@ -23,6 +23,12 @@ from rkv_sglang.kernels.score_device import (
     load_tile,
     squared_norms,
     unit_factors,
+)
+from rkv_sglang.kernels.score.pool_pass import (
+    aot_constants,
+    pass_constants,
+    pass_signature,
+    tokens_per_program,
 )
 
 
