@@ -91,9 +91,9 @@ BENCHMARKS = (
     # On a CPU it runs benchmarks.kernels.scoring too.
     Benchmark(
         "kernels",
-        "benchmarks.bench_kernels",
+        "benchmarks.kernels",
         (
-            Plot("benchmarks.kernel_bench_kit:plot", (KERNELS,)),
+            Plot("benchmarks.kernels.kit:plot", (KERNELS,)),
             Plot("benchmarks.kernels.scoring:plot", (SCORING, SCORING_RANDOM)),
         ),
         ("--device", "cpu"),

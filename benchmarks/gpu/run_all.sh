@@ -37,12 +37,12 @@ part() {
 part machine 20 bash -c "nvidia-smi -L; '$PYTHON' -m pip list 2>/dev/null | grep -iE '^(sglang|torch|triton|flashinfer|rkv)'; true"
 if [ -z "${DAY:-}" ]; then
   part kernel-tests 110 "$PYTHON" -m pytest -q -x -m gpu tests/kernels
-  part kernels 130 "$PYTHON" -m benchmarks.bench_kernels --lengths 1152 8320 --due 1 64 --out "$OUT"
+  part kernels 130 "$PYTHON" -m benchmarks.kernels --lengths 1152 8320 --due 1 64 --out "$OUT"
   part serve-check 250 "$PYTHON" -m benchmarks.gpu.serve_check --out "$OUT" --flags "$FLAGS"
 else
   : "${MODEL:?DAY=1 needs MODEL, a folder or hub name of a reasoning model}"
   part kernel-tests 900 "$PYTHON" -m pytest -q -m gpu tests
-  part kernels 900 "$PYTHON" -m benchmarks.bench_kernels --out "$OUT"
+  part kernels 900 "$PYTHON" -m benchmarks.kernels --out "$OUT"
   part serve-check 1800 "$PYTHON" -m benchmarks.gpu.serve_check --out "$OUT" --num-tokens 8192 --flags "$FLAGS"
   part serving 14400 "$PYTHON" -m benchmarks.serving --model "$MODEL" --out "$OUT"
   part quality 7200 "$PYTHON" -m benchmarks.quality --model "$MODEL" --budgets 512,1024,2048 --num-tokens 4096 --out "$OUT"

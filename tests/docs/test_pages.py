@@ -78,6 +78,13 @@ def test_every_module_that_is_run_exists(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_every_script_that_is_run_exists(path: Path) -> None:
+    for code in code_of(path):
+        for script in re.findall(r"(?:bash|python3?) ([\w/]+\.(?:sh|py))", code):
+            assert (ROOT / script).is_file(), script
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_every_target_of_make_exists(path: Path) -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for code in code_of(path):

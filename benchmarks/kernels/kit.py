@@ -1,4 +1,4 @@
-"""What ``bench_kernels`` measures with and against: rows, timers, a pool of keys, the quadratic score, the plot."""
+"""What the kernels are measured with and against: rows, timers, a pool of keys, the quadratic score, the plot."""
 
 import math
 import statistics

@@ -1,7 +1,7 @@
 """The compaction kernels against what memory allows, and against the quadratic formulation in torch.
 
-    python -m benchmarks.bench_kernels [--lengths 640 1152 ...] [--due 1 4 16 64] [--out FOLDER] [--smoke]
-    python -m benchmarks.bench_kernels --device cpu [--smoke]
+    python -m benchmarks.kernels [--lengths 640 1152 ...] [--due 1 4 16 64] [--out FOLDER] [--smoke]
+    python -m benchmarks.kernels --device cpu [--smoke]
 
 The shape is that of Llama-3.1-8B: 32 layers, 8 KV heads, 32 query heads, head_dim 128, bf16; window 8, and every
 request has `buffer` = 128 tokens above its budget. Keys come in two kinds: *clustered*, each one of 32 directions plus
@@ -12,10 +12,10 @@ to the end: the worst case. Slots are scattered at random over the pool.
 Bounds are taken at the copy bandwidth measured in the same run. A decode step is modelled, not run: 64 requests read
 the weights (8.03e9 of 2 bytes) and their KV once, at that bandwidth, nothing else: a real step takes longer.
 
-Writes ``kernels.csv`` (one row per measurement; columns in ``tables.py``), ``kernels.json`` and ``kernels.png`` to
-``benchmarks/results/<hardware>/``, and takes under 8 minutes. ``--device cpu`` times the torch path alone,
-on one small layer, and then runs ``benchmarks.kernels.scoring``: the closed form against the quadratic one, on keys of
-the small model (which ``make setup`` fetches) and on random keys.
+Writes ``kernels.csv`` (one row per measurement; columns in ``common/tables.py``), ``kernels.json`` and ``kernels.png``
+to ``benchmarks/results/<hardware>/``, and takes under 8 minutes. ``--device cpu`` times the torch path alone, on one
+small layer, and then runs ``benchmarks.kernels.scoring``: the closed form against the quadratic one, on keys of the
+small model (which ``make setup`` fetches) and on random keys.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from benchmarks.common.schema import RESULTS, hardware_folder, run_info, write_table
 from benchmarks.common.tables import KERNELS
-from benchmarks.kernel_bench_kit import (
+from benchmarks.kernels.kit import (
     BUFFER,
     HEAD_DIM,
     KV_BYTES_PER_TOKEN,
@@ -266,7 +266,7 @@ def main() -> None:
     on_gpu = args.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
         sys.exit(
-            "bench_kernels needs a CUDA GPU and found none: run it on one, or give --device cpu for the torch path"
+            "benchmarks.kernels needs a CUDA GPU and found none: run it on one, or give --device cpu for the torch path"
         )
     torch.manual_seed(0)
     default_lengths = [640, 1152, 2176, 4224, 8320] if on_gpu else [640, 1152]
