@@ -1,4 +1,4 @@
-"""The rooms beside the package: who may import whom, how full a folder may be, and one version of SGLang everywhere."""
+"""The rooms beside the package: who may import whom, how full a folder may be, what is said once."""
 
 import ast
 import re
@@ -114,17 +114,6 @@ def test_names_that_benchmarks_share_are_said_once():
         # The serving benchmark knows two settings more.
         "parse_setting": ["benchmarks.common.settings", "benchmarks.serving.servers"],
     }
-
-
-def test_the_four_pins_of_sglang_agree():
-    (supported,) = SUPPORTED_SGLANG
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    (requirement,) = [line for line in project["dependencies"] if line.startswith("sglang")]
-    next_patch = re.sub(r"\d+$", lambda last: str(int(last[0]) + 1), supported)
-    assert requirement == f"sglang>={supported},<{next_patch}"
-    environment = ROOT / "devtools" / "env"
-    assert f'SGLANG = "sglang=={supported}"' in (environment / "setup.py").read_text().splitlines()
-    assert f"sglang=={supported}" in (environment / "requirements-cpu-nodeps.txt").read_text().splitlines()
 
 
 def test_nothing_else_names_another_version_of_sglang():

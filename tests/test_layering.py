@@ -1,6 +1,7 @@
 """Imports point down, only the integration knows SGLang, names are public on purpose, modules stay small."""
 
 import ast
+import re
 import subprocess
 import sys
 import textwrap
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from rkv_sglang.integration.hooking.install import SUPPORTED_SGLANG
 
 PACKAGE = "rkv_sglang"
 ROOT = Path(__file__).resolve().parents[1]
@@ -232,6 +235,18 @@ def test_docstrings_of_modules_lead_with_a_noun_or_a_verb():
     }
     questions = {"What", "Which", "Who", "How", "When", "Where", "Whether", "Within"}
     assert {module: word for module, word in first_words.items() if word in questions} == {}
+
+
+def test_the_pins_of_sglang_agree():
+    files = [ROOT / "pyproject.toml"]
+    for folder in ("tests", "devtools"):
+        files += [*(ROOT / folder).rglob("requirements*.txt"), *(ROOT / folder).rglob("setup.py")]
+    pins = {
+        (path.name, version) for path in files for version in re.findall(r"\bsglang[>=]=([\d.]+\d)", path.read_text())
+    }
+    pins |= {("patches", path.name.removeprefix("sglang-")) for path in (ROOT / "patches").glob("sglang-*")}
+    assert {name for name, _ in pins} >= {"pyproject.toml", "requirements-cpu-nodeps.txt", "setup.py", "patches"}
+    assert {version for _, version in pins} == set(SUPPORTED_SGLANG)
 
 
 def heavy_imports(statement: str) -> tuple[str, int]:

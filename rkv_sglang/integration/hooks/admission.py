@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from rkv_sglang.integration.hooking.hook import Hook, names
-from rkv_sglang.integration.hooks.owners import ADDER, MANAGERS, MODEL_CONFIG, REQ, REQ_KV, SAMPLING_PARAMS, SCHEDULER
+from rkv_sglang.integration.hooks.owners import ADDER, MODEL_CONFIG, REQ, REQ_KV, SAMPLING_PARAMS, SCHEDULER
 from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.prefill_adder import adder_class
-from rkv_sglang.integration.runtime.restore import end_if_hopeless
 from rkv_sglang.sizes.lengths import can_ever_compact
 from rkv_sglang.sizes.reservation import most_growth
 
@@ -52,12 +51,6 @@ def set_limits(limit: Callable[..., None], scheduler: Any, req: Any) -> None:
         params.min_new_tokens = min(min_new_tokens, most)
 
 
-def end_if_too_long(enqueue: Callable[..., None], scheduler: Any, req: Any, is_retracted: bool = False) -> None:
-    """End a retracted request that can neither be computed again nor restored, instead of letting it wait for ever."""
-    if not end_if_hopeless(req):
-        enqueue(scheduler, req, is_retracted)
-
-
 ADMISSION_HOOKS: tuple[Hook, ...] = (
     Hook(
         target="sglang.srt.managers.scheduler.Scheduler.init_req_max_new_tokens",
@@ -94,20 +87,6 @@ ADMISSION_HOOKS: tuple[Hook, ...] = (
             *names(REQ, "decode_batch_idx full_untruncated_fill_ids kv output_ids prefix_len refresh_fill_ids"),
             *names(REQ_KV, "cache_protected_len kv_allocated_len"),
             f"{SAMPLING_PARAMS}.ignore_eos",
-        ),
-    ),
-    Hook(
-        target="sglang.srt.managers.scheduler.Scheduler._add_request_to_queue",
-        kind="AROUND",
-        function=end_if_too_long,
-        signature="(self, req, is_retracted=False)",
-        why="A preempted request with a history longer than the pool would wait for ever to be prefilled again.",
-        upstream="Retraction keeps a host copy of the compacted KV.",
-        uses=(
-            *names(SCHEDULER, "_release_aborted_request max_total_num_tokens send_abort_output"),
-            *names(REQ, "finished origin_input_ids output_ids to_finish"),
-            f"{MANAGERS}.schedule_batch.FINISH_ABORT",
-            f"{MANAGERS}.scheduler._make_abort_req",
         ),
     ),
 )

@@ -1,4 +1,8 @@
-"""Hooks in the life of a preempted request: copied before its slots go, put back when it is admitted again."""
+"""Hooks in the life of a preempted request, in its order.
+
+It is copied before its slots go, waits as what it will hold, and is put back when it is admitted again, or computed
+again like any other.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from rkv_sglang.integration.hooks.owners import (
     BATCH,
     FORWARD_BATCH,
     KV_POOL,
+    MANAGERS,
     MEM_CACHE,
     REPORTER,
     REQ,
@@ -23,16 +28,39 @@ from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.restore import (
     EVICTED_ATTRIBUTE,
     drop_host_copies,
+    end_if_hopeless,
     evicted_tokens_of,
+    forget_what_was_cached,
     host_copy_of,
     restore_waiting,
     save_if_too_long,
+    use_resident_ids,
 )
 
 
 def copy_before_release(*, req: Any, **kwargs: Any) -> None:
     """Copy a compacted request's KV to the host, if it is about to lose it and could not be computed again."""
     save_if_too_long(req)
+
+
+def after_retract(_: None, req: Any) -> None:
+    """Reset the policy's view of a retracted request."""
+    forget_what_was_cached(req)
+    use_resident_ids(req)
+
+
+def end_if_too_long(enqueue: Callable[..., None], scheduler: Any, req: Any, is_retracted: bool = False) -> None:
+    """End a retracted request that can neither be computed again nor restored, instead of letting it wait for ever."""
+    if not end_if_hopeless(req):
+        enqueue(scheduler, req, is_retracted)
+
+
+def match_prompt_only(compute: Callable[..., int], req: Any, input_len: int) -> int:
+    """Keep a request that is prefilled again from taking tree-owned slots for tokens it generated."""
+    max_prefix_len = compute(req, input_len)
+    if len(req.output_ids) > 0 and get_runtime().may_compact(req):
+        return min(max_prefix_len, len(req.origin_input_ids))
+    return max_prefix_len
 
 
 def keep_resident_ids(refresh: Callable[[Any], None], req: Any) -> None:
@@ -98,6 +126,41 @@ RESTORE_HOOKS: tuple[Hook, ...] = (
             *names(KV_POOL, "k_buffer v_buffer"),
             f"{ROWS}.req_to_token",
         ),
+    ),
+    Hook(
+        target="sglang.srt.managers.schedule_batch.Req.reset_for_retract",
+        kind="AFTER",
+        function=after_retract,
+        signature="(self)",
+        why="Lengths restart with the new prefill, and recomputed KV of generated tokens must stay out of the tree.",
+        upstream="A `kv_policy.on_retract(req)` call in reset_for_retract.",
+        uses=(*names(REQ, "full_untruncated_fill_ids origin_input_ids output_ids skip_radix_cache_insert"),),
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler._add_request_to_queue",
+        kind="AROUND",
+        function=end_if_too_long,
+        signature="(self, req, is_retracted=False)",
+        why="A preempted request with a history longer than the pool would wait for ever to be prefilled again.",
+        upstream="Retraction keeps a host copy of the compacted KV.",
+        uses=(
+            *names(SCHEDULER, "_release_aborted_request max_total_num_tokens send_abort_output"),
+            *names(REQ, "finished origin_input_ids output_ids to_finish"),
+            f"{MANAGERS}.schedule_batch.FINISH_ABORT",
+            f"{MANAGERS}.scheduler._make_abort_req",
+        ),
+    ),
+    Hook(
+        target="sglang.srt.managers.schedule_batch.Req._compute_max_prefix_len",
+        kind="AROUND",
+        function=match_prompt_only,
+        signature="(self, input_len)",
+        why=(
+            "A retracted request matches prompt plus outputs against the tree; if a finished twin inserted them, "
+            "compaction would write slots that other requests share."
+        ),
+        upstream="A per-request limit on how much of its history may be shared.",
+        uses=(*names(REQ, "origin_input_ids output_ids"),),
     ),
     Hook(
         target="sglang.srt.managers.schedule_batch.Req.refresh_fill_ids",

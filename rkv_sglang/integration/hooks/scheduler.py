@@ -1,15 +1,13 @@
-"""Hooks on the scheduler's side: when to compact, what the radix tree may take, what the server reports."""
+"""Hooks on the scheduler's side: when to compact, and what the server reports."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from rkv_sglang.config import POLICY_FIELD
 from rkv_sglang.integration.hooking.hook import Hook, names
 from rkv_sglang.integration.hooks.owners import ALLOCATOR, BATCH, REQ, REQ_KV, ROWS, SCHEDULER, TREE
 from rkv_sglang.integration.runtime.current import get_runtime
-from rkv_sglang.integration.runtime.restore import use_resident_ids
 
 
 def before_admission(scheduler: Any, *args: Any, **kwargs: Any) -> None:
@@ -20,20 +18,6 @@ def before_admission(scheduler: Any, *args: Any, **kwargs: Any) -> None:
 def before_decode_step(scheduler: Any, batch: Any) -> None:
     """Compact before a decode step whose scheduling skipped admission."""
     get_runtime().before_decode(batch)
-
-
-def match_prompt_only(compute: Callable[..., int], req: Any, input_len: int) -> int:
-    """Keep a request that is prefilled again from taking tree-owned slots for tokens it generated."""
-    max_prefix_len = compute(req, input_len)
-    if len(req.output_ids) > 0 and get_runtime().may_compact(req):
-        return min(max_prefix_len, len(req.origin_input_ids))
-    return max_prefix_len
-
-
-def after_retract(_: None, req: Any) -> None:
-    """Reset the policy's view of a retracted request."""
-    get_runtime().after_retract(req)
-    use_resident_ids(req)
 
 
 def add_policy_stats(result: Any, scheduler: Any, recv_req: Any) -> None:
@@ -72,27 +56,6 @@ SCHEDULER_HOOKS: tuple[Hook, ...] = (
         signature="(self, batch)",
         why="Some steps skip admission (deferred prefill), and a due request must not outgrow its capacity there.",
         upstream="The same call as for admission.",
-    ),
-    Hook(
-        target="sglang.srt.managers.schedule_batch.Req._compute_max_prefix_len",
-        kind="AROUND",
-        function=match_prompt_only,
-        signature="(self, input_len)",
-        why=(
-            "A retracted request matches prompt plus outputs against the tree; if a finished twin inserted them, "
-            "compaction would write slots that other requests share."
-        ),
-        upstream="A per-request limit on how much of its history may be shared.",
-        uses=(*names(REQ, "origin_input_ids output_ids"),),
-    ),
-    Hook(
-        target="sglang.srt.managers.schedule_batch.Req.reset_for_retract",
-        kind="AFTER",
-        function=after_retract,
-        signature="(self)",
-        why="Lengths restart with the new prefill, and recomputed KV of generated tokens must stay out of the tree.",
-        upstream="A `kv_policy.on_retract(req)` call in reset_for_retract.",
-        uses=(*names(REQ, "full_untruncated_fill_ids origin_input_ids output_ids skip_radix_cache_insert"),),
     ),
     Hook(
         target="sglang.srt.managers.scheduler.Scheduler.get_internal_state",

@@ -101,6 +101,19 @@ def _save(runtime: Runtime, req: Any, saved_len: int) -> HostCopy | None:
     return copy
 
 
+def forget_what_was_cached(req: Any) -> None:
+    """Forget what a retracted request had cached, unless it comes back; keep generated tokens out of the tree.
+
+    Their KV, computed again, would be shared, and compaction writes there.
+    """
+    state = state_of(req)
+    if state.host_copy is None:
+        state.forget_cache()
+    state.next_check = 0
+    if len(req.output_ids) > 0 and get_runtime().may_compact(req):
+        req.skip_radix_cache_insert = True
+
+
 def use_resident_ids(req: Any) -> None:
     """Let SGLang see a retracted request as long as it will be when it is prefilled or restored.
 

@@ -238,15 +238,6 @@ class Runtime:
         job.state.record(plan)
         self.stats.count(plan, job.state)
 
-    def after_retract(self, req: Req) -> None:
-        """Forget what was cached, unless it comes back; keep recomputed KV of generated tokens out of the tree."""
-        state = state_of(req)
-        if state.host_copy is None:
-            state.forget_cache()
-        state.next_check = 0
-        if len(req.output_ids) > 0 and self.may_compact(req):
-            req.skip_radix_cache_insert = True
-
     def on_forward_stream(self) -> contextlib.AbstractContextManager[Any]:
         """Enter the stream on which forward passes run, behind what the scheduler's stream has done so far."""
         scheduler = self.parts.scheduler

@@ -13,6 +13,51 @@ NORM_EPS = tl.constexpr(reference.NORM_EPS)
 
 
 @triton.jit
+def place_of_program(token_indptr_ptr, num_kv_heads, BLOCK: tl.constexpr):
+    """Return which tokens of which head a program of the grid (block, request, layer and head) serves.
+
+    Returns:
+        ``request``, ``layer_head`` and its parts ``layer`` and ``head``, the request's ``first_column`` in ragged
+        results, its ``kv_len``, and the first token, ``start``. The program has none, and is to return, if
+        ``start >= kv_len``: a function that is called cannot do it in its place.
+    """
+    request = tl.program_id(1)
+    layer_head = tl.program_id(2).to(tl.int64)
+    layer, head = layer_head // num_kv_heads, layer_head % num_kv_heads
+    first_column = tl.load(token_indptr_ptr + request)
+    kv_len = (tl.load(token_indptr_ptr + request + 1) - first_column).to(tl.int32)
+    start = tl.program_id(0) * BLOCK
+    return request, layer_head, layer, head, first_column, kv_len, start
+
+
+@triton.jit
+def block_of_program(
+    key_ptrs,
+    key_scales_ptr,
+    kv_indptr_ptr,
+    kv_indices_ptr,
+    layer,
+    head,
+    kv_len,
+    stride_head,
+    ELEMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Return where in the pool a program's tokens are, given its ``place_of_program``.
+
+    Returns:
+        ``base``, the address of the head in page 0; ``page_ptr``, that of the request's first page id; ``scale``, which
+        dequantises; ``tokens``, ``[BLOCK]``, and which of them are ``inside`` the request, ``[BLOCK]``.
+    """
+    base = tl.load(key_ptrs + layer).to(tl.pointer_type(ELEMENT)) + head * stride_head
+    page_ptr = kv_indices_ptr + tl.load(kv_indptr_ptr + tl.program_id(1))
+    scale = tl.load(key_scales_ptr + layer)
+    tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = tokens < kv_len
+    return base, page_ptr, scale, tokens, inside
+
+
+@triton.jit
 def decode_fp8(raw, E4M3: tl.constexpr):
     """Return the fp16 numbers that fp8 bytes mean, exactly, by integer operations that every GPU has."""
     bits = raw.to(tl.uint16)

@@ -14,9 +14,11 @@ import triton.language as tl
 from rkv_sglang.kernels.score.device import (
     BATCH_POINTERS,
     VARYING_SIZES,
+    block_of_program,
     dot_rows,
     key_rows,
     load_tile,
+    place_of_program,
     squared_norms,
     unit_factors,
     window_logits,
@@ -70,20 +72,15 @@ def summarise_blocks_kernel(
 
     The last ``NUM_UNSCORED`` keys are left out of the softmax.
     """
-    request = tl.program_id(1)
-    layer_head = tl.program_id(2).to(tl.int64)
-    layer, head = layer_head // num_kv_heads, layer_head % num_kv_heads
-    first_column = tl.load(token_indptr_ptr + request)
-    kv_len = (tl.load(token_indptr_ptr + request + 1) - first_column).to(tl.int32)
-    start = tl.program_id(0) * BLOCK
+    request, layer_head, layer, head, first_column, kv_len, start = place_of_program(
+        token_indptr_ptr, num_kv_heads, BLOCK
+    )
     if start >= kv_len:
         return
     block_row = layer_head * num_blocks + first_column // BLOCK + request + tl.program_id(0)
-    base = tl.load(key_ptrs + layer).to(tl.pointer_type(ELEMENT)) + head * stride_head
-    page_ptr = kv_indices_ptr + tl.load(kv_indptr_ptr + request)
-    scale = tl.load(key_scales_ptr + layer)
-    tokens = start + tl.arange(0, BLOCK)
-    inside = tokens < kv_len
+    base, page_ptr, scale, tokens, inside = block_of_program(
+        key_ptrs, key_scales_ptr, kv_indptr_ptr, kv_indices_ptr, layer, head, kv_len, stride_head, ELEMENT, BLOCK
+    )
     rows = key_rows(base, page_ptr, tokens, inside, stride_page, stride_slot, PAGE_SIZE, ALIGNMENT)
     keys = load_tile(rows, inside, 0, HEAD_DIM, BLOCK_D, E4M3)
 
@@ -194,19 +191,14 @@ def score_tokens_kernel(
 
     The attention of the last ``NUM_UNSCORED`` keys is -inf.
     """
-    request = tl.program_id(1)
-    layer_head = tl.program_id(2).to(tl.int64)
-    layer, head = layer_head // num_kv_heads, layer_head % num_kv_heads
-    first_column = tl.load(token_indptr_ptr + request)
-    kv_len = (tl.load(token_indptr_ptr + request + 1) - first_column).to(tl.int32)
-    start = tl.program_id(0) * BLOCK
+    request, layer_head, layer, head, first_column, kv_len, start = place_of_program(
+        token_indptr_ptr, num_kv_heads, BLOCK
+    )
     if start >= kv_len:
         return
-    base = tl.load(key_ptrs + layer).to(tl.pointer_type(ELEMENT)) + head * stride_head
-    page_ptr = kv_indices_ptr + tl.load(kv_indptr_ptr + request)
-    scale = tl.load(key_scales_ptr + layer)
-    tokens = start + tl.arange(0, BLOCK)
-    inside = tokens < kv_len
+    base, page_ptr, scale, tokens, inside = block_of_program(
+        key_ptrs, key_scales_ptr, kv_indptr_ptr, kv_indices_ptr, layer, head, kv_len, stride_head, ELEMENT, BLOCK
+    )
     columns = layer_head * num_tokens + first_column + tokens
     total_row = layer_head * tl.num_programs(1) + request
     rows = key_rows(base, page_ptr, tokens, inside, stride_page, stride_slot, PAGE_SIZE, ALIGNMENT)

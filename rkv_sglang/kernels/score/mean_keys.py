@@ -19,8 +19,10 @@ from rkv_sglang.kernels.score.device import (
     BATCH_POINTERS,
     NORM_EPS,
     VARYING_SIZES,
+    block_of_program,
     key_rows,
     load_tile,
+    place_of_program,
     squared_norms,
     unit_factors,
 )
@@ -56,19 +58,14 @@ def sum_keys_kernel(
     UNIT: tl.constexpr,
 ):
     """Per block: the sum of the unit keys, or of those keys that are among the last ``mean_tokens``."""
-    request = tl.program_id(1)
-    layer_head = tl.program_id(2).to(tl.int64)
-    layer, head = layer_head // num_kv_heads, layer_head % num_kv_heads
-    first_column = tl.load(token_indptr_ptr + request)
-    kv_len = (tl.load(token_indptr_ptr + request + 1) - first_column).to(tl.int32)
-    start = tl.program_id(0) * BLOCK
+    request, layer_head, layer, head, first_column, kv_len, start = place_of_program(
+        token_indptr_ptr, num_kv_heads, BLOCK
+    )
     if start >= kv_len:
         return
-    base = tl.load(key_ptrs + layer).to(tl.pointer_type(ELEMENT)) + head * stride_head
-    page_ptr = kv_indices_ptr + tl.load(kv_indptr_ptr + request)
-    scale = tl.load(key_scales_ptr + layer)
-    tokens = start + tl.arange(0, BLOCK)
-    inside = tokens < kv_len
+    base, page_ptr, scale, tokens, inside = block_of_program(
+        key_ptrs, key_scales_ptr, kv_indptr_ptr, kv_indices_ptr, layer, head, kv_len, stride_head, ELEMENT, BLOCK
+    )
     rows = key_rows(base, page_ptr, tokens, inside, stride_page, stride_slot, PAGE_SIZE, ALIGNMENT)
     keys = load_tile(rows, inside, 0, HEAD_DIM, BLOCK_D, E4M3).to(tl.float32)
     if UNIT:
@@ -138,19 +135,14 @@ def compare_keys_kernel(
     UNIT: tl.constexpr,
 ):
     """Per token: minus the cosine with the mean direction, or the distance from the mean key; -inf in the window."""
-    request = tl.program_id(1)
-    layer_head = tl.program_id(2).to(tl.int64)
-    layer, head = layer_head // num_kv_heads, layer_head % num_kv_heads
-    first_column = tl.load(token_indptr_ptr + request)
-    kv_len = (tl.load(token_indptr_ptr + request + 1) - first_column).to(tl.int32)
-    start = tl.program_id(0) * BLOCK
+    request, layer_head, layer, head, first_column, kv_len, start = place_of_program(
+        token_indptr_ptr, num_kv_heads, BLOCK
+    )
     if start >= kv_len:
         return
-    base = tl.load(key_ptrs + layer).to(tl.pointer_type(ELEMENT)) + head * stride_head
-    page_ptr = kv_indices_ptr + tl.load(kv_indptr_ptr + request)
-    scale = tl.load(key_scales_ptr + layer)
-    tokens = start + tl.arange(0, BLOCK)
-    inside = tokens < kv_len
+    base, page_ptr, scale, tokens, inside = block_of_program(
+        key_ptrs, key_scales_ptr, kv_indptr_ptr, kv_indices_ptr, layer, head, kv_len, stride_head, ELEMENT, BLOCK
+    )
     dims = tl.arange(0, BLOCK_D)
     rows = key_rows(base, page_ptr, tokens, inside, stride_page, stride_slot, PAGE_SIZE, ALIGNMENT)
     keys = load_tile(rows, inside, 0, HEAD_DIM, BLOCK_D, E4M3).to(tl.float32)

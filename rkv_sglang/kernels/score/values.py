@@ -16,7 +16,14 @@ from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
 from rkv_sglang.kernels.score.attention import run_key_passes
 from rkv_sglang.kernels.score.checks import check_pool, check_score_inputs
 from rkv_sglang.kernels.score.config import MAX_WINDOW, NUM_STAGES, NUM_WARPS, ScoreConfig
-from rkv_sglang.kernels.score.device import BATCH_POINTERS, VARYING_SIZES, key_rows, load_tile
+from rkv_sglang.kernels.score.device import (
+    BATCH_POINTERS,
+    VARYING_SIZES,
+    block_of_program,
+    key_rows,
+    load_tile,
+    place_of_program,
+)
 from rkv_sglang.kernels.score.pool_pass import (
     aot_constants,
     pass_constants,
@@ -52,19 +59,12 @@ def weigh_by_values_kernel(
 
     ``key_ptrs`` and ``key_scales_ptr`` are those of the values.
     """
-    request = tl.program_id(1)
-    layer_head = tl.program_id(2).to(tl.int64)
-    layer, head = layer_head // num_kv_heads, layer_head % num_kv_heads
-    first_column = tl.load(token_indptr_ptr + request)
-    kv_len = (tl.load(token_indptr_ptr + request + 1) - first_column).to(tl.int32)
-    start = tl.program_id(0) * BLOCK
+    _, layer_head, layer, head, first_column, kv_len, start = place_of_program(token_indptr_ptr, num_kv_heads, BLOCK)
     if start >= kv_len:
         return
-    base = tl.load(key_ptrs + layer).to(tl.pointer_type(ELEMENT)) + head * stride_head
-    page_ptr = kv_indices_ptr + tl.load(kv_indptr_ptr + request)
-    scale = tl.load(key_scales_ptr + layer)
-    tokens = start + tl.arange(0, BLOCK)
-    inside = tokens < kv_len
+    base, page_ptr, scale, tokens, inside = block_of_program(
+        key_ptrs, key_scales_ptr, kv_indptr_ptr, kv_indices_ptr, layer, head, kv_len, stride_head, ELEMENT, BLOCK
+    )
     columns = layer_head * num_tokens + first_column + tokens
     rows = key_rows(base, page_ptr, tokens, inside, stride_page, stride_slot, PAGE_SIZE, ALIGNMENT)
     values = load_tile(rows, inside, 0, HEAD_DIM, BLOCK_D, E4M3).to(tl.float32)
