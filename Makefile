@@ -15,19 +15,19 @@ PYTEST_FLAGS := -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 .PHONY: setup demo test bench-smoke check serve clean distclean
 
 setup:
-	@$(PYTHON) tests/env/setup.py $(if $(DEVICE),--device $(DEVICE))
+	@$(PYTHON) devtools/env/setup.py $(if $(DEVICE),--device $(DEVICE))
 
 demo: setup
-	@$(BIN)/python -m benchmarks.demo --model $(or $(MODEL),$(SMALL_MODEL)) $(ARGS)
+	@$(BIN)/python -m devtools.demo --model $(or $(MODEL),$(SMALL_MODEL)) $(ARGS)
 
 serve: setup
-	@exec $(BIN)/python -m benchmarks.launch --model-path $(or $(MODEL),$(SMALL_MODEL)) --port $(PORT) --kv-policy rkv $(ARGS)
+	@exec $(BIN)/python -m devtools.launch --model-path $(or $(MODEL),$(SMALL_MODEL)) --port $(PORT) --kv-policy rkv $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_layering.py
+	$(BIN)/python -m pytest -q tests/test_layering.py tests/test_house.py
 
 test: check
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
@@ -39,8 +39,8 @@ bench-smoke: setup
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -rf tests/env/sgl_kernel_standin/build tests/env/sgl_kernel_standin/*.egg-info
-	find rkv_sglang tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf devtools/env/sgl_kernel_standin/build devtools/env/sgl_kernel_standin/*.egg-info
+	find rkv_sglang tests benchmarks devtools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
 	rm -rf .venv .cache

@@ -2,8 +2,8 @@
 
     python -m benchmarks.smoke [--only memory,accuracy] [--out .cache/bench-smoke] [--jobs 2]
 
-Each step is one command; its output goes to a log beside its results. Afterwards every table of ``tables.py`` that the
-step writes must be there, have rows, and fit its columns. The figures mean nothing. Exit status 1 if any step fails.
+Each step is one command; its output goes to a log beside its results. Afterwards every table that the step writes must
+be there, have rows, and fit its columns. The figures mean nothing. Exit status 1 if any step fails.
 """
 
 import argparse
@@ -16,30 +16,13 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from benchmarks.launch import end_process_tree, exit_on_sigterm
-from benchmarks.plots import PLOTS
-from benchmarks.schema import Table, read_table
-from benchmarks.tables import (
-    ACCURACY,
-    FRONTEND,
-    IDLE_COST,
-    KERNELS,
-    MEMORY,
-    QUALITY_FORCED,
-    QUALITY_FREE,
-    QUALITY_POSITION,
-    QUALITY_RECALL,
-    RACES,
-    SCORING,
-    SCORING_RANDOM,
-    SERVE_CHECK,
-    SERVING,
-)
+from benchmarks.common.registry import BENCHMARKS, PLOTS, Benchmark
+from benchmarks.common.schema import Table, read_table
+from devtools.launch import end_process_tree, exit_on_sigterm
 
 # A step takes one or two minutes on two idle cores; a busy machine may take much longer.
 TIMEOUT_S = 1200
@@ -47,39 +30,6 @@ LOG_LINES = 15
 _DRAWING = threading.Lock()
 # The models are tiny and several servers run at once: on a busy machine more threads mostly wait for each other.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", **os.environ}
-
-
-@dataclass(frozen=True)
-class Step:
-    """A benchmark's module, its arguments behind ``--smoke --out FOLDER``, and the tables it must write."""
-
-    name: str
-    module: str
-    arguments: tuple[str, ...]
-    tables: tuple[Table, ...]
-
-    def command(self, out: Path) -> list[str]:
-        """Return the command line; ``{out}`` in an argument is the folder."""
-        arguments = [argument.format(out=out) for argument in self.arguments]
-        return [sys.executable, "-m", self.module, "--smoke", "--out", str(out), *arguments]
-
-
-# The longest first, so that side by side they end together.
-STEPS = (
-    Step(
-        "quality",
-        "benchmarks.bench_quality",
-        ("--work", "{out}/work"),
-        (QUALITY_FORCED, QUALITY_POSITION, QUALITY_FREE, QUALITY_RECALL),
-    ),
-    Step("accuracy", "benchmarks.bench_accuracy", ("--work", "{out}/work"), (ACCURACY,)),
-    Step("idle_cost", "benchmarks.bench_idle_cost", (), (IDLE_COST,)),
-    Step("frontend", "benchmarks.frontend_programs", (), (FRONTEND,)),
-    Step("memory", "benchmarks.bench_memory", (), (MEMORY,)),
-    Step("serving", "benchmarks.bench_serving", (), (SERVING,)),
-    Step("serve_check", "benchmarks.gpu.serve_check", (), (SERVE_CHECK, RACES)),
-    Step("kernels", "benchmarks.bench_kernels", ("--device", "cpu"), (KERNELS, SCORING, SCORING_RANDOM)),
-)
 
 
 def run_command(command: list[str], log_path: Path, timeout_s: float) -> str | None:
@@ -119,11 +69,11 @@ def plot_problem(folder: Path, tables: tuple[Table, ...]) -> str | None:
     return None
 
 
-def run_step(step: Step, out: Path, timeout_s: float = TIMEOUT_S) -> str | None:
+def run_step(step: Benchmark, out: Path, timeout_s: float = TIMEOUT_S) -> str | None:
     """Run a step and check what it wrote; return one line on what went wrong, or nothing."""
     for table in step.tables:
         (out / f"{table.name}.csv").unlink(missing_ok=True)
-    problem = run_command(step.command(out), out / f"{step.name}.log", timeout_s)
+    problem = run_command(step.smoke_command(out), out / f"{step.name}.log", timeout_s)
     for table in step.tables:
         problem = problem or table_problem(out, table)
     # pyplot draws one picture at a time.
@@ -143,12 +93,12 @@ def _ended_with_its_commands(pool: ThreadPoolExecutor) -> Iterator[None]:
         raise
 
 
-def run_steps(steps: tuple[Step, ...], out: Path, jobs: int = 1) -> int:
+def run_steps(steps: tuple[Benchmark, ...], out: Path, jobs: int = 1) -> int:
     """Run the steps into a new folder, ``jobs`` at a time, print a line each, and return how many failed."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
 
-    def timed(step: Step) -> tuple[float, str | None]:
+    def timed(step: Benchmark) -> tuple[float, str | None]:
         start = time.monotonic()
         problem = run_step(step, out)
         return time.monotonic() - start, problem
@@ -171,18 +121,19 @@ def run_steps(steps: tuple[Step, ...], out: Path, jobs: int = 1) -> int:
 def main() -> int:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="names of steps, comma-separated; all: " + ",".join(step.name for step in STEPS))
+    names = [step.name for step in BENCHMARKS]
+    parser.add_argument("--only", help=f"names of steps, comma-separated; all: {','.join(names)}")
     parser.add_argument(
         "--out", type=Path, default=Path(".cache/bench-smoke"), help="emptied first; default %(default)s"
     )
     parser.add_argument("--jobs", type=int, default=1, help="steps at a time; default %(default)s")
     options = parser.parse_args()
-    wanted = options.only.split(",") if options.only else [step.name for step in STEPS]
-    unknown = set(wanted) - {step.name for step in STEPS}
+    wanted = options.only.split(",") if options.only else names
+    unknown = set(wanted) - set(names)
     if unknown:
-        parser.error(f"no step {', '.join(sorted(unknown))}: choose from {', '.join(step.name for step in STEPS)}")
+        parser.error(f"no step {', '.join(sorted(unknown))}: choose from {', '.join(names)}")
     exit_on_sigterm()
-    return 1 if run_steps(tuple(step for step in STEPS if step.name in wanted), options.out, options.jobs) else 0
+    return 1 if run_steps(tuple(step for step in BENCHMARKS if step.name in wanted), options.out, options.jobs) else 0
 
 
 if __name__ == "__main__":

@@ -1,13 +1,10 @@
 """The command ``rkv-sglang``."""
 
 import argparse
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rkv_sglang import __version__
-from rkv_sglang.integration.plan_command import add_plan_flags, print_plan
+from rkv_sglang.plan_command import add_plan_flags, print_plan
 from rkv_sglang.view.command import add_view_flags, run_view
 
 
@@ -25,9 +22,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     view = commands.add_parser("view", help="write an HTML page that shows which tokens of an answer the cache kept")
     add_view_flags(view)
     view.set_defaults(run=run_view)
-    plot = commands.add_parser("plot", help="draw the plots of a folder of benchmark results again, from its CSVs")
-    plot.add_argument("folder", type=Path, help="such as benchmarks/results/cpu")
-    plot.set_defaults(run=_plot)
     options = parser.parse_args(argv)
     return int(options.run(options))
 
@@ -36,27 +30,14 @@ def _doctor(options: argparse.Namespace) -> int:
     if options.plan:
         return print_plan(options)
     # Imported here so that --help does not wait for SGLang.
-    from rkv_sglang.integration.doctor import diagnose
+    from rkv_sglang.integration.doctor.report import diagnose
 
     status = diagnose()
     if options.details and status == 0:
-        from rkv_sglang.integration.doctor_details import print_details
+        from rkv_sglang.integration.doctor.details import print_details
 
         print_details()
     return status
-
-
-def _plot(options: argparse.Namespace) -> int:
-    # The benchmarks are no part of the installed package: only a checkout has them, and it is their process.
-    checkout = Path(__file__).resolve().parents[1]
-    if not (checkout / "benchmarks" / "plots.py").is_file():
-        print(
-            "rkv-sglang plot needs a checkout of the project: install it from one with `pip install -e .`",
-            file=sys.stderr,
-        )
-        return 1
-    command = [sys.executable, "-m", "benchmarks.plots", str(options.folder.resolve())]
-    return subprocess.run(command, cwd=checkout).returncode
 
 
 if __name__ == "__main__":

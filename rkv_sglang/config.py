@@ -1,4 +1,4 @@
-"""The settings of a policy, validated once and frozen. Everything below reads them from here."""
+"""Settings of a policy, validated once and frozen. Everything below reads them from here."""
 
 import math
 from collections.abc import Mapping
@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 NO_POLICY = "none"
+# Under this name server arguments, requests, answers and the ready messages of processes say which policy is on.
+POLICY_FIELD = "kv_policy"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
-    """What to keep and when to compact. All counts are integer tokens.
+    """How much a policy keeps, and when it compacts. All counts are integer tokens.
 
     Attributes:
         policy: Name of the policy; ``"none"`` leaves SGLang as it is. The policies know which names there are, so an
@@ -44,19 +46,19 @@ class PolicyConfig:
         if not isinstance(self.policy, str) or not self.policy:
             raise ValueError(f"--kv-policy {self.policy!r} is not a name: set --kv-policy to the name of a policy")
         if not isinstance(self.trace, bool):
-            raise ValueError(f"--rkv-trace {self.trace!r} is not a boolean: set --rkv-trace or leave it out")
+            raise ValueError(f"--kv-trace {self.trace!r} is not a boolean: set --kv-trace or leave it out")
         for flag, value, least in (
-            ("--rkv-window", self.window, 1),
-            ("--rkv-buffer", self.buffer, 1),
-            ("--rkv-budget", self.budget, 2),
+            ("--kv-window", self.window, 1),
+            ("--kv-buffer", self.buffer, 1),
+            ("--kv-budget", self.budget, 2),
             ("--rkv-kernel-size", self.kernel_size, 1),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{flag} {value!r} is not an integer of at least {least}: set {flag} {least} or more")
         if self.budget <= self.window:
             raise ValueError(
-                f"--rkv-budget {self.budget} must be greater than --rkv-window {self.window}, because the window is "
-                f"kept inside the budget: set --rkv-budget {self.window + 1} or more"
+                f"--kv-budget {self.budget} must be greater than --kv-window {self.window}, because the window is "
+                f"kept inside the budget: set --kv-budget {self.window + 1} or more"
             )
         if self.kernel_size % 2 == 0:
             raise ValueError(

@@ -1,22 +1,41 @@
 """Imports point down, only the integration knows SGLang, names are public on purpose, modules stay small."""
 
 import ast
+import re
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rkv_sglang.integration.hooking.install import SUPPORTED_SGLANG
+
 PACKAGE = "rkv_sglang"
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = ("config", "algorithm", "policies", "kernels", "cache", "view", "integration", "cli")
+LAYERS = (
+    "config",
+    "sizes",
+    "algorithm",
+    "policy_names",
+    "policies",
+    "kernels",
+    "cache",
+    "view",
+    "plan_command",
+    "integration",
+    "cli",
+)
 # The package itself re-exports settings only, so it may be imported from everywhere but from them.
 RANKS = {layer: 2 * rank for rank, layer in enumerate(LAYERS)} | {"": 1}
 SGLANG_LAYER = "integration"
+# Inside the integration: each of these imports only itself and what comes before it.
+ROOMS = ("hooking", "startup", "runtime", "hooks", "doctor", "plugin")
 MOST_LINES = 300
+MOST_MODULES = 12
 IMPORT_FUNCTIONS = {"import_module", "__import__", "find_spec", "resolve_name"}
 
 
@@ -76,6 +95,57 @@ def layer_violations(sources: dict[str, str]) -> list[str]:
     return wrong
 
 
+def room_violations(sources: dict[str, str]) -> list[str]:
+    """Return one line for every import between the rooms of the integration that points up."""
+    wrong = []
+    for module, source in sources.items():
+        room, *_ = [*module.split(".")[2:], ""]
+        if layer_of(module) != SGLANG_LAYER or room == "__init__":
+            continue
+        if room not in ROOMS:
+            wrong.append(f"{module}: the room {room!r} is not in {ROOMS}")
+            continue
+        for line, target in imported_modules(module, source):
+            other = target.split(".")[2] if target.startswith(f"{PACKAGE}.{SGLANG_LAYER}.") else ""
+            if other in ROOMS and ROOMS.index(other) > ROOMS.index(room):
+                wrong.append(f"{module}:{line}: {room} imports up from {other}")
+    return wrong
+
+
+def circle(sources: dict[str, str]) -> list[str]:
+    """Return a circle of modules that import each other, at any depth and for types too; empty if there is none."""
+    names = {module.removesuffix(".__init__"): module for module in sources}
+    imports = {}
+    for name, module in names.items():
+        targets = [target for _, target in imported_modules(module, sources[module])]
+        # Of ``from a import b`` the module is a.b or, where b is only a name in it, a.
+        found = {target if target in names else target.rpartition(".")[0] for target in targets}
+        # A package is imported by whoever imports from it, its own modules among them.
+        imports[name] = {target for target in found & names.keys() if not f"{name}.".startswith(f"{target}.")}
+
+    finished: set[str] = set()
+
+    def search(path: list[str]) -> list[str]:
+        for target in sorted(imports[path[-1]] - finished):
+            if target in path:
+                return path[path.index(target) :]
+            if wrong := search([*path, target]):
+                return wrong
+        finished.add(path[-1])
+        return []
+
+    return next(filter(None, (search([name]) for name in sorted(names) if name not in finished)), [])
+
+
+def modules_that_make_hooks(sources: dict[str, str]) -> set[str]:
+    """Return the modules that call ``Hook``."""
+    calls = {
+        module: [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+        for module, source in sources.items()
+    }
+    return {module for module, nodes in calls.items() if any(getattr(n.func, "id", "") == "Hook" for n in nodes)}
+
+
 def top_level_names(source: str) -> tuple[set[str], set[str], set[str]]:
     """Return the names a module defines, those it imports (both at its top level), and what its ``__all__`` lists."""
     defined: set[str] = set()
@@ -116,6 +186,29 @@ def test_imports_point_down_and_only_the_integration_imports_sglang():
     assert layer_violations(package_sources()) == []
 
 
+def test_the_rooms_of_the_integration_are_entered_in_order():
+    assert room_violations(package_sources()) == []
+    up = {f"{PACKAGE}.integration.runtime.part": f"def later():\n    import {PACKAGE}.integration.hooks.table"}
+    assert room_violations(up) == [f"{PACKAGE}.integration.runtime.part:2: runtime imports up from hooks"]
+    assert "not in" in room_violations({f"{PACKAGE}.integration.attic.part": ""})[0]
+
+
+def test_no_modules_import_each_other_in_a_circle_even_for_types():
+    assert circle(package_sources()) == []
+    there_and_back = {
+        "rkv_sglang.a": "from rkv_sglang import b",
+        "rkv_sglang.b": "def later():\n    import rkv_sglang.c.d",
+        "rkv_sglang.c.__init__": "",
+        "rkv_sglang.c.d": "if TYPE_CHECKING:\n    from rkv_sglang.a import name",
+    }
+    assert circle(there_and_back) == ["rkv_sglang.a", "rkv_sglang.b", "rkv_sglang.c.d"]
+
+
+def test_every_hook_is_made_in_the_room_of_hooks():
+    makers = modules_that_make_hooks(package_sources())
+    assert makers and all(module.startswith(f"{PACKAGE}.integration.hooks.") for module in makers)
+
+
 def test_all_holds_exactly_the_public_names():
     assert unlisted_names(package_sources()) == []
 
@@ -131,10 +224,55 @@ def test_modules_are_small():
     assert {module: size for module, size in sizes.items() if size > MOST_LINES} == {}
 
 
-def test_importing_the_package_imports_no_engine_and_no_gpu_code():
-    code = "import sys, rkv_sglang; print(sorted({'sglang', 'torch', 'triton'} & sys.modules.keys()))"
+def test_folders_are_small():
+    folders = Counter(path.parent for path in (ROOT / PACKAGE).rglob("*.py") if path.name != "__init__.py")
+    assert {str(folder): count for folder, count in folders.items() if count > MOST_MODULES} == {}
+
+
+def test_docstrings_of_modules_lead_with_a_noun_or_a_verb():
+    first_words = {
+        module: (ast.get_docstring(ast.parse(source)) or "-").split()[0] for module, source in package_sources().items()
+    }
+    questions = {"What", "Which", "Who", "How", "When", "Where", "Whether", "Within"}
+    assert {module: word for module, word in first_words.items() if word in questions} == {}
+
+
+def test_the_pins_of_sglang_agree():
+    files = [ROOT / "pyproject.toml"]
+    for folder in ("tests", "devtools"):
+        files += [*(ROOT / folder).rglob("requirements*.txt"), *(ROOT / folder).rglob("setup.py")]
+    pins = {
+        (path.name, version) for path in files for version in re.findall(r"\bsglang[>=]=([\d.]+\d)", path.read_text())
+    }
+    pins |= {("patches", path.name.removeprefix("sglang-")) for path in (ROOT / "patches").glob("sglang-*")}
+    assert {name for name, _ in pins} >= {"pyproject.toml", "requirements-cpu-nodeps.txt", "setup.py", "patches"}
+    assert {version for _, version in pins} == set(SUPPORTED_SGLANG)
+
+
+def heavy_imports(statement: str) -> tuple[str, int]:
+    """Run a statement in a process of its own; return the engine and GPU code it imported, and its exit status."""
+    code = f"""
+import atexit, sys
+atexit.register(lambda: print(sorted({{'sglang', 'torch', 'triton'}} & sys.modules.keys())))
+{statement}"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+    return done.stdout.splitlines()[-1] if done.stdout else done.stderr, done.returncode
+
+
+def test_importing_the_package_imports_no_engine_and_no_gpu_code():
+    assert heavy_imports("import rkv_sglang") == ("[]", 0)
+
+
+def test_the_arithmetic_of_sizes_imports_no_engine_and_no_gpu_code():
+    modules = [module for module in package_sources() if layer_of(module) in ("config", "sizes", "plan_command")]
+    assert len(modules) > 6
+    names = ", ".join(module.removesuffix(".__init__") for module in modules)
+    assert heavy_imports(f"import {names}") == ("[]", 0)
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["doctor", "--help"], ["view", "--help"], ["--version"]])
+def test_the_command_shows_its_help_without_engine_and_gpu_code(argv: list[str]):
+    assert heavy_imports(f"from rkv_sglang.cli import main; main({argv})") == ("[]", 0)
 
 
 IMPORT_STYLES = (

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The kernels on a GPU, in 250 seconds: every test marked gpu, then the kernel benchmark. Needs torch and triton, no
-# SGLang. See parts.sh for what it takes; RECORDED names a file of benchmarks.gpu.record_keys, measured too.
+# SGLang. See parts.sh for what it takes; RECORDED names a file of benchmarks.kernels.record_keys, measured too.
 #
 #   bash benchmarks/gpu/kernels.sh [--rehearse] [FOLDER]
 . "$(dirname "${BASH_SOURCE[0]}")/parts.sh"
@@ -14,5 +14,5 @@ machine
 part kernel-tests 130 "$PYTHON" -m pytest -q -m gpu -n "$workers" -W default -p no:cacheprovider tests/kernels
 # Elsewhere the kernels are compiled; a rehearsal interprets them.
 [ -z "$REHEARSE" ] || export TRITON_INTERPRET=1
-part kernels 110 "$PYTHON" -m benchmarks.bench_kernels "${sizes[@]}" ${RECORDED:+--recorded "$RECORDED"} --out "$OUT"
+part kernels 110 "$PYTHON" -m benchmarks.kernels "${sizes[@]}" ${RECORDED:+--recorded "$RECORDED"} --out "$OUT"
 finish

@@ -2,7 +2,7 @@
 #
 # Results, logs and a summary lie in FOLDER (default benchmarks/results/<GPU>); a part that fails or runs out of time does
 # not stop the others, and each writes after every row. PYTHON names the interpreter, FLAGS further flags of all servers.
-# --rehearse runs every line on a CPU with a tiny model: what only a GPU can do is faked in benchmarks/gpu/device.py.
+# --rehearse runs every line on a CPU with a tiny model: what only a GPU can do is faked in benchmarks.common.device.py.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
 SCRIPT=$(basename "$0" .sh)
@@ -19,7 +19,7 @@ else
     echo "$SCRIPT.sh needs a CUDA GPU and found none: give --rehearse to run it on a CPU with a tiny model" >&2
     exit 2
   }
-  OUT=${1:-$("$PYTHON" -c 'from benchmarks.schema import hardware_folder; print(hardware_folder())')}
+  OUT=${1:-$("$PYTHON" -c 'from benchmarks.common.schema import hardware_folder; print(hardware_folder())')}
 fi
 mkdir -p "$OUT"
 LOG=$OUT/$SCRIPT.log

@@ -28,12 +28,12 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common.schema import Row, Table, hardware_folder, read_table, run_info, write_table
+from benchmarks.common.statistics import compactions_before
+from benchmarks.common.tables import RACES, SERVE_CHECK
 from benchmarks.gpu.decode_log import Step, read_steps, steady
 from benchmarks.gpu.llama_shape import VOCAB_SIZE, write_model
-from benchmarks.launch import Server, ServerError, exit_on_sigterm, has_gpu, launched_server
-from benchmarks.quality_stats import compactions_before
-from benchmarks.schema import Row, Table, hardware_folder, read_table, run_info, write_table
-from benchmarks.tables import RACES, SERVE_CHECK
+from devtools.launch import Server, ServerError, exit_on_sigterm, has_gpu, launched_server
 
 NONE = "none"
 # How servers with rkv are started: further flags, and variables of their environment.
@@ -187,7 +187,7 @@ def run_all(options: argparse.Namespace, results: Results) -> None:
     if not options.model:
         flags += ["--load-format", "dummy"]
         environment["PYTHONPATH"] = os.pathsep.join([str(WEIGHTS), os.environ.get("PYTHONPATH", "")])
-    policy = ("--kv-policy", "rkv", "--rkv-budget", str(options.budget), "--rkv-buffer", str(options.buffer))
+    policy = ("--kv-policy", "rkv", "--kv-budget", str(options.budget), "--kv-buffer", str(options.buffer))
     settings = {name: ((*policy, *own), variables) for name, (own, variables) in SCHEDULES.items()}
     settings[NONE] = ((), {})
     expected: list[list[int]] | None = None

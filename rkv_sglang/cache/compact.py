@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from rkv_sglang.cache.buffers import KVBuffers
-from rkv_sglang.cache.plan import CompactionPlan
 from rkv_sglang.kernels.dispatch import compact_paged, runs_triton, working_bytes_per_token
 from rkv_sglang.kernels.paged_batch import PagedBatch
-from rkv_sglang.kernels.scorers import History
+from rkv_sglang.kernels.score.scorers import History
 from rkv_sglang.policies import Policy
+from rkv_sglang.sizes.compaction_plan import CompactionPlan
 
 # Requests are taken together up to this much working memory. Long before it is full, a GPU is busy enough.
 WORKING_BYTES = 256 * 2**20
@@ -36,7 +36,7 @@ class DueRequest:
 
 @dataclass(frozen=True)
 class Compacted:
-    """What one compaction did to one request.
+    """Result of a compaction for one request.
 
     Attributes:
         kept_indices: Of the generated tokens that were resident, those that stay, ascending,
@@ -67,6 +67,7 @@ def compact_requests(
         read_queries: Given a slice of ``requests``, returns their window's queries after RoPE, oldest first,
             ``[num_layers, num_requests, window, num_qo_heads, head_dim]``. Called when they are needed, so that never
             all are held at once.
+        policy: Scores the tokens.
         window: Most recent tokens, kept whatever their score.
         query_bytes: What ``read_queries`` allocates for each request.
 
@@ -84,7 +85,7 @@ def compact_requests(
             torch.cat([request.slots for request in together]),
             kv_lens=[plan.resident_len for plan in plans],
             prompt_lens=[plan.prompt_len for plan in plans],
-            budgets=[plan.kept_len - plan.prompt_len for plan in plans],
+            budgets=[plan.budget for plan in plans],
             window=window,
         )
         history = [History(request.logical_len, request.kept_scores) for request in together]

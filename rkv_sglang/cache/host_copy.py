@@ -27,8 +27,8 @@ class HostCopy:
 def save_slots(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], slots: torch.Tensor) -> HostCopy | None:
     """Copy what some slots hold, of all layers; None if the host has no memory for it.
 
-    On a GPU it is queued on the current stream. ``load_slots`` on the same stream finds it complete, and so may whoever
-    overwrites the slots there.
+    On a GPU it is queued on the current stream. ``load_slots`` on the same stream finds it complete, and what is
+    queued there later may overwrite the slots.
 
     Args:
         keys: Per layer ``[num_slots, num_kv_heads, head_dim]``, contiguous from the second dimension on; only read.

@@ -1,30 +1,15 @@
 """The last ``window`` queries of the requests that are about to be compacted.
 
-A request needs a row only while it is within ``window`` decode steps of its next compaction. It then holds at least
-``capacity - window`` slots of its own, so ``pool slots / (capacity - window)`` rows are enough even if every request
-comes due in the same step. Row 0 takes the queries of all others and is never read.
+Each has a row meanwhile; ``sizes.query_rows`` says how many rows are enough. Row 0 takes the queries of all others and
+is never read.
 """
 
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
-from rkv_sglang.config import PolicyConfig
 from rkv_sglang.kernels.capture import LAYERS_PER_LAUNCH, capture_queries, capture_queries_torch
 from rkv_sglang.kernels.transfer import to_device
-
-
-def num_query_rows(config: PolicyConfig, num_slots: int, max_running_requests: int) -> int:
-    """Return how many rows suffice for a pool of ``num_slots`` tokens, the unread row 0 not counted."""
-    return max(1, min(max_running_requests, num_slots // (config.capacity - config.window)))
-
-
-def query_bytes_per_slot(
-    config: PolicyConfig, num_layers: int, num_qo_heads: int, head_dim: int, itemsize: int
-) -> float:
-    """Return the bytes of query window per token slot of the KV pool: what sizing the pool must leave over."""
-    row_bytes = num_layers * config.window * num_qo_heads * head_dim * itemsize
-    return row_bytes / (config.capacity - config.window)
 
 
 class QueryWindow:
@@ -35,7 +20,7 @@ class QueryWindow:
     CUDA graph can hold it.
 
     Attributes:
-        buffer: ``[num_layers, num_rows + 1, window, num_qo_heads, head_dim]``, the model's dtype.
+        rings: ``[num_layers, num_rows + 1, window, num_qo_heads, head_dim]``, the model's dtype.
         row_of_request: Row of each ``req_to_token`` row, ``[max_requests]``, int64; 0 where none is needed.
     """
 
@@ -51,11 +36,11 @@ class QueryWindow:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        self.buffer = torch.zeros(num_layers, num_rows + 1, window, num_qo_heads, head_dim, dtype=dtype, device=device)
+        self.rings = torch.zeros(num_layers, num_rows + 1, window, num_qo_heads, head_dim, dtype=dtype, device=device)
         self.row_of_request = torch.zeros(max_requests, dtype=torch.int64, device=device)
         self.window = window
         # A graph is captured once and replayed whatever is active later, so on a GPU the capture always runs.
-        self.always_capture = self.buffer.is_cuda
+        self.always_capture = self.rings.is_cuda
         self._free_rows = list(range(num_rows, 0, -1))
         self._row_of: dict[int, int] = {}
         self._owner_of: dict[int, Hashable] = {}
@@ -63,7 +48,7 @@ class QueryWindow:
         # Queries of the layers since the last launch.
         self._pending: list[torch.Tensor] = []
         # The one place that chooses: both do the same.
-        self._capture = capture_queries if self.buffer.is_cuda else capture_queries_torch
+        self._capture = capture_queries if self.rings.is_cuda else capture_queries_torch
 
     @property
     def active(self) -> bool:
@@ -71,9 +56,14 @@ class QueryWindow:
         return bool(self._row_of)
 
     @property
+    def num_rows(self) -> int:
+        """Requests that can have a row at a time."""
+        return self.rings.shape[1] - 1
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of device memory held."""
-        return self.buffer.nbytes + self.row_of_request.nbytes
+        return self.rings.nbytes + self.row_of_request.nbytes
 
     def has_row(self, req_pool_idx: int, owner: Hashable) -> bool:
         """Return whether ``owner`` has a row under ``req_pool_idx``."""
@@ -96,7 +86,7 @@ class QueryWindow:
                     self.release(other)
         if not self._free_rows:
             raise RuntimeError(
-                f"all {self.buffer.shape[1] - 1} query rows are taken by running requests; please report this with the "
+                f"all {self.num_rows} query rows are taken by running requests; please report this with the "
                 "server's flags"
             )
         row = self._free_rows.pop()
@@ -115,7 +105,7 @@ class QueryWindow:
     @property
     def row_bytes(self) -> int:
         """Bytes of what ``read`` returns for one request."""
-        return len(self.buffer) * self.buffer[0, 0].nbytes
+        return len(self.rings) * self.rings[0, 0].nbytes
 
     def flush(self) -> None:
         """Bring changed assignments to the device. Call on the stream of the forward passes, before the next one."""
@@ -150,13 +140,14 @@ class QueryWindow:
             # Also forgets what a forward pass that failed half-way has left.
             self._pending = []
         self._pending.append(queries.flatten(1))
-        if layer + 1 == first + LAYERS_PER_LAUNCH or layer + 1 == len(self.buffer):
+        if layer + 1 == first + LAYERS_PER_LAUNCH or layer + 1 == len(self.rings):
             if len(self._pending) != layer + 1 - first:
                 raise ValueError(
                     f"of layers {first} to {layer} the queries of {len(self._pending)} came: each comes once, in order"
                 )
-            rings = self.buffer[first : layer + 1]
-            self._capture(rings, self.row_of_request, self._pending, req_pool_indices, positions)
+            self._capture(
+                self.rings[first : layer + 1], self.row_of_request, self._pending, req_pool_indices, positions
+            )
             self._pending = []
 
     def read(self, requests: Sequence[tuple[int, int]]) -> torch.Tensor:
@@ -173,6 +164,6 @@ class QueryWindow:
             for req_pool_idx, logical_len in requests
             for step in range(self.window)
         ]
-        rings = self.buffer.flatten(1, 2)
-        queries = rings.index_select(1, to_device(places, torch.int64, rings.device))
-        return queries.view(len(rings), len(requests), self.window, *rings.shape[2:])
+        steps = self.rings.flatten(1, 2)
+        queries = steps.index_select(1, to_device(places, torch.int64, steps.device))
+        return queries.view(len(steps), len(requests), self.window, *steps.shape[2:])

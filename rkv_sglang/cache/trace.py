@@ -1,4 +1,4 @@
-"""What a recorded request remembers of its compactions: which tokens every layer and KV head kept."""
+"""Record of a request's compactions: which tokens every layer and KV head kept."""
 
 import base64
 import zlib

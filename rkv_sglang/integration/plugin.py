@@ -1,4 +1,7 @@
-"""The entry point that SGLang calls in every process it starts."""
+"""The entry point that SGLang calls in every process it starts.
+
+Every process loads this module, so what only a policy needs is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,23 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from rkv_sglang.integration.answer_info import META_INFO_HOOKS
-from rkv_sglang.integration.args import ARGS_HOOKS, NO_POLICY, policy_name
-from rkv_sglang.integration.errors import stop
-from rkv_sglang.integration.hooks import HOOKS
-from rkv_sglang.integration.process_hooks import LAUNCHER_HOOKS, PROCESS_HOOKS
-from rkv_sglang.integration.refusals import LAST_STEP, register_refusal
-from rkv_sglang.integration.verify import install, register_hooks, require_targets
+from rkv_sglang.config import NO_POLICY
+from rkv_sglang.integration.hooking.install import install, register_hooks, register_steps, require_targets
+from rkv_sglang.integration.hooks.flags import ARGS_HOOKS
+from rkv_sglang.integration.hooks.processes import LAUNCHER_HOOKS, PROCESS_HOOKS
+from rkv_sglang.integration.hooks.steps import LAST_STEP, STEP_HOOKS
+from rkv_sglang.integration.startup.server_args import policy_name
 
 
 def register() -> None:
     """Add the flags, and see that a policy, once asked for, is either wholly in place or refused.
 
-    Without a policy nothing else of SGLang is touched: the two process hooks only look at the flag.
+    Without a policy nothing else of SGLang is touched: the two process hooks and the two steps only look at the flag.
     """
     register_hooks(ARGS_HOOKS)
     # A hook makes its target's module import; only processes that already have it need it.
     register_hooks(hook for hook in PROCESS_HOOKS if _module_of(hook.target) in sys.modules)
-    register_refusal()
+    register_steps(STEP_HOOKS)
     _register_launch_check()
 
 
@@ -39,6 +41,10 @@ def _register_launch_check() -> None:
         previous(server_args)
         if policy_name(server_args) == NO_POLICY:
             return
+        from rkv_sglang.integration.hooks.answers import META_INFO_HOOKS
+        from rkv_sglang.integration.hooks.table import HOOKS
+        from rkv_sglang.integration.startup.errors import stop
+
         try:
             require_targets(HOOKS)
             install(LAUNCHER_HOOKS + META_INFO_HOOKS)

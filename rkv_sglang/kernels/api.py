@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from rkv_sglang.kernels.dispatch import compact_paged
-from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers, pages_needed
+from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
 from rkv_sglang.kernels.transfer import to_device
 from rkv_sglang.policies import RKV, Policy, is_stateful
+from rkv_sglang.sizes.pages import pages_needed
 
 
 class PageTable(NamedTuple):

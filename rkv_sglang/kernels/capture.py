@@ -19,7 +19,7 @@ NUM_STAGES = 1
 
 @triton.jit(do_not_specialize_on_alignment=["row_of_request_ptr", "req_pool_indices_ptr", "positions_ptr"])
 def _capture_queries_kernel(
-    buffer_ptr,
+    rings_ptr,
     row_of_request_ptr,
     layer_queries,
     req_pool_indices_ptr,
@@ -30,6 +30,7 @@ def _capture_queries_kernel(
     ROW_LEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Copy ``BLOCK`` numbers of one request's queries of one layer into its ring; nothing for a request with row 0."""
     step = tl.program_id(0)
     row = tl.load(row_of_request_ptr + tl.load(req_pool_indices_ptr + step))
     # Most requests have no row, nor have the rows that pad a graph's batch: their programs end here.
@@ -39,16 +40,16 @@ def _capture_queries_kernel(
         inside = elements < ROW_LEN
         source_row = step.to(tl.int64) * stride_queries_row
         target_row = (tl.program_id(2).to(tl.int64) * rows_per_layer + row) * WINDOW + offset
-        target = buffer_ptr + target_row * ROW_LEN
+        target = rings_ptr + target_row * ROW_LEN
         # A program copies one layer: only which pointer it takes is found out while it runs.
         for layer in tl.static_range(len(layer_queries)):
             if tl.program_id(2) == layer:
                 queries = tl.load(layer_queries[layer] + source_row + elements, mask=inside)
-                tl.store(target + elements, queries.to(buffer_ptr.dtype.element_ty), mask=inside)
+                tl.store(target + elements, queries.to(rings_ptr.dtype.element_ty), mask=inside)
 
 
 def capture_queries(
-    buffer: torch.Tensor,
+    rings: torch.Tensor,
     row_of_request: torch.Tensor,
     layer_queries: Sequence[torch.Tensor],
     req_pool_indices: torch.Tensor,
@@ -56,11 +57,11 @@ def capture_queries(
 ) -> None:
     """Write each request's queries of some layers into its row of their rings, at ``position % window``. One launch.
 
-    Mutates ``buffer``; allocates nothing and queues no sync, and its grid depends on the batch size alone, so a CUDA
+    Mutates ``rings``; allocates nothing and queues no sync, and its grid depends on the batch size alone, so a CUDA
     graph can hold it. A request with row 0 writes nothing.
 
     Args:
-        buffer: Rings, ``[num_layers, num_rows + 1, window, num_qo_heads, head_dim]``, floating, contiguous.
+        rings: Rings, ``[num_layers, num_rows + 1, window, num_qo_heads, head_dim]``, floating, contiguous.
         row_of_request: Row of each ``req_to_token`` row, ``[max_requests]``, int64, contiguous; 0 for none.
         layer_queries: Of each layer after RoPE, ``[bs, num_qo_heads * head_dim]``, floating, of any row stride, alike
             in all layers; cast to the rings' dtype.
@@ -70,19 +71,19 @@ def capture_queries(
     Raises:
         ValueError: A shape, dtype, device or stride differs from the above.
     """
-    _check(buffer, row_of_request, layer_queries, req_pool_indices, positions)
-    window, num_qo_heads, head_dim = buffer.shape[2:]
+    _check(rings, row_of_request, layer_queries, req_pool_indices, positions)
+    window, num_qo_heads, head_dim = rings.shape[2:]
     row_len = num_qo_heads * head_dim
     batch_size = len(req_pool_indices)
     if batch_size == 0:
         return
-    _capture_queries_kernel[(batch_size, triton.cdiv(row_len, BLOCK), len(buffer))](
-        buffer,
+    _capture_queries_kernel[(batch_size, triton.cdiv(row_len, BLOCK), len(rings))](
+        rings,
         row_of_request,
         tuple(layer_queries),
         req_pool_indices,
         positions,
-        buffer.shape[1],
+        rings.shape[1],
         layer_queries[0].stride(0),
         WINDOW=window,
         ROW_LEN=row_len,
@@ -93,33 +94,33 @@ def capture_queries(
 
 
 def capture_queries_torch(
-    buffer: torch.Tensor,
+    rings: torch.Tensor,
     row_of_request: torch.Tensor,
     layer_queries: Sequence[torch.Tensor],
     req_pool_indices: torch.Tensor,
     positions: torch.Tensor,
 ) -> None:
     """Do what ``capture_queries`` does, in plain torch, but write the queries of requests without a row to row 0."""
-    rows, offsets = row_of_request[req_pool_indices], positions % buffer.shape[2]
-    for ring, queries in zip(buffer, layer_queries, strict=True):
+    rows, offsets = row_of_request[req_pool_indices], positions % rings.shape[2]
+    for ring, queries in zip(rings, layer_queries, strict=True):
         ring[rows, offsets] = queries.view(-1, *ring.shape[2:]).to(ring.dtype)
 
 
 def _check(
-    buffer: torch.Tensor,
+    rings: torch.Tensor,
     row_of_request: torch.Tensor,
     layer_queries: Sequence[torch.Tensor],
     req_pool_indices: torch.Tensor,
     positions: torch.Tensor,
 ) -> None:
-    if buffer.dim() != 5 or not buffer.is_floating_point() or not buffer.is_contiguous():
+    if rings.dim() != 5 or not rings.is_floating_point() or not rings.is_contiguous():
         raise ValueError(
-            "buffer must be a floating, contiguous [num_layers, num_rows + 1, window, num_qo_heads, head_dim], "
-            f"got {buffer.dtype} {list(buffer.shape)} with strides {list(buffer.stride())}"
+            "rings must be a floating, contiguous [num_layers, num_rows + 1, window, num_qo_heads, head_dim], "
+            f"got {rings.dtype} {list(rings.shape)} with strides {list(rings.stride())}"
         )
-    if len(layer_queries) != len(buffer):
-        raise ValueError(f"buffer has {len(buffer)} layers and layer_queries {len(layer_queries)}: they must be equal")
-    row_len = buffer.shape[3] * buffer.shape[4]
+    if len(layer_queries) != len(rings):
+        raise ValueError(f"rings have {len(rings)} layers and layer_queries {len(layer_queries)}: they must be equal")
+    row_len = rings.shape[3] * rings.shape[4]
     first = layer_queries[0]
     for queries in layer_queries:
         if queries.dim() != 2 or queries.shape[1] != row_len or not queries.is_floating_point():
@@ -149,17 +150,17 @@ def _check(
         ("req_pool_indices", req_pool_indices),
         ("positions", positions),
     ):
-        if tensor.device != buffer.device:
-            raise ValueError(f"{name} is on {tensor.device} and buffer on {buffer.device}: put all on one device")
+        if tensor.device != rings.device:
+            raise ValueError(f"{name} is on {tensor.device} and rings on {rings.device}: put all on one device")
 
 
 # (name, kernel, signature, constexprs, num_warps, num_stages) of what is shipped; a tuple of types is one of tensors.
 AOT_CASES: list[tuple[str, Any, dict[str, Any], dict[str, Any], int, int]] = [
     (
-        f"capture_{queries_dtype}_to_{buffer_dtype}_{row_len}",
+        f"capture_{queries_dtype}_to_{rings_dtype}_{row_len}",
         _capture_queries_kernel,
         {
-            "buffer_ptr": f"*{buffer_dtype}",
+            "rings_ptr": f"*{rings_dtype}",
             "row_of_request_ptr": "*i64",
             "layer_queries": (f"*{queries_dtype}",) * LAYERS_PER_LAUNCH,
             "req_pool_indices_ptr": "*i64",
@@ -171,7 +172,7 @@ AOT_CASES: list[tuple[str, Any, dict[str, Any], dict[str, Any], int, int]] = [
         NUM_WARPS,
         NUM_STAGES,
     )
-    for queries_dtype, buffer_dtype, row_len in (
+    for queries_dtype, rings_dtype, row_len in (
         ("bf16", "bf16", 32 * 128),
         ("bf16", "bf16", 9 * 64),
         ("fp16", "fp16", 32 * 128),

@@ -12,16 +12,17 @@ from torch import Tensor
 
 from rkv_sglang.algorithm.selection import select_kept
 from rkv_sglang.kernels.move import move_kept_paged, move_kept_torch
-from rkv_sglang.kernels.paged_batch import FP8_DTYPES, PagedBatch, PagedBuffers, pages_needed
-from rkv_sglang.kernels.score_config import padded_head_dim, padded_window
-from rkv_sglang.kernels.scorers import PAGED_SCORERS, History, PagedInputs, scores_of_kept
+from rkv_sglang.kernels.paged_batch import FP8_DTYPES, PagedBatch, PagedBuffers
+from rkv_sglang.kernels.score.config import padded_head_dim, padded_window
+from rkv_sglang.kernels.score.scorers import PAGED_SCORERS, History, PagedInputs, scores_of_kept
 from rkv_sglang.kernels.select import select_kept_paged
 from rkv_sglang.policies import Policy, ScoreInputs, is_stateful, needs_values
+from rkv_sglang.sizes.pages import pages_needed
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a compaction kept.
+    """Tokens that a compaction kept.
 
     Attributes:
         indices: Of the generated tokens, ascending, then -1 past the request's budget,
@@ -67,7 +68,11 @@ def compact_paged(
         batch: Which requests, pages and budgets.
         queries: The window's queries after RoPE, oldest first,
             ``[num_layers, num_requests, window, num_qo_heads, head_dim]``, floating.
+        policy: Scores the tokens.
         history: One entry per request; default: nothing was ever evicted.
+
+    Returns:
+        What was kept of each request, and for a stateful policy its scores.
 
     Raises:
         ValueError: A shape, dtype or device does not fit.

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers, pages_needed
+from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
+from rkv_sglang.sizes.pages import pages_needed
 
 # What a program holds in registers between a chunk's loads and its stores: 128 bytes for each thread.
 CHUNK_BYTES = 16384
@@ -47,6 +48,10 @@ def _move_kept_kernel(
     WORD: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):
+    """Pack one head's kept tokens of one request, of the keys or of the values, to the front of its generated ones.
+
+    Mutates the pool whose layers' addresses are at ``first_pointers_ptr`` (keys) or ``second_pointers_ptr`` (values).
+    """
     layer = tl.program_id(0) // NUM_KV_HEADS
     head = (tl.program_id(0) % NUM_KV_HEADS).to(tl.int64)
     request = tl.program_id(1)

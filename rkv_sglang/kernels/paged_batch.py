@@ -1,4 +1,4 @@
-"""What every kernel is given: the due requests of one compaction, and the layers of a paged pool.
+"""Arguments of every kernel: the due requests of one compaction, and the layers of a paged pool.
 
 The paging convention is FlashInfer's: request ``r`` owns the pages
 ``kv_indices[kv_indptr[r] : kv_indptr[r + 1]]``, and its token ``t`` lies in page
@@ -15,17 +15,13 @@ import torch
 from torch import Tensor
 
 from rkv_sglang.kernels.transfer import to_device
+from rkv_sglang.sizes.pages import pages_needed
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 KEY_DTYPES = (torch.bfloat16, torch.float16, torch.float32, *FP8_DTYPES)
 MAX_HEAD_DIM = 256
 # The widest load of a thread.
 VECTOR_BYTES = 16
-
-
-def pages_needed(num_tokens: int, page_size: int) -> int:
-    """Return how many pages hold ``num_tokens`` tokens."""
-    return -(-num_tokens // page_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +231,7 @@ class PagedBuffers:
 
     @property
     def storage_dtype(self) -> torch.dtype:
-        """What the tensors hold: uint8 for fp8, else ``dtype``."""
+        """Dtype of the tensors: uint8 for fp8, else ``dtype``."""
         return self.tensors[0].dtype
 
     @property

@@ -57,6 +57,10 @@ def _select_kept_kernel(
     WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Write one head's indices of the best ``budget - WINDOW`` candidates of one request and of its window, ascending.
+
+    Fills the row of ``kept_ptr`` up to ``kept_width``, with -1 past the budget.
+    """
     request = tl.program_id(0)
     layer_head = tl.program_id(1).to(tl.int64)
     layer, head = layer_head // num_kv_heads, layer_head % num_kv_heads

@@ -1,4 +1,4 @@
-"""The policies: rules that score the tokens of a request. ``registry`` has them by name."""
+"""Policies: rules that score the tokens of a request. ``registry`` has them by name."""
 
 from rkv_sglang.policies.base import Policy, ScoreInputs, is_stateful, needs_values
 from rkv_sglang.policies.h2o import H2O
@@ -6,10 +6,11 @@ from rkv_sglang.policies.keydiff import KeyDiff
 from rkv_sglang.policies.longflow import LongFlow
 from rkv_sglang.policies.manifoldkv import ManifoldKV
 from rkv_sglang.policies.random import Random
-from rkv_sglang.policies.registry import POLICIES, make_policy, policy_names
+from rkv_sglang.policies.registry import POLICIES, default_sizes, make_policy
 from rkv_sglang.policies.rkv import RKV
 from rkv_sglang.policies.snapkv import SnapKV
 from rkv_sglang.policies.streaming_llm import StreamingLLM
+from rkv_sglang.policy_names import policy_names
 
 __all__ = [
     "H2O",
@@ -23,6 +24,7 @@ __all__ = [
     "ScoreInputs",
     "SnapKV",
     "StreamingLLM",
+    "default_sizes",
     "is_stateful",
     "make_policy",
     "needs_values",

@@ -1,4 +1,4 @@
-"""What a policy is given and what it returns."""
+"""Interface of a policy: its inputs and its scores."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -65,9 +65,10 @@ class ScoreInputs:
 class Policy(Protocol):
     """A rule that scores the tokens of one request, layer by layer.
 
-    A policy is a dataclass whose fields are its parameters; it refuses bad ones in ``__post_init__``. It may set two
-    class attributes: ``needs_values = True`` to be given values, and ``stateful = True`` to be given back, at the next
-    compaction, the scores of the tokens that were kept. See ``needs_values`` and ``is_stateful``.
+    A policy is a dataclass whose fields are its parameters; it refuses bad ones in ``__post_init__``. It may set class
+    attributes: ``needs_values = True`` to be given values; ``stateful = True`` to be given back, at the next
+    compaction, the scores of the tokens that were kept (see ``needs_values`` and ``is_stateful``); ``default_window``
+    and ``default_buffer``, tokens, for servers on which nobody sets them.
     """
 
     def score(self, inputs: ScoreInputs) -> Tensor:

@@ -1,7 +1,7 @@
-"""The policies by name: those of this package, and those that other packages bring through an entry point.
+"""Policies by name: those of this package, and those that other packages bring through an entry point.
 
-A new one here is a file and a row of ``POLICIES``. Another package adds one with an entry point in ``GROUP``, the name
-of the policy on the left and its class on the right.
+A new one here is a file, a row of ``POLICIES`` and a name in ``policy_names``. Another package adds one with an entry
+point in ``GROUP``, the name of the policy on the left and its class on the right.
 """
 
 from dataclasses import is_dataclass, replace
@@ -19,8 +19,8 @@ from rkv_sglang.policies.random import Random
 from rkv_sglang.policies.rkv import RKV
 from rkv_sglang.policies.snapkv import SnapKV
 from rkv_sglang.policies.streaming_llm import StreamingLLM
+from rkv_sglang.policy_names import GROUP, policy_names
 
-GROUP = "rkv_sglang.policies"
 POLICIES: dict[str, type[Policy]] = {
     "rkv": RKV,
     "snapkv": SnapKV,
@@ -33,12 +33,6 @@ POLICIES: dict[str, type[Policy]] = {
 }
 # Parameters of the policies above that have a flag of their own, and so a field in the settings.
 SHARED_PARAMETERS = ("mix_lambda", "kernel_size", "similarity_threshold")
-
-
-def policy_names() -> tuple[str, ...]:
-    """Return every name that ``--kv-policy`` takes: ``"none"``, this package's, then other packages'."""
-    others = sorted(entry_points(group=GROUP).names)
-    return tuple(dict.fromkeys((NO_POLICY, *POLICIES, *others)))
 
 
 def make_policy(config: PolicyConfig) -> Policy:
@@ -64,6 +58,17 @@ def make_policy(config: PolicyConfig) -> Policy:
     except (TypeError, ValueError) as error:
         raise ValueError(f"--kv-policy-config does not fit --kv-policy {config.policy}: {_one_line(error)}") from None
     return policy
+
+
+def default_sizes(name: str) -> dict[str, int]:
+    """Return which of ``window`` and ``buffer`` the policy of that name chooses itself where the user does not.
+
+    Raises:
+        ValueError: The name is unknown, or its package cannot be used.
+    """
+    policy_class = _find(name)
+    own = {size: getattr(policy_class, f"default_{size}", None) for size in ("window", "buffer")}
+    return {size: value for size, value in own.items() if value is not None}
 
 
 def _find(name: str) -> type[Any]:

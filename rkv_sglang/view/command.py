@@ -14,7 +14,7 @@ from rkv_sglang.view.trace import Trace, read_trace, write_trace
 
 def add_view_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``view``."""
-    live = parser.add_argument_group("record from a server started with --kv-policy and --rkv-trace")
+    live = parser.add_argument_group("record from a server started with --kv-policy and --kv-trace")
     live.add_argument("--server", metavar="URL", help="its address, such as http://127.0.0.1:30000")
     live.add_argument("--prompt", metavar="TEXT", help="the prompt, sent as it is, without a chat template")
     live.add_argument("--prompt-file", metavar="FILE", type=Path, help="the prompt as a text file, instead of --prompt")

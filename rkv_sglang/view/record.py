@@ -55,9 +55,9 @@ def record(server: str, prompt: str, *, max_new_tokens: int, temperature: float)
         return Trace(
             model=info["model_path"],
             policy=meta_info["kv_policy"],
-            budget=info["rkv_budget"],
-            buffer=info["rkv_buffer"],
-            window=info["rkv_window"],
+            budget=info["kv_budget"],
+            buffer=info["kv_buffer"],
+            window=info["kv_window"],
             tp_size=info["tp_size"],
             prompt=prompt,
             prompt_len=meta_info["prompt_tokens"],
@@ -81,7 +81,7 @@ def _server_info(server: str) -> dict[str, Any]:
         except ValueError as error:
             raise ValueError(f"{server} is no SGLang server: its /server_info is not JSON") from error
     if not isinstance(info, dict) or info.get("kv_policy", NO_POLICY) == NO_POLICY:
-        raise ValueError(f"{server} has no policy to look at: start it with --kv-policy rkv --rkv-trace")
+        raise ValueError(f"{server} has no policy to look at: start it with --kv-policy rkv --kv-trace")
     return info
 
 
@@ -109,7 +109,7 @@ def _generate(server: str, payload: dict[str, Any], incremental: bool) -> tuple[
     if not meta_info.get("finish_reason"):
         raise ValueError(f"{server} stopped in the middle of the answer: look into its log")
     if "kv_trace" not in meta_info:
-        raise ValueError(f"{server} recorded nothing: start it with --kv-policy rkv --rkv-trace")
+        raise ValueError(f"{server} recorded nothing: start it with --kv-policy rkv --kv-trace")
     return text, rows, meta_info
 
 

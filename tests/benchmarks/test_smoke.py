@@ -5,23 +5,24 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.schema import RESULTS
-from benchmarks.smoke import STEPS, Step, run_command, run_steps
-from benchmarks.tables import MEMORY, TABLES
+from benchmarks.common.registry import BENCHMARKS, Benchmark, Plot
+from benchmarks.common.schema import RESULTS
+from benchmarks.common.tables import MEMORY, TABLES
+from benchmarks.smoke import run_command, run_steps
 
 KEPT = Path(__file__).resolve().parents[2] / RESULTS / "cpu" / "memory.csv"
 COPY = f"import shutil; shutil.copy({str(KEPT)!r}, sys.argv[1])"
 
 
-class Script(Step):
+class Script(Benchmark):
     """A step that runs a line of Python with the folder as its argument."""
 
-    def command(self, out: Path) -> list[str]:
+    def smoke_command(self, out: Path) -> list[str]:
         return [sys.executable, "-c", f"import sys; {self.module}", str(out)]
 
 
 def script(name: str, code: str) -> Script:
-    return Script(name, code, (), (MEMORY,))
+    return Script(name, code, (Plot("benchmarks.memory:plot", (MEMORY,)),))
 
 
 @pytest.mark.parametrize(
@@ -59,5 +60,5 @@ def test_a_step_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
 
 
 def test_every_table_is_written_by_one_step() -> None:
-    written = [table.name for step in STEPS for table in step.tables]
+    written = [table.name for step in BENCHMARKS for table in step.tables]
     assert sorted(written) == sorted(table.name for table in TABLES)

@@ -11,11 +11,11 @@ import torch
 from rkv_sglang.cache import compact
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import DueRequest, compact_requests, split_requests
-from rkv_sglang.cache.plan import CompactionPlan, plan_compaction
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.kernels.paged_batch import PagedBuffers
 from rkv_sglang.policies import make_policy
 from rkv_sglang.policies.base import ScoreInputs
+from rkv_sglang.sizes.compaction_plan import CompactionPlan, plan_compaction
 
 ROUNDS = range(6)
 

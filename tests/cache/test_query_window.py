@@ -5,8 +5,7 @@ import random
 import pytest
 import torch
 
-from rkv_sglang.cache.query_window import QueryWindow, num_query_rows, query_bytes_per_slot
-from rkv_sglang.config import PolicyConfig
+from rkv_sglang.cache.query_window import QueryWindow
 from rkv_sglang.kernels.capture import LAYERS_PER_LAUNCH
 
 # Several launches a step, the last one of fewer layers.
@@ -127,23 +126,3 @@ def test_a_new_request_under_an_old_index_does_not_inherit_its_row():
     window.acquire(2, other, is_alive)
     window.flush()
     assert len(set(window.row_of_request[1:3].tolist())) == 2
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_the_rows_suffice_in_lockstep_and_are_a_small_share_of_the_pool(seed):
-    rng = random.Random(seed)
-    budget = rng.randint(128, 2048)
-    config = PolicyConfig(budget=budget, buffer=rng.randint(1, budget))
-    num_slots = rng.randint(10_000, 1_000_000)
-    rows = num_query_rows(config, num_slots, max_running_requests=10**9)
-    # Requests that need a row hold capacity - window slots each, so no more than this many exist.
-    assert rows >= num_slots // (config.capacity - config.window)
-    per_slot = query_bytes_per_slot(config, num_layers=32, num_qo_heads=32, head_dim=128, itemsize=2)
-    buffer_bytes = rows * 32 * config.window * 32 * 128 * 2
-    assert buffer_bytes <= per_slot * num_slots
-
-
-def test_the_default_settings_cost_less_than_two_percent_of_a_gqa_pool():
-    config = PolicyConfig()
-    kv_bytes_per_slot = 2 * 32 * 8 * 128 * 2
-    assert query_bytes_per_slot(config, 32, 32, 128, 2) / kv_bytes_per_slot < 0.015

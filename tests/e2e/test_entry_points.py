@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from devtools.tiny_models import tiny_model_path
 from tests.e2e.workload import Setting, assert_same_tokens, greedy, oracle, six_prompts
-from tests.harness.environment import PROBE_DIR, PROJECT_ROOT, child_environment, device_flags
-from tests.harness.scheduler import run_scheduler
-from tests.harness.server import Server
-from tests.tiny_models import tiny_model_path
+from tests.support.harness.environment import PROBE_DIR, PROJECT_ROOT, child_environment, device_flags
+from tests.support.harness.scheduler import run_scheduler
+from tests.support.harness.server import Server
 
 MODEL = tiny_model_path("llama-gqa")
 SETTING = Setting(budget=21, buffer=12)

@@ -2,9 +2,9 @@
 
 import pytest
 
+from devtools.tiny_models import tiny_model_path
 from tests.e2e.workload import Setting, greedy, six_prompts
-from tests.harness.scheduler import Request, RunResult, run_scheduler
-from tests.tiny_models import tiny_model_path
+from tests.support.harness.scheduler import Request, RunResult, run_scheduler
 
 SETTING = Setting(budget=24, buffer=16)
 CAPACITY = SETTING.budget + SETTING.buffer

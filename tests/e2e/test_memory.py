@@ -5,8 +5,9 @@ import random
 
 import pytest
 
-from rkv_sglang.cache.memory_plan import requests_at_once
+from devtools.tiny_models import tiny_model_path
 from rkv_sglang.config import PolicyConfig
+from rkv_sglang.sizes.memory_plan import requests_at_once
 from tests.e2e.workload import (
     Setting,
     assert_same_tokens,
@@ -17,8 +18,7 @@ from tests.e2e.workload import (
     retracting,
     six_prompts,
 )
-from tests.harness.scheduler import Request, run_scheduler
-from tests.tiny_models import tiny_model_path
+from tests.support.harness.scheduler import Request, run_scheduler
 
 MODEL = tiny_model_path("llama-gqa")
 FLAGS = ["--model-path", str(MODEL)]

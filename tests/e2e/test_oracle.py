@@ -5,9 +5,9 @@ import os
 
 import pytest
 
+from devtools.tiny_models import TINY_MODELS, tiny_model_path
 from tests.e2e.workload import Setting, assert_same_tokens, greedy, oracle, six_prompts
-from tests.harness.scheduler import run_scheduler
-from tests.tiny_models import TINY_MODELS, tiny_model_path
+from tests.support.harness.scheduler import run_scheduler
 
 NUM_TOKENS = 210
 # No multiple of any page size but 1, nor of each other.

@@ -2,14 +2,14 @@
 
 import pytest
 
+from devtools.tiny_models import tiny_model_path
 from rkv_sglang.policies.registry import POLICIES
 from tests.e2e.workload import assert_same_tokens, greedy, outputs_at_retractions, retracting, six_prompts
-from tests.harness.environment import PROBE_DIR, PROJECT_ROOT
-from tests.harness.scheduler import run_scheduler
-from tests.harness.server import Server
-from tests.oracle.dense import dense_generate
-from tests.oracle.policy_scores import score_function
-from tests.tiny_models import tiny_model_path
+from tests.support.harness.environment import PROBE_DIR, PROJECT_ROOT
+from tests.support.harness.scheduler import run_scheduler
+from tests.support.harness.server import Server
+from tests.support.oracle.dense import dense_generate
+from tests.support.oracle.policy_scores import score_function
 
 BUDGET, BUFFER = 37, 23
 NUM_TOKENS = 180

@@ -9,11 +9,11 @@ import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
+from devtools.tiny_models import tiny_model_path
 from rkv_sglang.cache.trace import kept_positions
 from tests.e2e.workload import Setting, assert_same_tokens, greedy, oracle, six_prompts
-from tests.harness.scheduler import Request, run_scheduler
-from tests.harness.server import Server
-from tests.tiny_models import tiny_model_path
+from tests.support.harness.scheduler import Request, run_scheduler
+from tests.support.harness.server import Server
 
 MODEL = tiny_model_path("llama-gqa")
 FLAGS = ["--model-path", str(MODEL)]

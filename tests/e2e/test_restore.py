@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from devtools.tiny_models import tiny_model_path
 from tests.e2e.workload import (
     Setting,
     assert_same_tokens,
@@ -14,11 +15,10 @@ from tests.e2e.workload import (
     random_ids,
     retracting,
 )
-from tests.harness.gate import Control
-from tests.harness.scheduler import RunResult, rid_of, run_scheduler
-from tests.oracle.dense import DenseResult, dense_generate
-from tests.oracle.policy_scores import score_function
-from tests.tiny_models import tiny_model_path
+from tests.support.harness.gate import Control
+from tests.support.harness.scheduler import RunResult, rid_of, run_scheduler
+from tests.support.oracle.dense import DenseResult, dense_generate
+from tests.support.oracle.policy_scores import score_function
 
 MODEL = tiny_model_path("llama-gqa")
 FLAGS = ["--model-path", str(MODEL)]

@@ -12,10 +12,10 @@ import pytest
 import requests
 import sglang as sgl
 
+from devtools.tiny_models import EOS_ID, tiny_model_path
 from tests.e2e.workload import Setting, assert_same_tokens, oracle, random_ids, six_prompts
-from tests.harness.server import Server
-from tests.oracle.dense import dense_generate
-from tests.tiny_models import EOS_ID, tiny_model_path
+from tests.support.harness.server import Server
+from tests.support.oracle.dense import dense_generate
 
 pytestmark = pytest.mark.server
 

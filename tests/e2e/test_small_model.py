@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from devtools.tiny_models import small_model_path
 from tests.e2e.workload import SHARED_PREFIX_LEN, Setting, oracle
-from tests.harness.server import Server
-from tests.oracle.dense import DenseResult
-from tests.tiny_models import small_model_path
+from tests.support.harness.server import Server
+from tests.support.oracle.dense import DenseResult
 
 pytestmark = pytest.mark.server
 

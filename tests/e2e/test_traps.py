@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from devtools.tiny_models import tiny_model_path
 from tests.e2e.workload import (
     Setting,
     assert_same_tokens,
@@ -14,9 +15,8 @@ from tests.e2e.workload import (
     retracting,
     six_prompts,
 )
-from tests.harness.scheduler import Request, run_scheduler
-from tests.oracle.dense import dense_generate
-from tests.tiny_models import tiny_model_path
+from tests.support.harness.scheduler import Request, run_scheduler
+from tests.support.oracle.dense import dense_generate
 
 MODEL = tiny_model_path("llama-gqa")
 FLAGS = ["--model-path", str(MODEL)]

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from tests.harness.scheduler import Request, RunResult
-from tests.oracle.dense import DenseResult, dense_generate
-from tests.tiny_models import VOCAB_SIZE
+from devtools.tiny_models import VOCAB_SIZE
+from tests.support.harness.scheduler import Request, RunResult
+from tests.support.oracle.dense import DenseResult, dense_generate
 
 SHARED_PREFIX_LEN = 71
 # Below this a choice between two tokens, or between two cached tokens, is a matter of summation order.

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.harness.environment import PROJECT_ROOT, child_environment
+from tests.support.harness.environment import PROJECT_ROOT, child_environment
 
 TIMEOUT_S = 300.0
 

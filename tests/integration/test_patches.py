@@ -1,19 +1,18 @@
 """The patches apply to the SGLang they are made for and do what they say; the register is current."""
 
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import sglang
 
-from tests.harness.environment import PROJECT_ROOT
+from devtools import hooks_page
 from tests.integration.children import Child
+from tests.support.harness.environment import PROJECT_ROOT
 
 PATCHES = PROJECT_ROOT / "patches"
 SERIES = sorted((PATCHES / f"sglang-{sglang.__version__}").glob("*.patch"))
@@ -90,38 +89,27 @@ def test_a_patch_reads_like_one_for_sglang(patch: Path) -> None:
     assert paths and all(old == new and new.startswith("python/sglang/") for old, new in paths)
 
 
-@pytest.fixture(scope="module")
-def generate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate", PATCHES / "generate.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def test_the_register_is_current() -> None:
+    assert hooks_page.main(["--check"]) == 0, "run: python -m devtools.hooks_page"
 
 
-def test_the_register_is_current(generate: ModuleType) -> None:
-    assert generate.main(["--check"]) == 0, "run: python patches/generate.py"
+def test_the_register_names_every_hook_and_patch() -> None:
+    from rkv_sglang.integration.hooks.table import HOOKS
 
-
-def test_the_register_names_every_hook_and_patch(generate: ModuleType) -> None:
-    from rkv_sglang.integration.hooks import HOOKS
-
-    text = (PATCHES / "README.md").read_text()
+    text = hooks_page.REGISTER.read_text()
     for hook in HOOKS:
         assert text.count(f"`{hook.target}`\n") == 1 and hook.why in text and hook.upstream in text
     for patch in SERIES:
-        assert f"`{patch.relative_to(PATCHES)}`: {generate.subject(patch)}" in text
+        assert f"`{patch.relative_to(PATCHES)}`: {hooks_page.subject(patch)}" in text
 
 
-def test_a_register_that_lacks_a_hook_is_out_of_date(generate: ModuleType, tmp_path: Path) -> None:
-    from rkv_sglang.integration.hooks import HOOKS
+def test_a_register_that_lacks_a_hook_is_out_of_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rkv_sglang.integration.hooks.table import HOOKS
 
-    stale = tmp_path / "README.md"
-    stale.write_text(generate.render(HOOKS[1:], SERIES))
-    generate.REGISTER, register = stale, generate.REGISTER
-    try:
-        assert generate.main(["--check"]) == 1
-        assert generate.main([]) == 0 and stale.read_text() == register.read_text()
-        assert generate.main(["--check"]) == 0
-    finally:
-        generate.REGISTER = register
+    register = hooks_page.REGISTER
+    stale = tmp_path / "hooks.md"
+    stale.write_text(hooks_page.render(HOOKS[1:], SERIES))
+    monkeypatch.setattr(hooks_page, "REGISTER", stale)
+    assert hooks_page.main(["--check"]) == 1
+    assert hooks_page.main([]) == 0 and stale.read_text() == register.read_text()
+    assert hooks_page.main(["--check"]) == 0

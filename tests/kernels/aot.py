@@ -43,8 +43,9 @@ class Usage:
 
 
 def shipped_cases() -> list[tuple[str, Any, dict[str, Any], dict[str, Any], int, int]]:
-    """Return the ``AOT_CASES`` of every module in ``rkv_sglang.kernels``."""
-    names = [f"rkv_sglang.kernels.{module.name}" for module in pkgutil.iter_modules(rkv_sglang.kernels.__path__)]
+    """Return the ``AOT_CASES`` of every module in ``rkv_sglang.kernels``, at any depth."""
+    modules = pkgutil.walk_packages(rkv_sglang.kernels.__path__, "rkv_sglang.kernels.")
+    names = [module.name for module in modules]
     return [case for name in names for case in getattr(importlib.import_module(name), "AOT_CASES", [])]
 
 

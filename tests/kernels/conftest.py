@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
-from benchmarks.gpu.device import REHEARSAL, stand_in_for_gpu
+from benchmarks.common.device import REHEARSAL, stand_in_for_gpu
 
 
 @functools.cache

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers, pages_needed
+from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
+from rkv_sglang.sizes.pages import pages_needed
 
 
 def make_batch(

@@ -68,7 +68,7 @@ def test_the_kernel_writes_nothing_for_requests_without_a_row():
 
 def arguments(**changes):
     given = {
-        "buffer": torch.zeros(2, 3, 2, 2, 4),
+        "rings": torch.zeros(2, 3, 2, 2, 4),
         "row_of_request": torch.zeros(5, dtype=torch.int64),
         "layer_queries": list(torch.zeros(2, 2, 8)),
         "req_pool_indices": torch.zeros(2, dtype=torch.int64),
@@ -80,9 +80,9 @@ def arguments(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"buffer": torch.zeros(2, 3, 4, 2, 2).transpose(2, 4)}, "buffer must be .*contiguous"),
-        ({"buffer": torch.zeros(2, 3, 2, 8)}, "buffer must be"),
-        ({"layer_queries": list(torch.zeros(3, 2, 8))}, "buffer has 2 layers and layer_queries 3"),
+        ({"rings": torch.zeros(2, 3, 4, 2, 2).transpose(2, 4)}, "rings must be .*contiguous"),
+        ({"rings": torch.zeros(2, 3, 2, 8)}, "rings must be"),
+        ({"layer_queries": list(torch.zeros(3, 2, 8))}, "rings have 2 layers and layer_queries 3"),
         ({"layer_queries": [torch.zeros(2, 8), torch.zeros(2, 9)]}, r"queries must be floating \[bs, 8\]"),
         ({"layer_queries": list(torch.zeros(2, 2, 8, dtype=torch.int32))}, "queries must be floating"),
         ({"layer_queries": [torch.zeros(8, 2).T] * 2}, "queries must have a last stride of 1"),

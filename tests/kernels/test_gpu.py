@@ -1,6 +1,6 @@
 """On a GPU: every kernel against its oracle at served sizes, CUDA graphs, no sync, no late compilation, memory.
 
-With ``RKV_REHEARSE=1`` they run at tiny sizes on a CPU, in Triton's interpreter (``benchmarks.gpu.device``).
+With ``RKV_REHEARSE=1`` they run at tiny sizes on a CPU, in Triton's interpreter (``benchmarks.common.device``).
 """
 
 import random
@@ -10,24 +10,25 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu.device import DEVICE, REHEARSAL, captured, no_wait, peak_extra_bytes
+from benchmarks.common.device import DEVICE, REHEARSAL, captured, no_wait, peak_extra_bytes
 from rkv_sglang.algorithm.scoring import rkv_scores
 from rkv_sglang.algorithm.selection import select_kept
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import DueRequest, compact_requests
-from rkv_sglang.cache.plan import plan_compaction
 from rkv_sglang.cache.query_window import QueryWindow
 from rkv_sglang.config import PolicyConfig
-from rkv_sglang.kernels import capture, move, score_blocks, score_totals, select
+from rkv_sglang.kernels import capture, move, select
 from rkv_sglang.kernels.api import compact_paged_kv
 from rkv_sglang.kernels.capture import capture_queries, capture_queries_torch
 from rkv_sglang.kernels.dispatch import choose_kept_torch, compact_paged, working_bytes_per_token
 from rkv_sglang.kernels.move import move_kept_paged, move_kept_torch
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
-from rkv_sglang.kernels.score import rkv_scores_paged
+from rkv_sglang.kernels.score import key_passes, totals
+from rkv_sglang.kernels.score.attention import rkv_scores_paged
 from rkv_sglang.kernels.select import select_kept_paged
 from rkv_sglang.kernels.warmup import warm_up
 from rkv_sglang.policies import POLICIES, RKV, Policy, make_policy
+from rkv_sglang.sizes.compaction_plan import plan_compaction
 from tests.kernels.test_api import GPU_ATTENTIONS, check_attention
 
 pytestmark = pytest.mark.gpu
@@ -180,7 +181,7 @@ def served(seed: int, num_requests: int) -> tuple[KVBuffers, QueryWindow, Callab
         dtype=torch.bfloat16,
         device=DEVICE,
     )
-    window.buffer.copy_(torch.randn_like(window.buffer))
+    window.rings.copy_(torch.randn_like(window.rings))
     for request in range(num_requests):
         window.acquire(request + 1, object(), lambda *_: True)
     window.flush()
@@ -229,7 +230,7 @@ def test_the_api_waits_for_nothing_on_the_gpu_if_the_lengths_are_on_the_cpu(seed
 def test_nothing_is_compiled_after_the_warm_up(seed):
     kernels = [
         value
-        for module in (capture, move, score_blocks, score_totals, select)
+        for module in (capture, move, key_passes, totals, select)
         for name, value in vars(module).items()
         if name.endswith("_kernel") and hasattr(value, "device_caches")
     ]
@@ -241,7 +242,7 @@ def test_nothing_is_compiled_after_the_warm_up(seed):
     warm_up(
         buffers.keys,
         buffers.values,
-        window.buffer,
+        window.rings,
         window.row_of_request,
         RKV(),
         budget=BUDGET,
@@ -256,7 +257,7 @@ def test_nothing_is_compiled_after_the_warm_up(seed):
         queries = torch.randn(batch_size, NUM_KV_HEADS * GROUP_SIZE * HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
         # A view that starts anywhere, as a part of a larger tensor may.
         indices = torch.zeros(batch_size + 1, dtype=torch.int64, device=DEVICE)[1:]
-        for layer in range(len(window.buffer)):
+        for layer in range(len(window.rings)):
             window.capture(layer, queries, indices, indices)
     assert [len(kernel.device_caches[device][0]) for kernel in kernels] == compiled
 

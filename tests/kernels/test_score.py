@@ -10,10 +10,10 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from rkv_sglang.algorithm import reference
-from rkv_sglang.kernels import score
-from rkv_sglang.kernels.score import rkv_scores_paged, snapkv_scores_paged
-from rkv_sglang.kernels.score_config import ScoreConfig
-from rkv_sglang.kernels.score_device import decode_fp8
+from rkv_sglang.kernels.score import attention
+from rkv_sglang.kernels.score.attention import rkv_scores_paged, snapkv_scores_paged
+from rkv_sglang.kernels.score.config import ScoreConfig
+from rkv_sglang.kernels.score.device import decode_fp8
 from rkv_sglang.kernels.select import select_kept_paged
 from tests.algorithm.cases import KEY_MAKERS
 from tests.kernels.paged import columns_of, make_batch, make_pool
@@ -115,8 +115,8 @@ def test_requests_layers_heads_and_pages_do_not_mix(rng, page_size):
 )
 def test_the_sizes_of_programs_do_not_matter(rng, monkeypatch, config):
     # Several rounds over the results of the blocks, and several programs of the last step.
-    monkeypatch.setattr(score, "CHUNK", 2)
-    monkeypatch.setattr(score, "COMBINE_BLOCK", 16)
+    monkeypatch.setattr(attention, "CHUNK", 2)
+    monkeypatch.setattr(attention, "COMBINE_BLOCK", 16)
     case = make_case(rng, head_dim=80, lens=[rng.randint(65, 80), rng.choice([32, 48, 64])])
     check(case, rkv_scores_paged(case.pool, case.batch, case.queries, config=config, **SETTINGS), **SETTINGS)
 

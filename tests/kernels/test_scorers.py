@@ -10,10 +10,10 @@ from triton.runtime.jit import JITFunction
 
 from rkv_sglang.kernels import dispatch
 from rkv_sglang.kernels.dispatch import choose_kept_torch, compact_paged
-from rkv_sglang.kernels.score import h2o_scores_paged
-from rkv_sglang.kernels.score_keys import keydiff_scores_paged, manifoldkv_scores_paged
-from rkv_sglang.kernels.score_values import longflow_scores_paged
-from rkv_sglang.kernels.scorers import PAGED_SCORERS, History, PagedInputs, scores_of_kept
+from rkv_sglang.kernels.score.attention import h2o_scores_paged
+from rkv_sglang.kernels.score.mean_keys import keydiff_scores_paged, manifoldkv_scores_paged
+from rkv_sglang.kernels.score.scorers import PAGED_SCORERS, History, PagedInputs, scores_of_kept
+from rkv_sglang.kernels.score.values import longflow_scores_paged
 from rkv_sglang.kernels.select import select_kept_paged
 from rkv_sglang.policies import POLICIES, KeyDiff, LongFlow, ManifoldKV, Policy, ScoreInputs, is_stateful
 from tests.algorithm.cases import KEY_MAKERS
@@ -127,8 +127,8 @@ def test_every_dtype_head_dim_and_group(rng, name, dtype, query_dtype, head_dim,
 
 @pytest.mark.parametrize("block", [16, 32, 128])
 def test_the_sizes_of_programs_do_not_matter(rng, monkeypatch, block):
-    for module in ("score", "score_keys"):
-        monkeypatch.setattr(f"rkv_sglang.kernels.{module}.CHUNK", 2)
+    for module in ("attention", "mean_keys"):
+        monkeypatch.setattr(f"rkv_sglang.kernels.score.{module}.CHUNK", 2)
     served = serve(rng, head_dim=80, num_layers=2, lens=[rng.randint(65, 90), 32, 33])
     case = served.case
     keys, batch = case.pool, case.batch

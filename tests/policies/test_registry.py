@@ -12,8 +12,8 @@ import torch
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.policies import POLICIES, RKV, ScoreInputs, SnapKV, is_stateful, make_policy, needs_values, policy_names
 from rkv_sglang.policies.parameters import check_parameters
-from tests.harness.environment import PROJECT_ROOT
 from tests.policies.cases import CASES, policy_of
+from tests.support.harness.environment import PROJECT_ROOT
 
 THIRD_PARTY_DIR = PROJECT_ROOT / "tests" / "policies" / "third_party"
 BUILT_IN = ("rkv", "snapkv", "h2o", "streaming_llm", "keydiff", "manifoldkv", "longflow", "random")

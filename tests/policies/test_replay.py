@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.algorithm.cases import fresh_seed
-from tests.oracle.loop_policies import OneHead, loop_scores
 from tests.policies.cases import CASES, case_id, policy_of
 from tests.policies.replay import Step, Tokens, random_tokens, replay
+from tests.support.oracle.loop_policies import OneHead, loop_scores
 
 NUM_KV_HEADS, GROUP, HEAD_DIM = 2, 2, 8
 # Prompt, budget, buffer, window. Prompts shorter and longer than the sinks; one candidate; a buffer below the window.

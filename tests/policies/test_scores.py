@@ -8,8 +8,8 @@ from torch import Tensor
 
 from rkv_sglang.policies import H2O, POLICIES, LongFlow, Random, ScoreInputs, is_stateful
 from tests.algorithm.cases import DEVICES, KEY_MAKERS, fresh_seed, make_keys, make_queries
-from tests.oracle.loop_policies import OneHead, loop_scores
 from tests.policies.cases import CASES, case_id, policy_of
+from tests.support.oracle.loop_policies import OneHead, loop_scores
 
 NUM_TOKENS, NUM_KV_HEADS, GROUP, HEAD_DIM, WINDOW, PROMPT_LEN = 61, 2, 3, 16, 5, 20
 

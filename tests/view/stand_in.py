@@ -74,7 +74,7 @@ def stand_in() -> Iterator[StandIn]:
 
 def server_info(trace: Trace, **changes: Any) -> dict[str, Any]:
     """Return the part of ``/server_info`` that matters, for a server that would record this trace."""
-    settings = {f"rkv_{name}": getattr(trace, name) for name in ("budget", "buffer", "window")}
+    settings = {f"kv_{name}": getattr(trace, name) for name in ("budget", "buffer", "window")}
     return {**INFO, "model_path": trace.model, "kv_policy": trace.policy, **settings, **changes}
 
 

@@ -102,9 +102,9 @@ def test_bad_input_gives_one_line_and_1(folder, server, capsys, arguments, said)
 
 
 def test_a_server_that_refuses_gives_its_line_and_1(folder, server, capsys):
-    server.say("/generate", {"error": {"message": "kv_trace is off on this server: start it with --rkv-trace"}}, 400)
+    server.say("/generate", {"error": {"message": "kv_trace is off on this server: start it with --kv-trace"}}, 400)
     arguments = ["--server", "URL", "--prompt", "x", "--save-trace", "t.json"]
-    assert_refused(folder, server, capsys, arguments, "start it with --rkv-trace", status=1)
+    assert_refused(folder, server, capsys, arguments, "start it with --kv-trace", status=1)
 
 
 def assert_refused(folder, server, capsys, arguments: list[str], said: str, status: int) -> None:

@@ -74,16 +74,16 @@ def test_something_else_than_a_server_with_a_policy(server, trace):
     server.say("/server_info", b"<html>")
     assert "no SGLang server" in refusal(server)
     server.say("/server_info", [1])
-    assert "--kv-policy rkv --rkv-trace" in refusal(server)
+    assert "--kv-policy rkv --kv-trace" in refusal(server)
     server.say("/server_info", {"model_path": "m"})
-    assert "--kv-policy rkv --rkv-trace" in refusal(server)
+    assert "--kv-policy rkv --kv-trace" in refusal(server)
     server.say("/server_info", server_info(trace, kv_policy="none"))
-    assert "--kv-policy rkv --rkv-trace" in refusal(server)
+    assert "--kv-policy rkv --kv-trace" in refusal(server)
     assert server.asked == []
 
 
 def test_what_the_server_refuses_is_passed_on(server, trace):
-    message = "kv_trace is off on this server: start it with --rkv-trace or leave kv_trace out"
+    message = "kv_trace is off on this server: start it with --kv-trace or leave kv_trace out"
     server.say("/server_info", server_info(trace))
     server.say("/generate", {"error": {"message": message}}, status=400)
     assert refusal(server) == f"the server refuses (status 400): {message}"

@@ -1,0 +1,153 @@
+"""How many problems does a model solve with and without a KV policy, and at what cost?
+
+    python -m benchmarks.accuracy --model M --problems FILE_OR_DATASET [--settings none,rkv:1024:128]
+        [--split test] [--subset NAME] [--limit N] [--samples 4] [--max-tokens 16384] [--temperature 0.6] [--top-p 0.95]
+        [--concurrency 64] [--server-args "--tp 2"] [--out FOLDER] [--work FOLDER]
+    python -m benchmarks.accuracy --smoke
+    python -m benchmarks.accuracy --plot-only FOLDER
+
+Problems are JSON lines with the fields problem (or question) and answer, as MATH-500, AIME 2024 and GSM8K have them, or
+the name of a data set of the Hugging Face hub (needs the package ``datasets``). Each setting gets a server of its own,
+one after the other; every problem is asked ``--samples`` times through ``/v1/chat/completions``, ``--concurrency`` at a
+time. Answers are judged by ``math-verify``; see ``checker.py`` for what counts as an answer.
+
+Every finished sample is kept in ``--work``, one line each, and an interrupted run goes on behind it; so does one with
+more problems or samples. A run with anything else changed (model, versions, sampling, flags, hardware) starts anew.
+
+pass@1 is the mean over problems of the share of their samples that are right. Writes ``accuracy.csv`` (one row a
+setting; columns in ``common/tables.py``), ``accuracy.json`` and ``accuracy.png``, and prints the table.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.accuracy.checker import check
+from benchmarks.accuracy.problems import DRY_RUN_PROBLEMS, Problem, load_problems
+from benchmarks.accuracy.report import markdown, plot
+from benchmarks.accuracy.rows import ByProblem, accuracy_rows
+from benchmarks.accuracy.run import Sampling, run_samples, setting_server
+from benchmarks.accuracy.store import SampleStore
+from benchmarks.common.arguments import add_model_arguments, benchmark_parser
+from benchmarks.common.schema import hardware_folder, run_info, write_table
+from benchmarks.common.settings import Setting, parse_setting
+from benchmarks.common.tables import ACCURACY
+from devtools.launch import ServerError, exit_on_sigterm, has_gpu
+
+INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
+# What one of the hours is an hour of, by whether there is an accelerator.
+DEVICE = {True: "GPU", False: "machine"}
+SMOKE = {"settings": "none,rkv:24:8", "limit": 3, "samples": 2, "max_tokens": 64, "concurrency": 6}
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the command line's options, the settings parsed."""
+    parser = benchmark_parser(__doc__, smoke="dry run: 3 problems, 2 short samples, 2 settings")
+    add_model_arguments(parser, work=Path(".cache/accuracy"))
+    parser.add_argument("--problems", default=str(DRY_RUN_PROBLEMS), help="file or data set, default %(default)s")
+    parser.add_argument("--split", default="test", help="of a data set of the hub, default %(default)s")
+    parser.add_argument("--subset", help="of a data set of the hub, such as main")
+    parser.add_argument("--limit", type=int, help="ask only the first so many problems")
+    parser.add_argument("--settings", default="none,rkv:1024:128", help="comma-separated, default %(default)s")
+    parser.add_argument("--samples", type=int, default=4, help="of every problem, default %(default)s")
+    parser.add_argument("--max-tokens", type=int, default=16384, help="of an answer, default %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.6, help="default %(default)s")
+    parser.add_argument("--top-p", type=float, default=0.95, help="default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="used by servers that honour seeds, default %(default)s")
+    parser.add_argument("--instruction", default=INSTRUCTION, help="follows every problem, default %(default)r")
+    parser.add_argument("--concurrency", type=int, default=64, help="requests at a time, default %(default)s")
+    parser.add_argument("--timeout", type=float, default=7200, help="seconds for one answer, default %(default)s")
+    parser.add_argument("--server-args", default="", help="further flags of every server, in one string")
+    options = parser.parse_args()
+    if options.smoke:
+        vars(options).update(SMOKE, out=options.out or options.work / "smoke")
+    for name in ("samples", "max_tokens", "concurrency", "limit"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    try:
+        options.settings = list(dict.fromkeys(parse_setting(text) for text in options.settings.split(",")))
+        options.server_args = shlex.split(options.server_args)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def make_store(options: argparse.Namespace, setting: Setting, sampling: Sampling) -> SampleStore:
+    """Open the samples of a setting; what is in the description here decides which runs belong together."""
+    info = run_info()
+    hardware = {name: value for name, value in info["hardware"].items() if name != "memory_gib"}
+    description = {
+        "model": options.model,
+        "setting": setting.name,
+        "sampling": vars(sampling),
+        "concurrency": options.concurrency,
+        "server_args": options.server_args,
+        "versions": info["versions"],
+        "hardware": hardware,
+    }
+    return SampleStore(options.work, setting.name, description)
+
+
+def measure(options: argparse.Namespace, problems: Sequence[Problem]) -> dict[Setting, ByProblem]:
+    """Have every setting answer what it has not answered yet; return all samples asked for."""
+    sampling = Sampling(
+        instruction=options.instruction,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_tokens=options.max_tokens,
+        seed=options.seed,
+    )
+    results: dict[Setting, ByProblem] = {}
+    for setting in options.settings:
+        store = make_store(options, setting, sampling)
+        # All problems once before any of them twice, so that an interrupted run has seen many.
+        wanted = [(problem, sample) for sample in range(options.samples) for problem in problems]
+        todo = [(problem, sample) for problem, sample in wanted if (problem.key, sample) not in store.samples]
+        kept = len(wanted) - len(todo)
+        print(f"{setting.name}: {len(todo)} samples to go, {kept} kept from earlier runs ({store.path})", flush=True)
+        if todo:
+            with setting_server(options.model, setting, options.server_args, Path(".cache/logs")) as server:
+                run_samples(server, store, todo, sampling, options.concurrency, options.timeout)
+        results[setting] = {
+            problem.key: [store.samples[problem.key, sample] for sample in range(options.samples)]
+            for problem in problems
+        }
+    return results
+
+
+def write_results(options: argparse.Namespace, results: dict[Setting, ByProblem]) -> None:
+    """Write the CSV, its JSON and the plot, and print the table."""
+    dataset = Path(options.problems).name if Path(options.problems).is_file() else options.problems
+    rows = accuracy_rows(dataset, results)
+    settings = {**vars(options), "settings": [setting.name for setting in options.settings]}
+    settings["problems"] = dataset
+    info = run_info(**{name: str(v) if isinstance(v, Path) else v for name, v in settings.items()})
+    info["device_of_an_hour"] = DEVICE[has_gpu()]
+    out = options.out or hardware_folder()
+    write_table(out, ACCURACY, rows, info)
+    print(f"\n{markdown(rows, info['device_of_an_hour'])}\n\n{plot(out)}")
+
+
+def main() -> int:
+    """Run the benchmark from the command line."""
+    options = parse_arguments()
+    if options.plot_only:
+        print(plot(options.plot_only))
+        return 0
+    exit_on_sigterm()
+    try:
+        problems = load_problems(options.problems, options.split, options.subset)[: options.limit]
+        for problem in problems:
+            # An answer that cannot be read must not end the run hours later.
+            check("", problem.answer)
+        write_results(options, measure(options, problems))
+    except (ServerError, ValueError, ModuleNotFoundError) as error:
+        print(f"accuracy: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Ask a server every problem as often as wanted, many at a time, and keep each answer when it is done."""
+
+import hashlib
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.accuracy.checker import check
+from benchmarks.accuracy.problems import Problem
+from benchmarks.accuracy.store import Sample, SampleStore
+from benchmarks.common.settings import Setting
+from devtools.launch import Server, ServerError, has_gpu, launched_server
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How every problem is asked. ``instruction`` follows the question, in the same user message."""
+
+    instruction: str
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int
+
+    def request(self, problem: Problem, sample: int) -> dict[str, Any]:
+        """Return the body for ``/v1/chat/completions``; the same sample has the same seed under every setting."""
+        digest = hashlib.sha256(f"{self.seed} {problem.key} {sample}".encode()).digest()
+        return {
+            "model": "default",
+            "messages": [{"role": "user", "content": f"{problem.question}\n\n{self.instruction}"}],
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "max_tokens": self.max_tokens,
+            "seed": int.from_bytes(digest[:4], "big") >> 1,
+            "return_meta_info": True,
+        }
+
+
+@contextmanager
+def setting_server(model: str, setting: Setting, server_args: Sequence[str], log_dir: Path) -> Iterator[Server]:
+    """Run the server of a setting for the length of a ``with`` block."""
+    log_path = log_dir / f"accuracy_{setting.name.replace(':', '-')}.log"
+    with launched_server(model, *setting.flags, *server_args, log_path=log_path) as server:
+        yield server
+
+
+def num_devices(server: Server) -> int:
+    """Return how many accelerators a server uses; 1 on a machine without."""
+    if not has_gpu():
+        return 1
+    args: dict[str, Any] = server.get_json("/server_info")
+    return int(args["tp_size"]) * int(args["pp_size"]) * int(args["dp_size"])
+
+
+def run_samples(
+    server: Server,
+    store: SampleStore,
+    todo: Sequence[tuple[Problem, int]],
+    sampling: Sampling,
+    concurrency: int,
+    timeout_s: float,
+) -> None:
+    """Ask for the samples in ``todo``, each a problem and a number from 0, and put them into the store.
+
+    Raises:
+        ServerError: A request failed. No further ones were sent, and all answers that came are in the store.
+    """
+    devices = num_devices(server)
+    failures: list[ServerError] = []
+
+    def ask(problem: Problem, sample: int) -> tuple[dict[str, Any], float, float] | None:
+        try:
+            return None if failures else _ask(server, sampling.request(problem, sample), timeout_s)
+        except ServerError as error:
+            failures.append(error)
+            return None
+
+    pool = ThreadPoolExecutor(concurrency)
+    try:
+        asked = {pool.submit(ask, problem, sample): (problem, sample) for problem, sample in todo}
+        for done in tqdm(
+            as_completed(asked), total=len(asked), desc=server.log_path.stem, unit="sample", mininterval=2
+        ):
+            answer, (problem, sample) = done.result(), asked[done]
+            if answer is not None:
+                # Judged in this thread: the checker limits its time by a signal.
+                store.add(_sample(problem, sample, devices, *answer))
+    finally:
+        # After an interrupt: the server ends next, and with it the requests under way.
+        pool.shutdown(wait=False, cancel_futures=True)
+    if failures:
+        raise failures[0]
+
+
+def _ask(server: Server, body: dict[str, Any], timeout_s: float) -> tuple[dict[str, Any], float, float]:
+    """Return the answer's JSON and when it was asked and had."""
+    data = json.dumps(body).encode()
+    request = urllib.request.Request(server.url + "/v1/chat/completions", data, {"Content-Type": "application/json"})
+    start = time.time()
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            answer: dict[str, Any] = json.load(response)
+    except urllib.error.HTTPError as error:
+        reason = error.read().decode(errors="replace").strip().splitlines() or [str(error)]
+        raise ServerError(f"the server refused a request: {reason[0][:300]} (its log: {server.log_path})") from error
+    except OSError as error:
+        raise ServerError(f"a request failed ({error}); the server's log: {server.log_path}") from error
+    return answer, start, time.time()
+
+
+def _sample(problem: Problem, sample: int, devices: int, answer: dict[str, Any], start: float, end: float) -> Sample:
+    choice, usage = answer["choices"][0], answer["usage"]
+    info = choice.get("meta_info") or {}
+    message = choice["message"]
+    # With a reasoning parser SGLang splits the thoughts off, and an answer cut off within them has no content.
+    text = message.get("content") or ""
+    verdict = check(text, problem.answer, truncated=choice["finish_reason"] == "length")
+    return Sample(
+        problem=problem.key,
+        sample=sample,
+        outcome=verdict.outcome,
+        found=verdict.found,
+        prompt_tokens=usage["prompt_tokens"],
+        output_tokens=usage["completion_tokens"],
+        finish_reason=choice["finish_reason"],
+        compactions=info.get("kv_compactions", 0),
+        evicted_tokens=info.get("kv_evicted_tokens", 0),
+        start=start,
+        end=end,
+        devices=devices,
+        text=text,
+    )

@@ -1,0 +1,105 @@
+"""All benchmarks: the one list from which the smoke run and the plots take what there is."""
+
+import pkgutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.common.schema import Table, read_table
+from benchmarks.common.tables import (
+    ACCURACY,
+    FRONTEND,
+    IDLE_COST,
+    KERNELS,
+    MEMORY,
+    QUALITY_FORCED,
+    QUALITY_FREE,
+    QUALITY_POSITION,
+    QUALITY_RECALL,
+    RACES,
+    SCORING,
+    SCORING_RANDOM,
+    SERVE_CHECK,
+    SERVING,
+)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A function that takes a folder and returns the picture it wrote, by name, and the tables it draws.
+
+    By name because the benchmarks import torch and SGLang, which takes seconds.
+    """
+
+    function: str
+    tables: tuple[Table, ...]
+
+    def is_due(self, folder: Path) -> bool:
+        """Return whether the folder has any of the tables."""
+        return any((folder / f"{table.name}.csv").exists() for table in self.tables)
+
+    def draw(self, folder: Path) -> Path:
+        """Draw it and return the picture's path.
+
+        Raises:
+            ValueError: A CSV does not fit its table, or is empty; one line.
+        """
+        for table in self.tables:
+            if (folder / f"{table.name}.csv").exists() and not read_table(folder, table):
+                raise ValueError(f"{table.name}.csv has no rows")
+        picture: Path = pkgutil.resolve_name(self.function)(folder)
+        return picture
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark: ``python -m MODULE``.
+
+    Attributes:
+        name: Of its step in a smoke run.
+        module: What Python runs.
+        plots: What it draws, and from which of its tables.
+        smoke_arguments: Behind ``--smoke --out FOLDER``; ``{out}`` is the folder.
+    """
+
+    name: str
+    module: str
+    plots: tuple[Plot, ...]
+    smoke_arguments: tuple[str, ...] = ()
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """All tables that a smoke run of it writes."""
+        return tuple(table for plot in self.plots for table in plot.tables)
+
+    def smoke_command(self, out: Path) -> list[str]:
+        """Return the command line of a smoke run into a folder."""
+        arguments = [argument.format(out=out) for argument in self.smoke_arguments]
+        return [sys.executable, "-m", self.module, "--smoke", "--out", str(out), *arguments]
+
+
+_WORK = ("--work", "{out}/work")
+_QUALITY = (QUALITY_FORCED, QUALITY_POSITION, QUALITY_FREE, QUALITY_RECALL)
+# The longest smoke run first, so that side by side they end together.
+BENCHMARKS = (
+    Benchmark("quality", "benchmarks.quality", (Plot("benchmarks.quality.report:plot", _QUALITY),), _WORK),
+    Benchmark("accuracy", "benchmarks.accuracy", (Plot("benchmarks.accuracy.report:plot", (ACCURACY,)),), _WORK),
+    Benchmark("idle_cost", "benchmarks.idle_cost", (Plot("benchmarks.idle_cost:plot", (IDLE_COST,)),)),
+    Benchmark("frontend", "benchmarks.frontend", (Plot("benchmarks.frontend.report:plot", (FRONTEND,)),)),
+    Benchmark("memory", "benchmarks.memory", (Plot("benchmarks.memory:plot", (MEMORY,)),)),
+    Benchmark("serving", "benchmarks.serving", (Plot("benchmarks.serving.report:plot", (SERVING,)),)),
+    Benchmark(
+        "serve_check", "benchmarks.gpu.serve_check", (Plot("benchmarks.gpu.serve_check:plot", (SERVE_CHECK, RACES)),)
+    ),
+    # On a CPU it runs benchmarks.kernels.scoring too.
+    Benchmark(
+        "kernels",
+        "benchmarks.kernels",
+        (
+            Plot("benchmarks.kernels.kit:plot", (KERNELS,)),
+            Plot("benchmarks.kernels.scoring:plot", (SCORING, SCORING_RANDOM)),
+        ),
+        ("--device", "cpu"),
+    ),
+)
+PLOTS = tuple(plot for benchmark in BENCHMARKS for plot in benchmark.plots)

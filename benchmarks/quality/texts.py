@@ -1,0 +1,127 @@
+"""Answers with facts in them that are asked for later on, for the model to be forced along."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+RECALL_QUESTION = (
+    "Keep a notebook. Write down everyday remarks and the code of every station, and write the code of a station again "
+    "whenever it is needed."
+)
+# Each of them stands in a text once, and no remark of the notebook has a digit or one of these names in it.
+STATIONS = (
+    *("Alpha", "Bravo", "Delta", "Echo", "Hotel", "India", "Juliet", "Kilo", "Lima", "Mike", "Oscar", "Papa"),
+    *("Quebec", "Romeo", "Sierra", "Tango", "Victor", "Whiskey", "Yankee", "Zulu", "Apple", "Cherry", "Lemon", "Mango"),
+)
+REMARKS = (
+    "The morning was cold and the windows were covered with frost.",
+    "A grey cat slept on the wall beside the old post office.",
+    "Two children carried a basket of apples down the hill.",
+    "The bus was late again because of the work on the bridge.",
+    "Someone had left a green umbrella in the waiting room.",
+    "After lunch the wind turned and brought the smell of the sea.",
+    "The baker gave away the bread that he had not sold.",
+    "An old song was playing on the radio in the kitchen.",
+    "The library closes early in summer and late in winter.",
+    "My neighbour painted her front door in a bright yellow.",
+    "The river is higher than last week but the path is dry.",
+    "A letter came from my cousin who lives near the mountains.",
+    "The lamp in the corridor flickers when the lift moves.",
+    "We talked about the harvest and about the price of wood.",
+    "Swallows were circling above the roof of the church.",
+    "The doctor said that the knee needs rest and patience.",
+    "In the afternoon the market was full of visitors.",
+    "The clock in the hall has stopped and nobody winds it.",
+    "She planted roses where the old fence used to stand.",
+    "A thin layer of dust lay on all the books.",
+    "The soup was too salty but the dessert was excellent.",
+    "They are repairing the roof before the rain begins.",
+    "His bicycle has a new bell and a broken light.",
+    "The teacher read a story about a fox and a crow.",
+    "Clouds gathered in the west while we walked home.",
+    "The train to the coast was almost empty today.",
+    "I forgot my gloves and had to keep my hands in my pockets.",
+    "The coffee machine at work makes a strange noise.",
+    "A painter set up his easel by the harbour.",
+    "Our meeting was moved to the small room upstairs.",
+    "The garden gate needs oil because it squeaks.",
+    "Fresh snow had fallen on the fields during the night.",
+    "The museum shows pictures of ships and of storms.",
+    "She laughed at the joke although she knew it already.",
+    "The dog next door barks at every passing car.",
+    "We bought candles and matches for the evening.",
+    "The bridge is lit with blue lights after dark.",
+    "He keeps his tools in a wooden box under the stairs.",
+    "The new shop sells maps, ropes and warm blankets.",
+    "At noon the bells rang and the square became quiet.",
+)
+# Tokens of a line, roughly: how many lines make a text of a given length.
+_TOKENS_A_LINE = 13
+# How many lines after a fact it is asked for; long ones first, while there is room for them.
+_DELAYS = (30, 22, 16, 11, 8, 5, 3, 2, 1)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One fact of a recall text: the step of its last written token, and the steps of the tokens that repeat it."""
+
+    written: int
+    asked: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RecallText:
+    """An answer to be forced, and the facts in it that are asked for before it ends."""
+
+    tokens: list[int]
+    facts: list[Fact]
+
+
+def recall_text(tokenizer: Any, num_tokens: int, seed: int) -> RecallText:
+    """Return a notebook of ``num_tokens`` tokens; equal seeds give equal notebooks.
+
+    Its lines are remarks, facts such as ``The code of Lima is 4821.``, and later, once for each fact, the same line
+    again. A language model that can look back completes it; the tokens of the digits are what recall is judged by.
+    """
+    lines, facts = _notebook(random.Random(seed), num_tokens // _TOKENS_A_LINE + 2)
+    text = "\n".join(lines)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    spans = encoded["offset_mapping"]
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line) + 1)
+    found = []
+    for written, asked, code in facts:
+        where = [starts[line] + lines[line].index(code) for line in (written, asked)]
+        steps = [_steps_of(spans, begin, begin + len(code)) for begin in where]
+        if max(steps[1]) < num_tokens:
+            found.append(Fact(max(steps[0]), tuple(steps[1])))
+    return RecallText(encoded["input_ids"][:num_tokens], found)
+
+
+def _steps_of(spans: Sequence[tuple[int, int]], begin: int, end: int) -> list[int]:
+    return [i for i, (first, last) in enumerate(spans) if first < end and last > begin]
+
+
+def _notebook(rng: random.Random, num_lines: int) -> tuple[list[str], list[tuple[int, int, str]]]:
+    """Return the lines, and (line that states it, line that asks for it, code) of every fact."""
+    free = set(range(num_lines))
+    lines = [""] * num_lines
+    facts: list[tuple[int, int, str]] = []
+    stations = rng.sample(STATIONS, len(STATIONS))
+    # About half of the lines belong to facts; the rest is what lies between them.
+    for delay in _DELAYS * 2:
+        places = [line for line in sorted(free) if line + delay in free]
+        if not places or len(free) <= num_lines // 2:
+            continue
+        written = rng.choice(places)
+        code = str(rng.randint(1000, 9999))
+        free -= {written, written + delay}
+        lines[written] = lines[written + delay] = f"The code of {stations[len(facts)]} is {code}."
+        facts.append((written, written + delay, code))
+    remarks: list[str] = []
+    for line in sorted(free):
+        remarks = remarks or rng.sample(REMARKS, len(REMARKS))
+        lines[line] = remarks.pop()
+    return lines, facts

@@ -1,0 +1,152 @@
+"""Look at an installation and say whether a server here could run with a KV policy, and if not, why."""
+
+import os
+import platform
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from typing import TextIO
+
+from rkv_sglang import __version__
+from rkv_sglang.integration.hooking.hook import Hook
+from rkv_sglang.integration.hooking.install import PLUGIN_NAME, SUPPORTED_SGLANG, target_problem, version_problem
+
+PLUGIN_GROUP = "sglang.srt.plugins"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        subject: What was looked at.
+        detail: What was found.
+        problem: One line that names cause and mend; None if all is well.
+    """
+
+    subject: str
+    detail: str
+    problem: str | None = None
+
+
+def diagnose(out: TextIO | None = None) -> int:
+    """Write the report and return the exit status: 0, or 1 with the first problem as the last line.
+
+    Args:
+        out: Where to write; None is standard output.
+    """
+    with warnings.catch_warnings():
+        # SGLang warns of kernels that a CPU lacks as it is imported.
+        warnings.simplefilter("ignore")
+        return report(_examine(), out)
+
+
+def report(findings: Iterable[Finding], out: TextIO | None) -> int:
+    """Write findings as they come; return 1 if there was a problem among them, else 0."""
+    problem = None
+    for finding in findings:
+        print(f"{'ok  ' if finding.problem is None else 'FAIL'} {finding.subject:<11}{finding.detail}", file=out)
+        problem = problem or finding.problem
+    print("ready: start a server with --kv-policy rkv" if problem is None else problem, file=out)
+    return 0 if problem is None else 1
+
+
+def _examine() -> Iterable[Finding]:
+    yield Finding(subject="rkv_sglang", detail=__version__)
+    yield Finding(subject="python", detail=platform.python_version())
+    sglang = check_sglang()
+    yield sglang
+    for package in ("torch", "triton"):
+        yield check_package(package)
+    yield Finding(subject="flashinfer", detail=_version_or_none("flashinfer-python") or "not installed (optional)")
+    yield check_device()
+    yield check_plugin(entry_points(group=PLUGIN_GROUP), os.environ.get("SGLANG_PLUGINS", ""))
+    if sglang.problem is None:
+        yield _check_all_hooks()
+    else:
+        yield Finding(subject="hooks", detail="not looked at: SGLang is not a supported one")
+
+
+def _version_or_none(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def check_sglang() -> Finding:
+    """Compare the installed SGLang with the supported versions."""
+    installed = _version_or_none("sglang")
+    if installed is None:
+        problem: str | None = f"SGLang is not installed: run pip install sglang=={SUPPORTED_SGLANG[-1]}"
+    else:
+        problem = version_problem()
+    detail = f"{installed or 'not installed'} (supported: {', '.join(SUPPORTED_SGLANG)})"
+    return Finding(subject="sglang", detail=detail, problem=problem)
+
+
+def check_package(package: str) -> Finding:
+    """See that a package that the kernels need is installed."""
+    installed = _version_or_none(package)
+    problem = None if installed else f"{package} is not installed: run pip install {package}"
+    return Finding(subject=package, detail=installed or "not installed", problem=problem)
+
+
+def check_device() -> Finding:
+    """Name the device that a server would use."""
+    try:
+        import torch
+    except ImportError as error:
+        problem = f"torch cannot be imported ({error}): reinstall torch for this machine"
+        return Finding(subject="device", detail="unknown", problem=problem)
+    if not torch.cuda.is_available():
+        return Finding(subject="device", detail=f"CPU, the torch path ({torch.get_num_threads()} threads)")
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    major, minor = torch.cuda.get_device_capability()
+    return Finding(subject="device", detail=f"CUDA, sm_{major}{minor}: {', '.join(names)}")
+
+
+def check_plugin(plugins: Iterable[EntryPoint], allowed: str) -> Finding:
+    """See that SGLang would find and load this plugin.
+
+    Args:
+        plugins: The installed entry points of SGLang's plugin group.
+        allowed: The value of ``SGLANG_PLUGINS``, a comma-separated list of names; empty allows all.
+    """
+    found = [plugin for plugin in plugins if plugin.name == PLUGIN_NAME]
+    if not found:
+        problem = f"SGLang would not find the plugin: no entry point {PLUGIN_NAME}; run pip install rkv-sglang again"
+        return Finding(subject="plugin", detail="no entry point", problem=problem)
+    names = {name.strip() for name in allowed.split(",") if name.strip()}
+    if names and PLUGIN_NAME not in names:
+        problem = f"SGLANG_PLUGINS={allowed} leaves this plugin out: add {PLUGIN_NAME} to it or unset it"
+        return Finding(subject="plugin", detail="found, but not allowed", problem=problem)
+    try:
+        found[0].load()
+    # Whatever an import raises, SGLang would log it and serve on without the plugin.
+    except Exception as error:
+        problem = f"the plugin cannot be loaded ({type(error).__name__}: {error}): run pip install rkv-sglang again"
+        return Finding(subject="plugin", detail="found, but it does not load", problem=problem)
+    return Finding(subject="plugin", detail=f"found: {found[0].value}")
+
+
+def _check_all_hooks() -> Finding:
+    try:
+        from rkv_sglang.integration.hooks.table import HOOKS
+    except (ImportError, AttributeError) as error:
+        problem = f"SGLang lacks what the plugin needs ({error}): install sglang=={SUPPORTED_SGLANG[-1]} unmodified"
+        return Finding(subject="hooks", detail="cannot be imported", problem=problem)
+    return check_hooks(HOOKS, target_problem)
+
+
+def check_hooks(hooks: tuple[Hook, ...], problem_of: Callable[[Hook], str | None]) -> Finding:
+    """Look every hook's target up in the installed SGLang and compare its signature. Imports the targets.
+
+    Args:
+        hooks: The table of hooks.
+        problem_of: Returns one line if a hook's target is not as expected.
+    """
+    problems = [problem for hook in hooks if (problem := problem_of(hook)) is not None]
+    detail = f"{len(hooks) - len(problems)} of {len(hooks)} targets in SGLang as expected"
+    return Finding(subject="hooks", detail=detail, problem=problems[0] if problems else None)

@@ -1,0 +1,92 @@
+"""Hooks on admission: requests are taken in, and limited in length, by what they hold, not by all they write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rkv_sglang.integration.hooking.hook import Hook, names
+from rkv_sglang.integration.hooks.owners import ADDER, MODEL_CONFIG, REQ, REQ_KV, SAMPLING_PARAMS, SCHEDULER
+from rkv_sglang.integration.runtime.current import get_runtime
+from rkv_sglang.integration.runtime.prefill_adder import adder_class
+from rkv_sglang.sizes.lengths import can_ever_compact
+from rkv_sglang.sizes.reservation import most_growth
+
+
+def use_exact_adder(result: Any, scheduler: Any) -> Any:
+    """Have the scheduler admit by what requests under a policy really need."""
+    return adder_class(result)
+
+
+def set_limits(limit: Callable[..., None], scheduler: Any, req: Any) -> None:
+    """Read what a request asks of the policy, and let it generate up to the model's context if the pool allows.
+
+    The pool allows it if it holds all that the request holds at a time.
+    """
+    params = req.sampling_params
+    asked, min_new_tokens = params.max_new_tokens, params.min_new_tokens
+    try:
+        get_runtime().read_request(req)
+    except ValueError as error:
+        # The client gets it as status 400.
+        req.set_finish_with_abort(str(error))
+    limit(scheduler, req)
+    config = get_runtime().config_of(req)
+    if config is None or req.to_finish is not None or req.finished():
+        return
+    input_len = len(req.origin_input_ids)
+    # The bound of Scheduler.init_req_max_new_tokens, with the context alone in the place of max_req_len, which is the
+    # smaller of context and pool.
+    most = scheduler.model_config.context_len - 2 - input_len
+    if asked is not None:
+        most = min(most, asked)
+    if scheduler.max_new_tokens_limit is not None and scheduler.max_new_tokens_limit > 0:
+        most = min(most, scheduler.max_new_tokens_limit)
+    if (
+        most > params.max_new_tokens
+        and can_ever_compact(config, most)
+        and config.capacity <= most_growth(input_len, scheduler.max_total_num_tokens)
+    ):
+        params.max_new_tokens = most
+        params.min_new_tokens = min(min_new_tokens, most)
+
+
+ADMISSION_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.init_req_max_new_tokens",
+        kind="AROUND",
+        function=set_limits,
+        signature="(self, req)",
+        why=(
+            "SGLang clips what a request may generate at the size of the pool, as if every token stayed; and here a "
+            "request's own settings are read, before anything depends on them."
+        ),
+        upstream="A bound on what a request holds at a time, asked of the KV policy.",
+        uses=(
+            *names(SCHEDULER, "model_config max_new_tokens_limit max_total_num_tokens"),
+            *names(REQ, "beam_group finished origin_input_ids sampling_params set_finish_with_abort to_finish"),
+            *names(SAMPLING_PARAMS, "custom_params max_new_tokens min_new_tokens"),
+            f"{MODEL_CONFIG}.context_len",
+        ),
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.get_prefill_adder_class",
+        kind="AFTER",
+        function=use_exact_adder,
+        signature="(self)",
+        why="Admission would reserve room for every token a request may generate, and leave the freed room empty.",
+        upstream="PrefillAdder asks the KV policy how much a request can still grow.",
+        uses=(
+            "sglang.srt.managers.schedule_policy.CLIP_MAX_NEW_TOKENS",
+            *names(ADDER, "_get_running_request_total_token_offset add_chunked_req add_one_req preempt_to_schedule"),
+            *names(
+                ADDER, "can_run_list memory_budget page_size per_req_token_overhead rem_chunk_tokens rem_input_tokens"
+            ),
+            *names(ADDER, "log_input_tokens reprocessed_log_input_tokens"),
+            "sglang.srt.mem_cache.prefill_budget.PrefillBudget.total_offset",
+            *names(REQ, "decode_batch_idx full_untruncated_fill_ids kv output_ids prefix_len refresh_fill_ids"),
+            *names(REQ_KV, "cache_protected_len kv_allocated_len"),
+            f"{SAMPLING_PARAMS}.ignore_eos",
+        ),
+    ),
+)

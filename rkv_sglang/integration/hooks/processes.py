@@ -1,0 +1,131 @@
+"""Hooks at the doors of SGLang's processes: they apply the others where a policy is set, and see that it happened.
+
+Every process loads this module, so what only a policy needs is imported where it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rkv_sglang.config import NO_POLICY, POLICY_FIELD
+from rkv_sglang.integration.hooking.hook import Hook, names
+from rkv_sglang.integration.hooking.install import install
+from rkv_sglang.integration.hooks.owners import ATTENTION, KV_POOL, MEM_CACHE, RUNTIME_CONTEXT, SCHEDULER
+from rkv_sglang.integration.startup.server_args import config_from_args, policy_name
+
+
+def start_scheduler(init: Callable[..., None], scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """Build a scheduler; with a policy, hook it first and check afterwards that what was built can be compacted.
+
+    Raises:
+        RuntimeError: A hook could not be applied.
+        ValueError: The scheduler's pools or tree are of a kind that the policy does not know.
+    """
+    if policy_name(server_args) == NO_POLICY:
+        return init(scheduler, server_args, *args, **kwargs)
+    # Here, so that a scheduler without a policy loads none of it.
+    from rkv_sglang.integration.hooks.admission import ADMISSION_HOOKS
+    from rkv_sglang.integration.hooks.answers import STREAMER_HOOKS
+    from rkv_sglang.integration.hooks.metrics import METRICS_HOOKS
+    from rkv_sglang.integration.hooks.model import MODEL_HOOKS
+    from rkv_sglang.integration.hooks.restore import RESTORE_HOOKS
+    from rkv_sglang.integration.hooks.scheduler import SCHEDULER_HOOKS
+    from rkv_sglang.integration.runtime.current import set_runtime
+    from rkv_sglang.integration.runtime.runtime import Runtime
+    from rkv_sglang.integration.startup.refusals import refuse_runtime
+
+    runtime = Runtime(config_from_args(server_args))
+    set_runtime(runtime)
+    install(MODEL_HOOKS + ADMISSION_HOOKS + RESTORE_HOOKS + SCHEDULER_HOOKS + STREAMER_HOOKS + METRICS_HOOKS)
+    init(scheduler, server_args, *args, **kwargs)
+    refuse_runtime(scheduler)
+    runtime.bind_scheduler(scheduler)
+
+
+def start_controller(init: Callable[..., None], controller: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """Build a data-parallel controller; with a policy, make it pass on what its schedulers report."""
+    if policy_name(server_args) != NO_POLICY:
+        install(CONTROLLER_HOOKS)
+    init(controller, server_args, *args, **kwargs)
+
+
+def pass_on_policy(result: dict[str, Any], controller: Any) -> None:
+    """Report a policy only if every replica reports it."""
+    policies = {info.get(POLICY_FIELD) for info in controller._scheduler_init_infos}
+    if len(policies) == 1:
+        result[POLICY_FIELD] = policies.pop()
+
+
+def require_policy(result: list[dict[str, Any]], *args: Any, **kwargs: Any) -> None:
+    """Refuse to serve unless every scheduler says that its policy is on.
+
+    Raises:
+        RuntimeError: One does not, so its process runs without the plugin.
+    """
+    if not all(info.get(POLICY_FIELD) not in (None, NO_POLICY) for info in result):
+        raise RuntimeError(
+            "--kv-policy is set but a scheduler process runs without it: see 'Failed to load plugin' or 'Failed to "
+            "execute general plugin' above, and check that SGLANG_PLUGINS, if set, names rkv_sglang"
+        )
+
+
+PROCESS_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.__init__",
+        kind="AROUND",
+        function=start_scheduler,
+        signature="(self, server_args, port_args)",
+        why="The first place in a scheduler process that knows the flags; without a policy it applies nothing.",
+        upstream="Plugins get the resolved server arguments before a scheduler is built.",
+        uses=(
+            *names(
+                SCHEDULER,
+                "max_running_requests max_total_num_tokens metrics_reporter model_config page_size tree_cache",
+            ),
+            *names(SCHEDULER, "is_hybrid_ssm is_hybrid_swa server_args token_to_kv_pool_allocator tp_worker"),
+            "sglang.srt.arg_groups.overrides.resolving_view",
+            *names(RUNTIME_CONTEXT, "get_exec"),
+            *names(
+                MEM_CACHE,
+                "allocator.TokenToKVPoolAllocator memory_pool.MHATokenToKVPool unified_radix_cache.UnifiedRadixCache",
+            ),
+            *names(KV_POOL, "dtype kv_cache_layout layer_num start_layer"),
+            *names(
+                ATTENTION, "attn_type is_cross_attention layer_id sliding_window_size use_irope xai_temperature_len"
+            ),
+            "sglang.srt.layers.radix_attention.AttentionType.DECODER",
+        ),
+    ),
+    Hook(
+        target="sglang.srt.managers.data_parallel_controller.DataParallelController.__init__",
+        kind="AROUND",
+        function=start_controller,
+        signature="(self, server_args, port_args, run_scheduler_process_func, prelaunched_schedulers=None)",
+        why="The first place in a controller process that knows the flags; without a policy it applies nothing.",
+        upstream="As for the scheduler.",
+    ),
+)
+
+CONTROLLER_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="sglang.srt.managers.data_parallel_controller.DataParallelController.get_init_info",
+        kind="AFTER",
+        function=pass_on_policy,
+        signature="(self)",
+        why="The controller drops what it does not know from its schedulers' ready messages.",
+        upstream="The controller's ready message carries its schedulers' policy.",
+        uses=("sglang.srt.managers.data_parallel_controller.DataParallelController._scheduler_init_infos",),
+    ),
+)
+
+LAUNCHER_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="sglang.srt.entrypoints.engine._wait_for_scheduler_ready",
+        kind="AFTER",
+        function=require_policy,
+        signature="(scheduler_pipe_readers, scheduler_procs)",
+        why="SGLang logs a plugin's failure in a child process and serves on, silently without the policy.",
+        upstream="A strict mode in which a plugin that fails to load stops the server.",
+    ),
+)

@@ -1,0 +1,220 @@
+"""Hooks in the life of a preempted request, in its order.
+
+It is copied before its slots go, waits as what it will hold, and is put back when it is admitted again, or computed
+again like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rkv_sglang.integration.hooking.hook import Hook, names
+from rkv_sglang.integration.hooks.owners import (
+    ALLOCATOR,
+    BATCH,
+    FORWARD_BATCH,
+    KV_POOL,
+    MANAGERS,
+    MEM_CACHE,
+    REPORTER,
+    REQ,
+    REQ_KV,
+    ROWS,
+    SCHEDULER,
+    TREE,
+)
+from rkv_sglang.integration.runtime.current import get_runtime
+from rkv_sglang.integration.runtime.restore import (
+    EVICTED_ATTRIBUTE,
+    drop_host_copies,
+    end_if_hopeless,
+    evicted_tokens_of,
+    forget_what_was_cached,
+    host_copy_of,
+    restore_waiting,
+    save_if_too_long,
+    use_resident_ids,
+)
+
+
+def copy_before_release(*, req: Any, **kwargs: Any) -> None:
+    """Copy a compacted request's KV to the host, if it is about to lose it and could not be computed again."""
+    save_if_too_long(req)
+
+
+def after_retract(_: None, req: Any) -> None:
+    """Reset the policy's view of a retracted request."""
+    forget_what_was_cached(req)
+    use_resident_ids(req)
+
+
+def end_if_too_long(enqueue: Callable[..., None], scheduler: Any, req: Any, is_retracted: bool = False) -> None:
+    """End a retracted request that can neither be computed again nor restored, instead of letting it wait for ever."""
+    if not end_if_hopeless(req):
+        enqueue(scheduler, req, is_retracted)
+
+
+def match_prompt_only(compute: Callable[..., int], req: Any, input_len: int) -> int:
+    """Keep a request that is prefilled again from taking tree-owned slots for tokens it generated."""
+    max_prefix_len = compute(req, input_len)
+    if len(req.output_ids) > 0 and get_runtime().may_compact(req):
+        return min(max_prefix_len, len(req.origin_input_ids))
+    return max_prefix_len
+
+
+def keep_resident_ids(refresh: Callable[[Any], None], req: Any) -> None:
+    """Leave the list of a request that waits to be restored as ``use_resident_ids`` made it."""
+    if host_copy_of(req) is None:
+        refresh(req)
+
+
+def restore_before_extend(prepare: Callable[[Any], None], batch: Any) -> None:
+    """Put back the KV of requests that wait to be restored, then let SGLang prefill the rest, of each its last token.
+
+    Afterwards ``batch.orig_seq_lens`` counts evicted tokens too, as it does for all compacted requests.
+    """
+    is_any_restored = restore_waiting(batch)
+    prepare(batch)
+    if is_any_restored:
+        evicted = evicted_tokens_of(batch, batch.orig_seq_lens.dtype)
+        batch.orig_seq_lens = batch.orig_seq_lens + evicted.to(batch.orig_seq_lens.device, non_blocking=True)
+
+
+def sample_at_logical_positions(sample: Callable[..., Any], runner: Any, logits_output: Any, forward_batch: Any) -> Any:
+    """Let a seeded restored request draw the number that belongs to its position."""
+    evicted = getattr(forward_batch, EVICTED_ATTRIBUTE, None)
+    if evicted is None:
+        return sample(runner, logits_output, forward_batch)
+    seq_lens = forward_batch.seq_lens
+    forward_batch.seq_lens = seq_lens + evicted.to(seq_lens)
+    try:
+        return sample(runner, logits_output, forward_batch)
+    finally:
+        forward_batch.seq_lens = seq_lens
+
+
+def drop_after_flush(is_flushed: bool, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Flush the copies on the host together with the cache."""
+    if is_flushed:
+        drop_host_copies(scheduler, "the cache was flushed before its compressed KV was put back")
+
+
+def drop_before_weights(manager: Any, source: str) -> None:
+    """Drop KV of the old weights."""
+    runtime = get_runtime()
+    if runtime.is_bound:
+        drop_host_copies(runtime.parts.scheduler, "the weights changed before its compressed KV was put back")
+
+
+RESTORE_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="sglang.srt.managers.schedule_batch.release_req",
+        kind="BEFORE",
+        function=copy_before_release,
+        signature=(
+            "(*, req, remaing_req_count, req_to_token_pool, token_to_kv_pool_allocator, tree_cache, "
+            "hisparse_coordinator, offload_kv=True)"
+        ),
+        why="A preempted request loses its compacted KV, and what is longer than the pool cannot be computed again.",
+        upstream="Retraction asks the KV policy whether to keep a host copy.",
+        uses=(
+            *names(SCHEDULER, "max_total_num_tokens req_to_token_pool token_to_kv_pool_allocator tp_cpu_group tp_size"),
+            *names(REQ, "finished input_embeds kv origin_input_ids output_ids rid"),
+            *names(REQ_KV, "kv_allocated_len req_pool_idx"),
+            f"{ALLOCATOR}.get_kvcache",
+            *names(KV_POOL, "k_buffer v_buffer"),
+            f"{ROWS}.req_to_token",
+        ),
+    ),
+    Hook(
+        target="sglang.srt.managers.schedule_batch.Req.reset_for_retract",
+        kind="AFTER",
+        function=after_retract,
+        signature="(self)",
+        why="Lengths restart with the new prefill, and recomputed KV of generated tokens must stay out of the tree.",
+        upstream="A `kv_policy.on_retract(req)` call in reset_for_retract.",
+        uses=(*names(REQ, "full_untruncated_fill_ids origin_input_ids output_ids skip_radix_cache_insert"),),
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler._add_request_to_queue",
+        kind="AROUND",
+        function=end_if_too_long,
+        signature="(self, req, is_retracted=False)",
+        why="A preempted request with a history longer than the pool would wait for ever to be prefilled again.",
+        upstream="Retraction keeps a host copy of the compacted KV.",
+        uses=(
+            *names(SCHEDULER, "_release_aborted_request max_total_num_tokens send_abort_output"),
+            *names(REQ, "finished origin_input_ids output_ids to_finish"),
+            f"{MANAGERS}.schedule_batch.FINISH_ABORT",
+            f"{MANAGERS}.scheduler._make_abort_req",
+        ),
+    ),
+    Hook(
+        target="sglang.srt.managers.schedule_batch.Req._compute_max_prefix_len",
+        kind="AROUND",
+        function=match_prompt_only,
+        signature="(self, input_len)",
+        why=(
+            "A retracted request matches prompt plus outputs against the tree; if a finished twin inserted them, "
+            "compaction would write slots that other requests share."
+        ),
+        upstream="A per-request limit on how much of its history may be shared.",
+        uses=(*names(REQ, "origin_input_ids output_ids"),),
+    ),
+    Hook(
+        target="sglang.srt.managers.schedule_batch.Req.refresh_fill_ids",
+        kind="AROUND",
+        function=keep_resident_ids,
+        signature="(self)",
+        why="Admission counts a waiting request by every token it has seen, and it comes back with those it kept.",
+        upstream="The KV policy tells how many tokens a waiting request will hold.",
+        uses=(f"{REQ}.full_untruncated_fill_ids",),
+    ),
+    Hook(
+        target="sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend",
+        kind="AROUND",
+        function=restore_before_extend,
+        signature="(self)",
+        why="A request with a host copy needs slots with that KV in them before its last token is computed.",
+        upstream="prepare_for_extend restores requests that were retracted with a host copy, as decode instances do.",
+        uses=(
+            *names(MEM_CACHE + ".allocation", "alloc_paged_token_slots_extend alloc_req_slots alloc_token_slots"),
+            *names(BATCH, "device orig_seq_lens req_to_token_pool reqs seq_lens tree_cache"),
+            *names(REQ, "extend_end kv output_ids prefix_len rid"),
+            *names(REQ_KV, "cache_protected_len kv_allocated_len kv_committed_len req_pool_idx"),
+            *names(TREE, "page_size prefix_device_indices"),
+            f"{ROWS}.write",
+            f"{SCHEDULER}.metrics_reporter",
+            f"{REPORTER}.is_stats_logging_rank",
+        ),
+    ),
+    Hook(
+        target="sglang.srt.model_executor.model_runner.ModelRunner.sample",
+        kind="AROUND",
+        function=sample_at_logical_positions,
+        signature="(self, logits_output, forward_batch)",
+        why="A seeded sample after a prefill depends on seq_lens, which counts resident tokens once it was compacted.",
+        upstream="Samples after a prefill depend on positions, as those of decode steps do.",
+        uses=(f"{FORWARD_BATCH}.seq_lens",),
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.flush_cache",
+        kind="AFTER",
+        function=drop_after_flush,
+        signature="(self, empty_cache=True)",
+        why="After a flush, as with new weights, the old KV must not come back in a restored request.",
+        upstream="A `kv_policy.flush()` call in flush_cache.",
+        uses=(f"{SCHEDULER}.waiting_queue",),
+    ),
+    Hook(
+        target=(
+            "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager._observe_weight_load"
+        ),
+        kind="BEFORE",
+        function=drop_before_weights,
+        signature="(self, source)",
+        why="All ways to load new weights pass here; KV of the old ones must not come back in a restored request.",
+        upstream="The same call before weights are loaded.",
+    ),
+)

@@ -1,0 +1,77 @@
+"""Hooks on the scheduler's side: when to compact, and what the server reports."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rkv_sglang.config import POLICY_FIELD
+from rkv_sglang.integration.hooking.hook import Hook, names
+from rkv_sglang.integration.hooks.owners import ALLOCATOR, BATCH, REQ, REQ_KV, ROWS, SCHEDULER, TREE
+from rkv_sglang.integration.runtime.current import get_runtime
+
+
+def before_admission(scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Compact before waiting requests are admitted, so that they see the freed slots in the same step."""
+    get_runtime().before_decode(kwargs["running_batch"] if "running_batch" in kwargs else args[1])
+
+
+def before_decode_step(scheduler: Any, batch: Any) -> None:
+    """Compact before a decode step whose scheduling skipped admission."""
+    get_runtime().before_decode(batch)
+
+
+def add_policy_stats(result: Any, scheduler: Any, recv_req: Any) -> None:
+    """Add the policy's counters to the server info."""
+    result.internal_state["kv_policy_stats"] = get_runtime().stats.as_dict()
+
+
+def report_policy(result: dict[str, Any], scheduler: Any) -> None:
+    """Tell the launcher that this scheduler runs the policy."""
+    result[POLICY_FIELD] = get_runtime().config.policy
+
+
+SCHEDULER_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler._get_new_batch_prefill_raw",
+        kind="BEFORE",
+        function=before_admission,
+        signature="(self, prefill_delayer_single_pass, running_batch)",
+        why="Compaction belongs after finished requests left the batch and before admission counts free slots.",
+        upstream="A call `self.kv_policy.before_decode(running_batch)` after the merge in get_next_batch_to_run.",
+        uses=(
+            *names(SCHEDULER, "enable_overlap forward_ct forward_stream forward_stream_ctx schedule_stream"),
+            *names(SCHEDULER, "token_to_kv_pool_allocator tree_cache"),
+            *names(BATCH, "batch_is_full req_to_token_pool reqs seq_lens seq_lens_cpu seq_lens_sum"),
+            *names(REQ, "decode_batch_idx finished kv rid skip_radix_cache_insert"),
+            *names(REQ_KV, "cache_protected_len holds_kv kv_allocated_len kv_committed_len req_pool_idx"),
+            f"{ROWS}.req_to_token",
+            f"{ALLOCATOR}.page_size",
+            f"{TREE}.free_kv_row",
+        ),
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.update_running_batch",
+        kind="BEFORE",
+        function=before_decode_step,
+        signature="(self, batch)",
+        why="Some steps skip admission (deferred prefill), and a due request must not outgrow its capacity there.",
+        upstream="The same call as for admission.",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.get_internal_state",
+        kind="AFTER",
+        function=add_policy_stats,
+        signature="(self, recv_req)",
+        why="Users see in /server_info how often the server compacted.",
+        upstream="A place for plugins to add to the internal state.",
+        uses=("sglang.srt.managers.io_struct.GetInternalStateReqOutput.internal_state",),
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.get_init_info",
+        kind="AFTER",
+        function=report_policy,
+        signature="(self)",
+        why="The launcher refuses to serve unless every scheduler says that the policy is on.",
+        upstream="The scheduler's ready message carries its resolved policy.",
+    ),
+)

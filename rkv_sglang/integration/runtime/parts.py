@@ -1,0 +1,89 @@
+"""Parts of SGLang and of the policy that a scheduler process works on, frozen once they are there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rkv_sglang.cache.buffers import KVBuffers
+from rkv_sglang.cache.query_window import QueryWindow
+from rkv_sglang.config import PolicyConfig
+from rkv_sglang.integration.runtime.metrics import PolicyMetrics
+from rkv_sglang.kernels.warmup import warm_up
+from rkv_sglang.policies import Policy
+from rkv_sglang.sizes.query_rows import num_query_rows
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelParts:
+    """Parts on the model's side, there once its KV pool is.
+
+    Attributes:
+        buffers: The KV pool, all layers of this rank.
+        query_window: The last queries of the requests that are about to be compacted.
+        first_layer: The model's number of the pool's first layer.
+    """
+
+    buffers: KVBuffers
+    query_window: QueryWindow
+    first_layer: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """All that the policy works on, there once the scheduler is built.
+
+    Attributes:
+        scheduler: SGLang's.
+        buffers, query_window: As in ``ModelParts``.
+        metrics: None where the scheduler reports none.
+    """
+
+    scheduler: Scheduler
+    buffers: KVBuffers
+    query_window: QueryWindow
+    metrics: PolicyMetrics | None
+
+
+def model_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy) -> ModelParts:
+    """Take the KV pool, allocate the query window, and compile what will run on them.
+
+    Call it before CUDA graphs are captured.
+    """
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    layers = [module for module in model_runner.model.modules() if isinstance(module, RadixAttention)]
+    pool: Any = model_runner.token_to_kv_pool
+    layers.sort(key=lambda layer: layer.layer_id)
+    buffers = KVBuffers.from_layers(
+        pool.k_buffer,
+        pool.v_buffer,
+        dtype=pool.dtype,
+        key_scales=[layer.k_scale_float or 1.0 for layer in layers],
+        value_scales=[layer.v_scale_float or 1.0 for layer in layers],
+    )
+    num_requests = model_runner.req_to_token_pool.req_to_token.shape[0]
+    query_window = QueryWindow(
+        num_layers=len(layers),
+        num_rows=num_query_rows(config, pool.size, num_requests - 1),
+        window=config.window,
+        num_qo_heads=layers[0].tp_q_head_num,
+        head_dim=layers[0].qk_head_dim,
+        max_requests=num_requests,
+        dtype=model_runner.dtype,
+        device=model_runner.device,
+    )
+    warm_up(
+        buffers.keys,
+        buffers.values,
+        query_window.rings,
+        query_window.row_of_request,
+        policy,
+        budget=config.budget,
+        capacity=config.capacity,
+    )
+    return ModelParts(buffers=buffers, query_window=query_window, first_layer=pool.start_layer)

@@ -1,0 +1,95 @@
+"""Requests: what one asks of the policy, in its ``custom_params``, and where it carries what the policy remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from rkv_sglang.config import NO_POLICY, POLICY_FIELD, PolicyConfig
+from rkv_sglang.sizes.lengths import RequestState
+
+BUDGET_FIELD, BUFFER_FIELD = "kv_budget", "kv_buffer"
+TRACE_FIELD = "kv_trace"
+
+# A request carries these under these names; SGLang's Req is a plain class.
+STATE_ATTRIBUTE = "rkv_state"
+CONFIG_ATTRIBUTE = "rkv_config"
+TRACE_ATTRIBUTE = "rkv_trace"
+
+
+def known_state_of(req: Any) -> RequestState | None:
+    """Return the state of a request; None if the policy has not looked at it yet."""
+    state: RequestState | None = getattr(req, STATE_ATTRIBUTE, None)
+    return state
+
+
+def state_of(req: Any) -> RequestState:
+    """Return the request's state, made at the first look, which is after SGLang has set its length limit."""
+    state = known_state_of(req)
+    if state is None:
+        state = RequestState(len(req.origin_input_ids), int(req.sampling_params.max_new_tokens))
+        setattr(req, STATE_ATTRIBUTE, state)
+    return state
+
+
+def trace_of(req: Any) -> list[dict[str, Any]] | None:
+    """Return the compactions of a request that asked for a trace, as ``pack_compaction`` makes them; else None."""
+    return getattr(req, TRACE_ATTRIBUTE, None)
+
+
+def config_for(custom_params: Any, server: PolicyConfig, pool_size: int) -> PolicyConfig | None:
+    """Return the settings of a request; None if it asks for no policy.
+
+    Args:
+        custom_params: Of the request's sampling parameters: a mapping, in which all other names are left alone, or
+            None. ``kv_policy`` is ``"none"`` or the server's policy, ``kv_budget`` and ``kv_buffer`` are tokens.
+        server: The server's settings, from which the rest comes.
+        pool_size: Tokens of the KV pool.
+
+    Raises:
+        ValueError: A value is bad; one line that names the field, the cause and the mend.
+    """
+    if not isinstance(custom_params, Mapping):
+        return server
+    asked = {name: custom_params[name] for name in (BUDGET_FIELD, BUFFER_FIELD) if name in custom_params}
+    policy = custom_params.get(POLICY_FIELD, server.policy)
+    if policy not in (NO_POLICY, server.policy):
+        raise ValueError(
+            f"{POLICY_FIELD} {policy!r} is not what this server runs: leave it out, or set it to {server.policy!r} or "
+            f"{NO_POLICY!r}"
+        )
+    if policy == NO_POLICY:
+        if asked:
+            raise ValueError(f"{POLICY_FIELD} {NO_POLICY!r} has no {' or '.join(asked)}: leave one of them out")
+        return None
+    for name, value in asked.items():
+        least = server.window + 1 if name == BUDGET_FIELD else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            why = f" (the window of {server.window} is kept inside it)" if name == BUDGET_FIELD else ""
+            raise ValueError(f"{name} {value!r} is not an integer of at least {least}{why}: set it to {least} or more")
+    config = replace(
+        server, budget=asked.get(BUDGET_FIELD, server.budget), buffer=asked.get(BUFFER_FIELD, server.buffer)
+    )
+    if asked and config.capacity >= pool_size:
+        raise ValueError(
+            f"{BUDGET_FIELD} {config.budget} and {BUFFER_FIELD} {config.buffer} together exceed this server's KV pool "
+            f"of {pool_size} tokens: set them lower"
+        )
+    return config
+
+
+def wants_trace(custom_params: Any, server: PolicyConfig) -> bool:
+    """Return whether a request asks that its compactions be recorded, with ``kv_trace``: true.
+
+    Raises:
+        ValueError: It asks for it and the server does not allow it, or the value is no boolean; one line.
+    """
+    if not isinstance(custom_params, Mapping) or TRACE_FIELD not in custom_params:
+        return False
+    value = custom_params[TRACE_FIELD]
+    if not isinstance(value, bool):
+        raise ValueError(f"{TRACE_FIELD} {value!r} is not a boolean: set it to true or leave it out")
+    if value and not server.trace:
+        raise ValueError(f"{TRACE_FIELD} is off on this server: start it with --kv-trace or leave {TRACE_FIELD} out")
+    return value

@@ -1,0 +1,266 @@
+"""Restore of a preempted request that is too long to be computed again, from a host copy of its compacted KV.
+
+The KV is copied before its slots are freed; the request waits in SGLang's queue as one of its resident length, and is
+put back right before the prefill that SGLang would give it: only the last output token is then left to compute.
+"""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+from typing import Any
+
+import torch
+
+from rkv_sglang.cache.host_copy import HostCopy, load_slots, save_slots
+from rkv_sglang.integration.runtime.current import get_runtime
+from rkv_sglang.integration.runtime.requests import known_state_of, state_of
+from rkv_sglang.integration.runtime.runtime import Runtime
+from rkv_sglang.sizes.reservation import most_growth, tokens_to_reserve
+
+logger = logging.getLogger(__name__)
+
+# Of a forward batch: the tokens evicted of each of its requests, where any were.
+EVICTED_ATTRIBUTE = "rkv_evicted"
+
+
+def host_copy_of(req: Any) -> HostCopy | None:
+    """Return the KV from which a waiting request will be restored; None for all others."""
+    state = known_state_of(req)
+    return None if state is None else state.host_copy
+
+
+def len_after_prefill(req: Any) -> int:
+    """Return how many tokens a waiting request holds once it is prefilled or restored."""
+    copy = host_copy_of(req)
+    # The last output is computed, whatever else is.
+    return len(req.origin_input_ids) + len(req.output_ids) if copy is None else copy.num_tokens + 1
+
+
+def growth_after_prefill(req: Any, resident_len: int) -> int:
+    """Return by how many tokens a request with a policy can grow after a prefill that leaves it ``resident_len``."""
+    config = get_runtime().config_of(req)
+    assert config is not None, "only requests with a policy have a bound"
+    return tokens_to_reserve(
+        config,
+        output_len=len(req.output_ids),
+        max_new_tokens=req.sampling_params.max_new_tokens,
+        held_len=resident_len - len(req.origin_input_ids),
+    )
+
+
+def can_be_admitted(req: Any, resident_len: int) -> bool:
+    """Return whether a request that holds so many tokens after its prefill ever fits the pool."""
+    scheduler = get_runtime().parts.scheduler
+    return growth_after_prefill(req, resident_len) <= most_growth(resident_len, scheduler.max_total_num_tokens)
+
+
+def save_if_too_long(req: Any) -> None:
+    """Copy a compacted request's KV to the host, if it is about to lose it and could not be computed again.
+
+    Without a copy (the host has no memory for it, or the request would not fit the pool even so) it is ended when it
+    is queued again.
+    """
+    runtime = get_runtime()
+    state = known_state_of(req)
+    if state is None or state.evicted_tokens == 0 or req.finished() or req.input_embeds is not None:
+        return
+    num_seen = len(req.origin_input_ids) + len(req.output_ids)
+    # The last output is fed again, so what it left in the cache is not copied; nor is what Req.reset_for_retract
+    # forgets with a token in flight. Both are at the end: the most recent tokens are never evicted.
+    num_dropped = state.logical_len(req.kv.kv_allocated_len) - (num_seen - 1)
+    saved_len = req.kv.kv_allocated_len - num_dropped
+    if num_dropped not in (0, 1):
+        raise RuntimeError(
+            f"request {req.rid}: {state.logical_len(req.kv.kv_allocated_len)} tokens are cached and {num_seen} were "
+            "seen; please report this with the server's flags"
+        )
+    if can_be_admitted(req, num_seen) or not can_be_admitted(req, saved_len + 1):
+        return
+    state.host_copy = _save(runtime, req, saved_len)
+    # Else a request that ends while it waits would be kept, with its copy, until its row is needed.
+    if runtime.parts.query_window.has_row(req.kv.req_pool_idx, req):
+        runtime.parts.query_window.release(req.kv.req_pool_idx)
+
+
+def _save(runtime: Runtime, req: Any, saved_len: int) -> HostCopy | None:
+    scheduler = runtime.parts.scheduler
+    slots = scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, :saved_len].to(torch.int64)
+    pool: Any = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    with runtime.on_forward_stream() as stream:
+        if stream is not None and slots.is_cuda:
+            slots.record_stream(stream)
+        copy = save_slots(pool.k_buffer, pool.v_buffer, slots)
+    if scheduler.tp_size > 1:
+        # Ranks must agree on which requests go on.
+        is_saved = torch.tensor(int(copy is not None))
+        torch.distributed.all_reduce(is_saved, torch.distributed.ReduceOp.MIN, group=scheduler.tp_cpu_group)
+        copy = copy if is_saved.item() else None
+    if copy is None:
+        logger.warning("The host has no memory for the %d cached tokens of request %s.", saved_len, req.rid)
+    return copy
+
+
+def forget_what_was_cached(req: Any) -> None:
+    """Forget what a retracted request had cached, unless it comes back; keep generated tokens out of the tree.
+
+    Their KV, computed again, would be shared, and compaction writes there.
+    """
+    state = state_of(req)
+    if state.host_copy is None:
+        state.forget_cache()
+    state.next_check = 0
+    if len(req.output_ids) > 0 and get_runtime().may_compact(req):
+        req.skip_radix_cache_insert = True
+
+
+def use_resident_ids(req: Any) -> None:
+    """Let SGLang see a retracted request as long as it will be when it is prefilled or restored.
+
+    A restored request's list stands for its resident tokens. Of those only the prompt is ever looked up, and only the
+    last is computed on.
+    """
+    copy = host_copy_of(req)
+    ids = req.origin_input_ids + req.output_ids
+    if copy is not None:
+        prompt_len = len(req.origin_input_ids)
+        ids = req.origin_input_ids + req.output_ids[prompt_len - copy.num_tokens - 1 :]
+    req.full_untruncated_fill_ids = ids
+
+
+def restore_waiting(batch: Any) -> bool:
+    """Put back the KV of those requests of a prefill batch that wait to be restored; return whether there were any.
+
+    SGLang then prefills the rest, of each its last token.
+    """
+    waiting = [req for req in batch.reqs if host_copy_of(req) is not None]
+    for req in waiting:
+        _restore(get_runtime(), batch, req)
+    return bool(waiting)
+
+
+def evicted_tokens_of(batch: Any, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """Return the tokens evicted of each request since its last prefill, ``[bs]``, on the CPU."""
+    states = [known_state_of(req) for req in batch.reqs]
+    evicted = [0 if state is None else state.evicted_tokens for state in states]
+    return torch.tensor(evicted, dtype=dtype, pin_memory=batch.seq_lens.is_cuda)
+
+
+def _restore(runtime: Runtime, batch: Any, req: Any) -> None:
+    """Make a request look as if an earlier chunk of its prefill had computed all but its last token.
+
+    Takes a row of ``req_to_token`` and slots of the pool. Where the tree has part of the prompt, that is shared again.
+    """
+    scheduler, state, kv = runtime.parts.scheduler, state_of(req), req.kv
+    copy: HostCopy = state.host_copy
+    matched_len, saved_len = req.prefix_len, copy.num_tokens
+    if req.extend_end != saved_len + 1 or not matched_len == kv.cache_protected_len <= state.prompt_len:
+        raise RuntimeError(
+            f"request {req.rid}: {saved_len} tokens were saved, {matched_len} of them are in the tree, and SGLang "
+            f"prefills up to {req.extend_end}; please report this with the server's flags"
+        )
+    from sglang.srt.mem_cache.allocation import alloc_req_slots
+
+    # What of the prompt is in the tree is locked since admission.
+    shared = batch.tree_cache.prefix_device_indices(req) if matched_len > 0 else None
+    alloc_req_slots(batch.req_to_token_pool, [req], batch.tree_cache)
+    own = _alloc_slots(batch, shared, saved_len)
+    row = own if shared is None else torch.cat([shared, own])
+    batch.req_to_token_pool.write((kv.req_pool_idx, slice(0, saved_len)), row.to(torch.int32))
+    pool: Any = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    with runtime.on_forward_stream() as stream:
+        if stream is not None and own.is_cuda:
+            own.record_stream(stream)
+        load_slots(copy, pool.k_buffer, pool.v_buffer, own, first=matched_len)
+    req.prefix_len = kv.kv_allocated_len = kv.kv_committed_len = saved_len
+    state.host_copy = None
+    runtime.stats.requests_restored += 1
+    if runtime.parts.metrics is not None:
+        runtime.parts.metrics.count(runtime.stats)
+    # Every rank restores it; one says so.
+    if scheduler.metrics_reporter.is_stats_logging_rank:
+        logger.info(
+            "Restored request %s after %d tokens: KV of %d came back from the host, of %d from the prefix cache.",
+            *(req.rid, len(req.output_ids), saved_len - matched_len, matched_len),
+        )
+
+
+def _alloc_slots(batch: Any, shared: torch.Tensor | None, saved_len: int) -> torch.Tensor:
+    """Take slots for the tokens past the shared ones, ``[saved_len - len(shared)]``, int64.
+
+    Raises:
+        RuntimeError: The pool has not so many; admission saw to it that it has.
+    """
+    from sglang.srt.mem_cache.allocation import alloc_paged_token_slots_extend, alloc_token_slots
+
+    matched_len = 0 if shared is None else len(shared)
+    slots: torch.Tensor
+    if batch.tree_cache.page_size == 1:
+        slots = alloc_token_slots(batch.tree_cache, saved_len - matched_len)
+        return slots
+    before, after = torch.tensor([matched_len]), torch.tensor([saved_len])
+    device = batch.device
+    last = torch.tensor([-1], device=device) if shared is None else shared[-1:]
+    slots = alloc_paged_token_slots_extend(
+        tree_cache=batch.tree_cache,
+        prefix_lens=before.to(device),
+        prefix_lens_cpu=before,
+        seq_lens=after.to(device),
+        seq_lens_cpu=after,
+        last_loc=last,
+        extend_num_tokens=saved_len - matched_len,
+    )
+    return slots
+
+
+def add_evicted_tokens(forward_batch: Any, batch: Any) -> None:
+    """Count the positions of restored requests in a prefill batch by every token ever seen."""
+    evicted = evicted_tokens_of(batch)
+    if not evicted.any():
+        return
+    positions = forward_batch.positions
+    offsets = evicted.repeat_interleave(torch.tensor(batch.extend_lens))
+    offsets = offsets.pin_memory() if positions.is_cuda else offsets
+    forward_batch.positions = positions + offsets.to(positions, non_blocking=True)
+    setattr(forward_batch, EVICTED_ATTRIBUTE, evicted.to(positions.device, non_blocking=True))
+
+
+def end_if_hopeless(req: Any) -> bool:
+    """End a retracted request that can neither be computed again nor restored; return whether it was one."""
+    runtime = get_runtime()
+    if runtime.config_of(req) is None or len(req.output_ids) == 0 or req.finished() or host_copy_of(req) is not None:
+        return False
+    if can_be_admitted(req, len(req.origin_input_ids) + len(req.output_ids)):
+        return False
+    _abort(runtime.parts.scheduler, req, "no copy of its compressed KV could be kept")
+    return True
+
+
+def drop_host_copies(scheduler: Any, why: str) -> None:
+    """End all requests that wait to be restored: their KV no longer is what the model would compute.
+
+    They wait for it because they are too long to be computed again.
+    """
+    dropped = [req for req in scheduler.waiting_queue if host_copy_of(req) is not None]
+    if not dropped:
+        return
+    scheduler.waiting_queue = [req for req in scheduler.waiting_queue if host_copy_of(req) is None]
+    for req in dropped:
+        state_of(req).forget_cache()
+        _abort(scheduler, req, why)
+
+
+def _abort(scheduler: Any, req: Any, why: str) -> None:
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+    from sglang.srt.managers.scheduler import _make_abort_req
+
+    history_len = len(req.origin_input_ids) + len(req.output_ids)
+    message = (
+        f"The request was preempted after {len(req.output_ids)} tokens, and its history of {history_len} tokens does "
+        f"not fit the KV pool of {scheduler.max_total_num_tokens} tokens to be computed again, and {why}: send it "
+        "again, and give the pool more memory (--mem-fraction-static) or do not preempt requests of this length."
+    )
+    req.to_finish = FINISH_ABORT(message, status_code=HTTPStatus.SERVICE_UNAVAILABLE)
+    scheduler._release_aborted_request(req)
+    scheduler.send_abort_output(_make_abort_req(req, finished_reason=req.to_finish.to_json()), req)
+    get_runtime().stats.requests_aborted += 1

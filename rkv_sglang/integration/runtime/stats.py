@@ -1,0 +1,40 @@
+"""Counters of what the policy did in one scheduler process."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from rkv_sglang.sizes.compaction_plan import CompactionPlan
+from rkv_sglang.sizes.lengths import RequestState
+
+
+@dataclass
+class PolicyStats:
+    """Counters since the start of this scheduler process.
+
+    Attributes:
+        compactions: Compactions done.
+        evicted_tokens: Tokens whose KV was dropped (per layer and head the same count).
+        requests_compressed: Requests compacted at least once.
+        requests_restored: Times that a preempted request went on from a host copy of its compacted KV.
+        requests_aborted: Requests ended because, once preempted, they could neither be computed again nor restored.
+        peak_private_tokens: Most generated tokens any request ever held.
+    """
+
+    compactions: int = 0
+    evicted_tokens: int = 0
+    requests_compressed: int = 0
+    requests_restored: int = 0
+    requests_aborted: int = 0
+    peak_private_tokens: int = 0
+
+    def count(self, plan: CompactionPlan, state: RequestState) -> None:
+        """Count one compaction that ``state`` has recorded; only read here."""
+        self.compactions += 1
+        self.evicted_tokens += plan.evicted_tokens
+        self.requests_compressed += state.compactions == 1
+        self.peak_private_tokens = max(self.peak_private_tokens, plan.generated_len)
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the counters as plain integers."""
+        return asdict(self)

@@ -1,0 +1,149 @@
+"""Refuse, before and while a scheduler starts, what a KV policy cannot serve rightly."""
+
+from typing import Any
+
+from rkv_sglang.config import NO_POLICY
+from rkv_sglang.integration.startup.errors import RefusedError
+from rkv_sglang.integration.startup.refused_settings import REFUSED_SETTINGS
+from rkv_sglang.integration.startup.server_args import config_from_args, policy_name
+
+_WHOLE_CACHE_LAYERS = ("full_attention", "attention")
+
+
+def refuse(server_args: Any) -> None:
+    """Refuse values out of range and settings that do not go with a policy. Does nothing without a policy.
+
+    Args:
+        server_args: SGLang's resolved view of an ``RKVServerArgs``, or a raw one, whose unset fields are let pass.
+
+    Raises:
+        RefusedError: The first problem, in one line.
+    """
+    policy = policy_name(server_args)
+    if policy == NO_POLICY:
+        return
+    try:
+        config_from_args(server_args)
+    except ValueError as error:
+        raise RefusedError(str(error)) from None
+    for refused in REFUSED_SETTINGS:
+        value = refused.found(server_args)
+        if value is None or value is False:
+            continue
+        is_variable = not refused.setting.startswith("--")
+        shown = refused.setting if value is True else f"{refused.setting} {value}"
+        mend = refused.mend or (f"unset {refused.setting}" if is_variable else f"leave {refused.setting} out")
+        raise RefusedError(f"{shown} cannot be combined with --kv-policy {policy}: {refused.why}; {mend}")
+
+
+def refuse_model(model_config: Any) -> None:
+    """Refuse a model whose cache is not one plain sequence of keys and values in every layer.
+
+    Args:
+        model_config: SGLang's ``ModelConfig``.
+
+    Raises:
+        RefusedError: The first problem, in one line.
+    """
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+    from sglang.srt.configs.model_config import AttentionArch
+
+    text_config = model_config.hf_text_config
+    other_layers = sorted(set(getattr(text_config, "layer_types", None) or ()) - set(_WHOLE_CACHE_LAYERS))
+    problems = (
+        (not model_config.is_generation, "it does not generate"),
+        (model_config.is_encoder_decoder, "its decoder also attends to an encoder's cache"),
+        (
+            mambaish_config(model_config) is not None or model_config.attention_arch == AttentionArch.SSM,
+            "some of its layers keep a recurrent state instead of keys and values",
+        ),
+        (
+            model_config.attention_arch != AttentionArch.MHA,
+            f"its attention is {model_config.attention_arch.name}, and keys are scored per KV head",
+        ),
+        (
+            bool(model_config.is_hybrid_swa or model_config.attention_chunk_size),
+            "some of its layers attend to a sliding window or chunk, which is counted in tokens still cached",
+        ),
+        (bool(other_layers), f"some of its layers are of type {', '.join(other_layers)}"),
+        (
+            getattr(model_config.hf_config, "dual_chunk_attention_config", None) is not None,
+            "its dual chunk attention counts chunks in tokens still cached",
+        ),
+        (model_config.model_is_mrope, "its multimodal positions (mrope) are not counted along"),
+        (
+            bool(model_config.use_ngram_embedding or model_config.use_engram),
+            "its n-gram embedding looks tokens up by their place in the cache",
+        ),
+    )
+    for is_refused, why in problems:
+        if is_refused:
+            architecture = (model_config.hf_config.architectures or ["this model"])[0]
+            raise RefusedError(
+                f"--model-path {model_config.model_path} ({architecture}) cannot be served with a --kv-policy: {why}; "
+                "serve it with --kv-policy none"
+            )
+
+
+def refuse_runtime(scheduler: Any) -> None:
+    """Check, once a scheduler is built, that it holds its cache as the policy expects. Does nothing without a policy.
+
+    Raises:
+        RefusedError: The first problem, in one line.
+    """
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    if policy_name(scheduler.server_args) == NO_POLICY:
+        return
+    # Seen by the launcher already, unless another plugin took the place of a step there.
+    refuse(resolving_view(scheduler.server_args))
+    refuse_model(scheduler.model_config)
+    problem = _pool_problem(scheduler) or _layer_problem(scheduler)
+    if problem is not None:
+        raise RefusedError(
+            f"--kv-policy cannot be used with this model and these flags: {problem}; serve them with --kv-policy none"
+        )
+
+
+def _pool_problem(scheduler: Any) -> str | None:
+    import torch
+    from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+    allocator = scheduler.token_to_kv_pool_allocator
+    pool = allocator.get_kvcache()
+    # Exact types: a subclass may lay out, share or copy entries in its own way.
+    for part, expected in (
+        (pool, (MHATokenToKVPool,)),
+        (allocator, (TokenToKVPoolAllocator, PagedTokenToKVPoolAllocator)),
+        (scheduler.tree_cache, (UnifiedRadixCache,)),
+    ):
+        if type(part) not in expected:
+            names = " or ".join(kind.__name__ for kind in expected)
+            return f"SGLang built {type(part).__name__}, and the policy knows {names}"
+    if scheduler.is_hybrid_swa or scheduler.is_hybrid_ssm:
+        return "the scheduler keeps a second cache, of sliding windows or of recurrent states"
+    if pool.kv_cache_layout != "nhd":
+        return f"the KV pool has the layout {pool.kv_cache_layout}, and the policy knows nhd"
+    if pool.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the KV pool stores {pool.dtype}, which has not been shown right with it (see --kv-cache-dtype)"
+    return None
+
+
+def _layer_problem(scheduler: Any) -> str | None:
+    from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+
+    model_runner = scheduler.tp_worker.model_runner
+    layers = [module for module in model_runner.model.modules() if isinstance(module, RadixAttention)]
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    for layer in layers:
+        if layer.sliding_window_size > 0 or layer.use_irope:
+            return f"attention layer {layer.layer_id} has a sliding window or chunk, counted in tokens still cached"
+        if layer.xai_temperature_len > 0:
+            return f"attention layer {layer.layer_id} scales by length, counted in tokens still cached"
+        if layer.is_cross_attention or layer.attn_type != AttentionType.DECODER:
+            return f"attention layer {layer.layer_id} is not causal self-attention"
+    if sorted(layer.layer_id for layer in layers) != list(range(pool.start_layer, pool.start_layer + pool.layer_num)):
+        return f"{len(layers)} attention layers share {pool.layer_num} layers of KV cache"
+    return None

@@ -1,0 +1,166 @@
+"""The plugin's flags: SGLang's server arguments with ``--kv-policy`` and its settings added."""
+
+import argparse
+import itertools
+from dataclasses import fields
+from typing import Any
+
+from sglang.srt import server_args as sglang_args
+
+from rkv_sglang.config import NO_POLICY, POLICY_FIELD, PolicyConfig
+from rkv_sglang.policy_names import policy_names
+
+GROUP_TITLE = "KV policy (rkv_sglang)"
+
+_PARAMETERS_FIELD = "kv_policy_config"
+# The record's fields of each setting. Those of every policy have a second one, as other ports of R-KV spell it.
+_FIELDS_OF_SETTING = {
+    "budget": ("kv_budget", "rkv_budget"),
+    "buffer": ("kv_buffer", "rkv_buffer"),
+    "window": ("kv_window", "rkv_window"),
+    "mix_lambda": ("rkv_mix_lambda",),
+    "kernel_size": ("rkv_kernel_size",),
+    "similarity_threshold": ("rkv_similarity_threshold",),
+    "trace": ("kv_trace", "rkv_trace"),
+}
+_DEFAULT_OF_SETTING = {setting.name: setting.default for setting in fields(PolicyConfig)}
+_HELP = {
+    POLICY_FIELD: "How the private KV cache of a decoding request is bounded. 'none' leaves SGLang as it is; every "
+    "other policy keeps the prompt and at most --kv-budget plus --kv-buffer generated tokens per layer and KV head, "
+    "and chooses them in its own way: R-KV (arXiv 2505.24133), SnapKV (2404.14469), H2O (2306.14048), StreamingLLM "
+    "(2309.17453), KeyDiff (2504.15364), ManifoldKV (2602.08343), LongFlow (2603.11504), at random, or as an installed "
+    "package does.",
+    "kv_budget": "Generated tokens kept per layer and KV head after a compaction, the window included. More keeps "
+    "more of the reasoning and takes more memory. Unit: tokens.",
+    "kv_buffer": "Generated tokens that may gather above the budget before the next compaction. Fewer take less "
+    "memory and compact more often. A policy may have a default of its own. Unit: tokens.",
+    "kv_window": "Most recent generated tokens: always kept, and their queries judge the others. Must be smaller than "
+    "the budget. A policy may have a default of its own. Unit: tokens.",
+    "rkv_mix_lambda": "Weight of importance (attention received) against redundancy (likeness to other keys), from 0, "
+    "redundancy alone, to 1, importance alone.",
+    "rkv_kernel_size": "Width of the max-pool that spreads importance to neighbouring tokens. Odd; 1 turns it off. "
+    "Unit: tokens.",
+    "rkv_similarity_threshold": "Cosine similarity, from -1 to 1, above which two keys count as near-duplicates.",
+    "kv_trace": "Let requests ask for a record of their compactions with custom_params {'kv_trace': true}, as "
+    "`rkv-sglang view` does. The scheduler then waits for the device at each compaction of such a request; others pay "
+    "nothing.",
+    _PARAMETERS_FIELD: "Parameters of the policy by name, as JSON such as '{\"mix_lambda\": 0.2}' or as the path of a "
+    "JSON file. They come before the flags of the same name.",
+}
+
+
+class RKVServerArgs(sglang_args.ServerArgs, dict=True):  # type: ignore[misc, call-arg]  # SGLang is checked as Any
+    """SGLang's ``ServerArgs`` with the policy's fields; child processes unpickle it by this name.
+
+    The annotations are plain on purpose: SGLang makes flags of annotated fields only, so these stay out of its flat
+    list and come in their own group of ``--help``.
+    """
+
+    kv_policy: str = NO_POLICY
+    # None: not named, so the policy's own default holds, or else that of PolicyConfig.
+    kv_budget: int | None = None
+    kv_buffer: int | None = None
+    kv_window: int | None = None
+    rkv_mix_lambda: float = PolicyConfig.mix_lambda
+    rkv_kernel_size: int = PolicyConfig.kernel_size
+    rkv_similarity_threshold: float = PolicyConfig.similarity_threshold
+    kv_trace: bool = PolicyConfig.trace
+    kv_policy_config: str | dict[str, Any] = "{}"
+    # Second spellings.
+    rkv_budget: int | None = None
+    rkv_buffer: int | None = None
+    rkv_window: int | None = None
+    rkv_trace: bool = PolicyConfig.trace
+
+    # Where SGLang publishes the fields: get_memory().kv_policy and so on.
+    _NS_BY_FIELD = {  # noqa: RUF012
+        **sglang_args.ServerArgs._NS_BY_FIELD,
+        **dict.fromkeys((POLICY_FIELD, *itertools.chain(*_FIELDS_OF_SETTING.values()), _PARAMETERS_FIELD), "memory"),
+    }
+
+    @staticmethod
+    def add_cli_args(parser: argparse.ArgumentParser) -> None:
+        """Add SGLang's flags to ``parser`` and, in a group of their own, the policy's."""
+        # Not by SGLang's name for it: there and wherever it was imported, the plugin loader puts this class.
+        super(RKVServerArgs, RKVServerArgs).add_cli_args(parser)
+        group = parser.add_argument_group(GROUP_TITLE)
+        _add_flag(group, (POLICY_FIELD,), NO_POLICY, choices=policy_names())
+        for setting, spellings in _FIELDS_OF_SETTING.items():
+            _add_flag(group, spellings, _DEFAULT_OF_SETTING[setting])
+        _add_flag(group, (_PARAMETERS_FIELD,), "{}")
+
+
+def _add_flag(group: Any, spellings: tuple[str, ...], shown_default: Any, **options: Any) -> None:
+    """Add one flag with its spellings, the first of which names its field; it stays unset unless it is given."""
+    name = spellings[0]
+    if shown_default is False:
+        options["action"] = "store_true"
+    else:
+        options |= {"type": type(shown_default), "default": None if len(spellings) > 1 else shown_default}
+    group.add_argument(*map(_flag, spellings), dest=name, help=f"{_HELP[name]} Default: {shown_default}.", **options)
+
+
+def policy_name(server_args: Any) -> str:
+    """Return the policy asked for, ``"none"`` for a record of SGLang's own class."""
+    return str(getattr(server_args, POLICY_FIELD, NO_POLICY))
+
+
+def config_from_args(server_args: Any) -> PolicyConfig:
+    """Return the validated settings of the policy; without one, the defaults, whatever the other flags say.
+
+    Args:
+        server_args: An ``RKVServerArgs``, SGLang's view of one, or the published ``get_memory()``.
+
+    Raises:
+        ValueError: The policy is unknown, cannot be loaded or does not take its parameters, a value is out of range, or
+            two spellings of a setting have different values; one line that names the flag and the mend.
+    """
+    if policy_name(server_args) == NO_POLICY:
+        return PolicyConfig(policy=NO_POLICY)
+    # Here, so that processes without a policy load neither policies nor torch for them.
+    from rkv_sglang.integration.startup.policy_parameters import read_parameters
+    from rkv_sglang.policies import default_sizes, make_policy
+
+    settings = {name: value for setting in _FIELDS_OF_SETTING for name, value in _given(server_args, setting).items()}
+    if isinstance(server_args.kv_policy, str) and server_args.kv_policy:
+        settings = {**default_sizes(server_args.kv_policy), **settings}
+    parameters = read_parameters(getattr(server_args, _PARAMETERS_FIELD))
+    config = PolicyConfig(policy=server_args.kv_policy, parameters=parameters, **settings)
+    # Only the policy itself knows whether it takes them.
+    make_policy(config)
+    return config
+
+
+def _given(server_args: Any, setting: str) -> dict[str, Any]:
+    """Return the setting with the value that the user gave it, under whichever spelling; nothing if under none.
+
+    Raises:
+        ValueError: Two spellings have different values.
+    """
+    values = {name: getattr(server_args, name) for name in _FIELDS_OF_SETTING[setting]}
+    if len(values) > 1:
+        # What the record has where a spelling was not used.
+        unset = False if setting == "trace" else None
+        values = {name: value for name, value in values.items() if value is not unset}
+    if len(values) == 2:
+        (first, value), (second, other) = values.items()
+        if value != other:
+            raise ValueError(
+                f"{_flag(first)} {value!r} and {_flag(second)} {other!r} are two spellings of one setting: "
+                f"set {_flag(first)} only"
+            )
+    return {setting: next(iter(values.values()))} if values else {}
+
+
+def resolved_fields(config: PolicyConfig) -> dict[str, Any]:
+    """Return the record's fields of the settings of every policy, under all spellings, as ``config`` has them."""
+    return {
+        name: getattr(config, setting)
+        for setting, names in _FIELDS_OF_SETTING.items()
+        if len(names) > 1
+        for name in names
+    }
+
+
+def _flag(field: str) -> str:
+    return "--" + field.replace("_", "-")

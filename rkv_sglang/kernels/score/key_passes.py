@@ -1,0 +1,250 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""The two passes of the score that read keys: one sums blocks up, the other uses the totals.
+
+Programs of one launch write disjoint places in any order, with one exception: the sums of exempt similarities, which
+are added up as integers. So the scores are the same in every run.
+
+Block ``b`` of request ``r`` owns row ``token_indptr[r] // BLOCK + r + b`` of the per-block results: distinct, since a
+request of n tokens has at most ``n // BLOCK + 1`` blocks.
+"""
+
+import triton
+import triton.language as tl
+
+from rkv_sglang.kernels.score.device import (
+    BATCH_POINTERS,
+    VARYING_SIZES,
+    block_of_program,
+    dot_rows,
+    key_rows,
+    load_tile,
+    place_of_program,
+    squared_norms,
+    unit_factors,
+    window_logits,
+)
+
+# Similarities are summed as integers of this unit, exactly and so in any order.
+EXEMPT_ONE = tl.constexpr(2.0**32)
+
+
+@triton.jit(do_not_specialize=VARYING_SIZES, do_not_specialize_on_alignment=BATCH_POINTERS)
+def summarise_blocks_kernel(
+    key_ptrs,
+    key_scales_ptr,
+    queries_ptr,
+    kv_indptr_ptr,
+    kv_indices_ptr,
+    token_indptr_ptr,
+    key_sums_ptr,
+    logit_maxima_ptr,
+    logit_sums_ptr,
+    exempt_ptr,
+    num_kv_heads,
+    num_tokens,
+    num_blocks,
+    stride_page,
+    stride_slot,
+    stride_head,
+    stride_query_layer,
+    stride_query_request,
+    stride_query_token,
+    stride_query_head,
+    softmax_scale,
+    threshold,
+    ELEMENT: tl.constexpr,
+    E4M3: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    QUERY_ALIGNMENT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DOT_WIDTH: tl.constexpr,
+    WITH_REDUNDANCY: tl.constexpr,
+    NUM_UNSCORED: tl.constexpr,
+):
+    """Per block of keys: sum of the unit keys, maximum and sum of exp of the logits, and each row's exempt column.
+
+    The last ``NUM_UNSCORED`` keys are left out of the softmax.
+    """
+    request, layer_head, layer, head, first_column, kv_len, start = place_of_program(
+        token_indptr_ptr, num_kv_heads, BLOCK
+    )
+    if start >= kv_len:
+        return
+    block_row = layer_head * num_blocks + first_column // BLOCK + request + tl.program_id(0)
+    base, page_ptr, scale, tokens, inside = block_of_program(
+        key_ptrs, key_scales_ptr, kv_indptr_ptr, kv_indices_ptr, layer, head, kv_len, stride_head, ELEMENT, BLOCK
+    )
+    rows = key_rows(base, page_ptr, tokens, inside, stride_page, stride_slot, PAGE_SIZE, ALIGNMENT)
+    keys = load_tile(rows, inside, 0, HEAD_DIM, BLOCK_D, E4M3)
+
+    query_ptr = queries_ptr + layer * stride_query_layer + request.to(tl.int64) * stride_query_request
+    query_ptr += head * GROUP_SIZE * stride_query_head
+    # [BLOCK_W, BLOCK]
+    logits = window_logits(
+        keys,
+        rows,
+        inside,
+        query_ptr,
+        stride_query_token,
+        stride_query_head,
+        softmax_scale * scale,
+        tokens < kv_len - NUM_UNSCORED,
+        WINDOW,
+        GROUP_SIZE,
+        HEAD_DIM,
+        BLOCK_W,
+        BLOCK_D,
+        DOT_WIDTH,
+        DOT_DTYPE,
+        E4M3,
+        QUERY_ALIGNMENT,
+    )
+    maxima = tl.max(logits, axis=1)
+    # A block within the window has no logit: its sum is 0 whatever is subtracted.
+    sums = tl.sum(tl.exp(logits - tl.where(maxima == float("-inf"), 0.0, maxima)[:, None]), axis=1)
+    steps = tl.arange(0, BLOCK_W)
+    tl.store(logit_maxima_ptr + block_row * BLOCK_W + steps, maxima)
+    tl.store(logit_sums_ptr + block_row * BLOCK_W + steps, sums)
+
+    if WITH_REDUNDANCY:
+        factors = unit_factors(squared_norms(keys), scale)
+        dims = tl.arange(0, BLOCK_D)
+        tl.store(key_sums_ptr + block_row * BLOCK_D + dims, tl.sum(keys.to(tl.float32) * factors[:, None], axis=0))
+
+        # -1: no near-duplicate yet. Rows that do not exist are done.
+        newest = tl.where(inside, -1, 0)
+        exempt = tl.zeros([BLOCK], tl.float32)
+        end = kv_len
+        while (end > 0) & (tl.min(newest, axis=0) < 0):
+            columns = end - BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+            exists = columns >= 0
+            column_rows = key_rows(
+                base, page_ptr, tl.maximum(columns, 0), exists, stride_page, stride_slot, PAGE_SIZE, ALIGNMENT
+            )
+            column_keys = load_tile(column_rows, exists, 0, HEAD_DIM, BLOCK_D, E4M3)
+            column_factors = unit_factors(squared_norms(column_keys), scale)
+            # [BLOCK, BLOCK_COLUMNS]
+            similarity = dot_rows(
+                keys, column_keys, rows, inside, column_rows, exists, HEAD_DIM, BLOCK_D, DOT_WIDTH, DOT_DTYPE, E4M3
+            )
+            similarity *= factors[:, None] * column_factors[None, :]
+            similarity = tl.where(tokens[:, None] == columns[None, :], 0.0, similarity)
+            above = (similarity > threshold) & exists[None, :]
+            hit = tl.max(tl.where(above, columns[None, :], -1), axis=1)
+            # Without a hit this reads column 0, which the last round has: what a row without any hit exempts.
+            chosen = columns[None, :] == tl.maximum(hit, 0)[:, None]
+            exempt = tl.where(newest < 0, tl.sum(tl.where(chosen, similarity, 0.0), axis=1), exempt)
+            # Columns of later rounds are older.
+            newest = tl.maximum(newest, hit)
+            end -= BLOCK_COLUMNS
+        exempt_columns = layer_head * num_tokens + first_column + tl.maximum(newest, 0)
+        tl.atomic_add(exempt_ptr + exempt_columns, (exempt * EXEMPT_ONE).to(tl.int64), mask=inside, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=VARYING_SIZES, do_not_specialize_on_alignment=BATCH_POINTERS)
+def score_tokens_kernel(
+    key_ptrs,
+    key_scales_ptr,
+    queries_ptr,
+    kv_indptr_ptr,
+    kv_indices_ptr,
+    token_indptr_ptr,
+    key_totals_ptr,
+    logit_totals_ptr,
+    exempt_ptr,
+    attention_ptr,
+    column_means_ptr,
+    exp_sums_ptr,
+    num_kv_heads,
+    num_tokens,
+    num_blocks,
+    stride_page,
+    stride_slot,
+    stride_head,
+    stride_query_layer,
+    stride_query_request,
+    stride_query_token,
+    stride_query_head,
+    softmax_scale,
+    ELEMENT: tl.constexpr,
+    E4M3: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    QUERY_ALIGNMENT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DOT_WIDTH: tl.constexpr,
+    WITH_REDUNDANCY: tl.constexpr,
+    NUM_UNSCORED: tl.constexpr,
+):
+    """Per token: the mean attention of the window's queries and the mean of its similarity column.
+
+    The attention of the last ``NUM_UNSCORED`` keys is -inf.
+    """
+    request, layer_head, layer, head, first_column, kv_len, start = place_of_program(
+        token_indptr_ptr, num_kv_heads, BLOCK
+    )
+    if start >= kv_len:
+        return
+    base, page_ptr, scale, tokens, inside = block_of_program(
+        key_ptrs, key_scales_ptr, kv_indptr_ptr, kv_indices_ptr, layer, head, kv_len, stride_head, ELEMENT, BLOCK
+    )
+    columns = layer_head * num_tokens + first_column + tokens
+    total_row = layer_head * tl.num_programs(1) + request
+    rows = key_rows(base, page_ptr, tokens, inside, stride_page, stride_slot, PAGE_SIZE, ALIGNMENT)
+    keys = load_tile(rows, inside, 0, HEAD_DIM, BLOCK_D, E4M3)
+
+    scored = tokens < kv_len - NUM_UNSCORED
+    query_ptr = queries_ptr + layer * stride_query_layer + request.to(tl.int64) * stride_query_request
+    query_ptr += head * GROUP_SIZE * stride_query_head
+    # [BLOCK_W, BLOCK]
+    logits = window_logits(
+        keys,
+        rows,
+        inside,
+        query_ptr,
+        stride_query_token,
+        stride_query_head,
+        softmax_scale * scale,
+        scored,
+        WINDOW,
+        GROUP_SIZE,
+        HEAD_DIM,
+        BLOCK_W,
+        BLOCK_D,
+        DOT_WIDTH,
+        DOT_DTYPE,
+        E4M3,
+        QUERY_ALIGNMENT,
+    )
+    steps = tl.arange(0, BLOCK_W)
+    maxima = tl.load(logit_totals_ptr + total_row * 2 * BLOCK_W + steps)
+    sums = tl.load(logit_totals_ptr + (total_row * 2 + 1) * BLOCK_W + steps)
+    weights = tl.where(steps < WINDOW, 1.0 / (sums * WINDOW), 0.0)
+    attention = tl.sum(tl.exp(logits - maxima[:, None]) * weights[:, None], axis=0)
+    tl.store(attention_ptr + columns, tl.where(scored, attention, float("-inf")), mask=inside)
+
+    if WITH_REDUNDANCY:
+        squares = squared_norms(keys)
+        factors = unit_factors(squares, scale)
+        key_total = tl.load(key_totals_ptr + total_row * BLOCK_D + tl.arange(0, BLOCK_D))
+        column_sums = tl.sum(keys.to(tl.float32) * key_total[None, :], axis=1) * factors
+        exempt = tl.load(exempt_ptr + columns, mask=inside, other=0).to(tl.float32) / EXEMPT_ONE
+        means = (column_sums - squares * factors * factors - exempt) / kv_len
+        tl.store(column_means_ptr + columns, means, mask=inside)
+        # Means of cosines are at most about 1: no maximum need be subtracted before exp.
+        block_row = layer_head * num_blocks + first_column // BLOCK + request + tl.program_id(0)
+        tl.store(exp_sums_ptr + block_row, tl.sum(tl.where(inside, tl.exp(means), 0.0), axis=0))

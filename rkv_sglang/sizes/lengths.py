@@ -1,0 +1,95 @@
+"""Resident and logical lengths of a request, and when it is due: the one owner of that distinction.
+
+*Resident* is what attention reads: slots held. *Logical* is every token ever seen: what RoPE and sampling count by.
+They differ by the tokens evicted since the last prefill.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from rkv_sglang.config import PolicyConfig
+from rkv_sglang.sizes.compaction_plan import CompactionPlan
+
+NEVER = math.inf
+
+
+@dataclass(slots=True)
+class RequestState:
+    """Memory that the policy keeps of one request. Nothing else changes its logical length.
+
+    Attributes:
+        prompt_len: Tokens of the prompt; never compacted.
+        max_new_tokens: Most tokens the request may generate.
+        evicted_tokens: Tokens evicted since the last prefill.
+        compactions: Compactions over the whole life of the request.
+        evicted_in_all: Tokens evicted over the whole life; those computed again after a retraction may count twice.
+        next_check: Forward count before which the request needs no look; ``NEVER`` if it can never be due.
+        kept_scores: What a stateful policy is given back at the next compaction; a tensor that is only carried here.
+        host_copy: The resident KV of a request that waits to be restored from it, a ``HostCopy``; only carried here.
+    """
+
+    prompt_len: int
+    max_new_tokens: int
+    evicted_tokens: int = 0
+    compactions: int = 0
+    evicted_in_all: int = 0
+    next_check: float = 0
+    kept_scores: Any = None
+    host_copy: Any = None
+
+    def generated_len(self, resident_len: int) -> int:
+        """Return how many generated tokens have had their KV written since the last prefill, kept or not."""
+        return resident_len - self.prompt_len + self.evicted_tokens
+
+    def logical_len(self, resident_len: int) -> int:
+        """Return the length that RoPE positions count by."""
+        return resident_len + self.evicted_tokens
+
+    def record(self, plan: CompactionPlan) -> None:
+        """Count one compaction: its evicted tokens stay part of the logical length, on which RoPE depends."""
+        self.compactions += 1
+        self.evicted_tokens += plan.evicted_tokens
+        self.evicted_in_all += plan.evicted_tokens
+
+    def forget_cache(self) -> None:
+        """Return to the state before any prefill, as after a retraction: nothing is resident, so nothing is evicted."""
+        self.evicted_tokens = 0
+        self.next_check = 0
+        self.drop_tensors()
+
+    def drop_tensors(self) -> None:
+        """Let go of the memory that a request needs to go on; the engine may keep a finished one for long."""
+        self.kept_scores = None
+        self.host_copy = None
+
+
+def can_ever_compact(config: PolicyConfig, max_new_tokens: int) -> bool:
+    """Return whether a request of that many tokens can reach a compaction.
+
+    The last token generated is never fed back, so ``max_new_tokens`` tokens take ``max_new_tokens - 1`` decode steps,
+    and a compaction needs one more step after ``capacity`` of them.
+    """
+    return max_new_tokens - 1 > config.capacity
+
+
+def decodes_again(state: RequestState, resident_len: int) -> bool:
+    """Return whether another decode step will follow, as far as the length limit tells.
+
+    Counts the token in flight, so it says the same with and without overlap scheduling.
+    """
+    return state.generated_len(resident_len) + 1 < state.max_new_tokens
+
+
+def steps_until_due(config: PolicyConfig, prompt_len: int, resident_len: int, decode_steps: int) -> int:
+    """Return after how many more decode steps the request must be compacted; 0 means before the next one.
+
+    Due is a request with ``capacity`` generated tokens resident that has seen ``window`` decode queries since its last
+    prefill.
+
+    Args:
+        prompt_len: Tokens of the prompt.
+        resident_len: Slots the request holds, in tokens, prompt included.
+        decode_steps: Decode steps since the last prefill.
+    """
+    return max(config.capacity - (resident_len - prompt_len), config.window - decode_steps, 0)

@@ -1,0 +1,68 @@
+"""Requests that fit into a KV pool, with and without a policy: arithmetic on a model's shape."""
+
+from dataclasses import dataclass
+
+from rkv_sglang.config import PolicyConfig
+from rkv_sglang.sizes.pages import ceil_to_page
+from rkv_sglang.sizes.query_rows import query_bytes_per_slot
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Shape of a model on one rank: it decides the bytes of a token's KV.
+
+    Attributes:
+        num_layers: Attention layers.
+        num_qo_heads: Query heads of this rank.
+        num_kv_heads: KV heads of this rank.
+        head_dim: Of queries and keys.
+        v_head_dim: Of values.
+        kv_itemsize: Bytes of a cached number.
+        query_itemsize: Bytes of a query's number: the model's dtype.
+    """
+
+    num_layers: int
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    kv_itemsize: int
+    query_itemsize: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of one token's K and V in all layers."""
+        return self.num_layers * self.num_kv_heads * (self.head_dim + self.v_head_dim) * self.kv_itemsize
+
+    def side_bytes(self, config: PolicyConfig, *, stateful: bool = False) -> float:
+        """Bytes of the policy's own per token of the pool: the query window, and the scores a stateful policy carries.
+
+        One fp32 number a kept token, layer and KV head, for as many requests as the pool holds at their capacity.
+        """
+        carried = self.num_layers * self.num_kv_heads * 4 * (config.budget - config.window) / config.capacity
+        queries = query_bytes_per_slot(config, self.num_layers, self.num_qo_heads, self.head_dim, self.query_itemsize)
+        return queries + (carried if stateful else 0.0)
+
+
+def pool_tokens(shape: ModelShape, num_bytes: int, config: PolicyConfig | None, page_size: int = 1) -> int:
+    """Return how many tokens the pool holds when it shares ``num_bytes`` with the policy's side buffers."""
+    per_token = shape.kv_bytes + (shape.side_bytes(config) if config is not None else 0.0)
+    return int(num_bytes / per_token) // page_size * page_size
+
+
+def requests_at_once(
+    pool_size: int, *, prompt_len: int, output_len: int, page_size: int = 1, config: PolicyConfig | None = None
+) -> int:
+    """Return how many equal requests, none sharing a prefix, the pool of ``pool_size`` tokens holds to their end.
+
+    Without ``config`` every token stays; with it, at most the prompt and ``config.capacity`` tokens.
+    """
+    growth = output_len if config is None else min(output_len, config.capacity)
+    each = ceil_to_page(prompt_len + growth, page_size)
+    count = pool_size // each
+    if config is None:
+        # PrefillAdder.add_one_req counts a page more (per_req_token_overhead) for the request that it admits, and wants
+        # something to be left.
+        while count > 0 and pool_size - (count - 1) * each <= prompt_len + growth + page_size:
+            count -= 1
+    return count

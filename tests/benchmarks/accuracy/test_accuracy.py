@@ -1,0 +1,323 @@
+"""The accuracy benchmark without a model: what counts as right, what is kept, and what the figures mean."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+import threading
+import types
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.accuracy.checker import check
+from benchmarks.accuracy.problems import DRY_RUN_PROBLEMS, Problem, load_problems
+from benchmarks.accuracy.report import markdown, plot
+from benchmarks.accuracy.rows import NOTHING_COMPRESSED, PARTLY_COMPRESSED, accuracy_rows, busy_seconds
+from benchmarks.accuracy.run import Sampling, run_samples
+from benchmarks.accuracy.store import Sample, SampleStore
+from benchmarks.common.schema import write_table
+from benchmarks.common.settings import Setting, parse_setting
+from benchmarks.common.tables import ACCURACY
+from devtools.launch import Server, ServerError
+
+NONE, RKV = parse_setting("none"), parse_setting("rkv:64:16")
+SAMPLING = Sampling(instruction="Box it.", temperature=0.6, top_p=0.95, max_tokens=64, seed=0)
+
+
+def make_sample(problem: str = "p", sample: int = 0, **changed: Any) -> Sample:
+    fields: dict[str, Any] = {
+        "outcome": "wrong",
+        "found": "",
+        "prompt_tokens": 10,
+        "output_tokens": 20,
+        "finish_reason": "stop",
+        "compactions": 0,
+        "evicted_tokens": 0,
+        "start": 0.0,
+        "end": 1.0,
+        "devices": 1,
+        "text": "two\nlines",
+    }
+    return Sample(problem=problem, sample=sample, **{**fields, **changed})
+
+
+@pytest.mark.parametrize(
+    "text, answer, outcome",
+    [
+        ("So we get \\boxed{540}.", "540", "right"),
+        ("So we get \\boxed{541}.", "540", "wrong"),
+        ("The answer is 42.", "42", "right"),
+        ("The numbers 3 and 42 occur; the final answer is $\\frac{84}{2}$.", "42", "right"),
+        ("\\boxed{025}", "25", "right"),
+        ("\\boxed{1,234}", "1234", "right"),
+        ("\\boxed{0.25}", "\\frac{1}{4}", "right"),
+        ("\\boxed{\\dfrac14}", "\\frac{1}{4}", "right"),
+        ("\\boxed{(3, \\pi/2)}", "\\left( 3, \\frac{\\pi}{2} \\right)", "right"),
+        ("\\boxed{(\\pi/2, 3)}", "\\left( 3, \\frac{\\pi}{2} \\right)", "wrong"),
+        ("\\boxed{q - p}", "p - q", "wrong"),
+        ("\\boxed{-q + p}", "p - q", "right"),
+        ("\\boxed{\\text{Evelyn}}", "\\text{Evelyn}", "right"),
+        ("<think>Perhaps \\boxed{7}.</think>It is \\boxed{8}.", "8", "right"),
+        ("Perhaps \\boxed{7}, no, wait.</think>It is \\boxed{8}.", "7", "wrong"),
+        ("<think>It is \\boxed{7}.</think>I cannot say.", "7", "none"),
+        ("I do not know.", "42", "none"),
+        ("", "42", "none"),
+    ],
+)
+def test_answers_are_compared_by_value(text: str, answer: str, outcome: str) -> None:
+    assert check(text, answer).outcome == outcome
+
+
+def test_a_number_before_a_cut_is_no_answer_but_a_boxed_one_is() -> None:
+    assert check("Then we add 42", "42", truncated=True).outcome == "none"
+    assert check("It is \\boxed{42}. Let me check that", "42", truncated=True).outcome == "right"
+
+
+def test_a_known_answer_that_cannot_be_read_is_an_error() -> None:
+    with pytest.raises(ValueError, match="cannot be read"):
+        check("\\boxed{1}", "")
+
+
+def test_answers_of_every_known_problem_are_right_and_those_of_the_others_wrong() -> None:
+    problems = load_problems(str(DRY_RUN_PROBLEMS))
+    assert 4 <= len(problems) <= 8
+    for problem in problems:
+        for other in problems:
+            outcome = check(f"Therefore \\boxed{{{other.answer}}}", problem.answer).outcome
+            assert outcome == ("right" if other == problem else "wrong")
+
+
+def test_the_last_of_gsm8k_is_the_answer_and_fields_may_be_capitals(tmp_path: Path) -> None:
+    path = tmp_path / "some.jsonl"
+    path.write_text(
+        '{"question": "How many?", "answer": "6 * 7 = <<6*7=42>>42\\n#### 1,042"}\n\n{"Problem": "x?", "Answer": 33}\n'
+    )
+    assert load_problems(str(path)) == [Problem("How many?", "1,042"), Problem("x?", "33")]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"problem": "x"}', "record 1: needs the fields"),
+        ('{"problem": "x", "answer": "1"}\n{"problem": "x", "answer": "1"}', "same problem twice"),
+        ("no JSON", "line 1 is no JSON"),
+        ("[1]", "no JSON object"),
+        ('{"problem": "x", "answer": "#### "}', "answer is empty"),
+        ("", "no problems"),
+    ],
+)
+def test_bad_problems_are_refused_in_one_line(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_problems(str(path))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_file_is_no_data_set_of_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no file"):
+        load_problems(str(tmp_path / "gone.jsonl"))
+
+
+def test_a_data_set_of_the_hub_needs_its_package_and_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="pip install datasets"):
+        load_problems("openai/gsm8k")
+    asked = []
+
+    def load_dataset(name: str, subset: str | None, split: str) -> list[dict[str, str]]:
+        asked.append((name, subset, split))
+        if subset is None:
+            raise RuntimeError("Config name is missing.\nPlease pick one.")
+        return [{"question": "How many?", "answer": "Two.\n#### 2"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert load_problems("openai/gsm8k", "train", "main") == [Problem("How many?", "2")]
+    assert asked == [("openai/gsm8k", "main", "train")]
+    with pytest.raises(ValueError, match=r"could not be loaded: Config name is missing\.$"):
+        load_problems("openai/gsm8k")
+
+
+def test_settings_are_read_and_become_flags() -> None:
+    none = parse_setting("none")
+    assert none == Setting("none") and none.flags == ()
+    assert (none.name, none.policy, none.budget, none.buffer) == ("none", "none", 0, 0)
+    setting = parse_setting("snapkv:1024:128")
+    assert setting.name == "snapkv:1024:128"
+    assert (setting.policy, setting.budget, setting.buffer) == ("snapkv", 1024, 128)
+    assert setting.flags == ("--kv-policy", "snapkv", "--kv-budget", "1024", "--kv-buffer", "128")
+    for wrong in ("", "rkv", "rkv:1024", "rkv:a:b", "rkv:1:2:3", "none:1:2", ":1:2"):
+        with pytest.raises(ValueError, match="neither none nor"):
+            parse_setting(wrong)
+
+
+def test_samples_come_back_and_a_cut_line_is_made_again(tmp_path: Path, rng: random.Random) -> None:
+    store = SampleStore(tmp_path, "rkv:64:16", {"model": "m"})
+    samples = [make_sample(f"p{i}", i % 2, output_tokens=rng.randrange(99)) for i in range(4)]
+    for sample in samples:
+        store.add(sample)
+    assert list(SampleStore(tmp_path, "rkv:64:16", {"model": "m"}).samples.values()) == samples
+    content = store.path.read_text()
+    last = content.splitlines(keepends=True)[-1]
+    for length in (1, rng.randrange(1, len(last)), len(last) - 1):
+        store.path.write_text(content[: len(content) - len(last) + length])
+        cut = SampleStore(tmp_path, "rkv:64:16", {"model": "m"})
+        assert list(cut.samples.values()) == samples[:-1]
+        cut.add(samples[-1])
+        assert store.path.read_text() == content
+
+
+def test_another_setting_has_another_file_and_a_foreign_one_is_refused(tmp_path: Path) -> None:
+    SampleStore(tmp_path, "none", {"max_tokens": 64}).add(make_sample())
+    assert SampleStore(tmp_path, "none", {"max_tokens": 65}).samples == {}
+    store = SampleStore(tmp_path, "none", {"max_tokens": 64})
+    store.path.write_text("{}\n" + store.path.read_text().partition("\n")[2])
+    with pytest.raises(ValueError, match="not written by this benchmark"):
+        SampleStore(tmp_path, "none", {"max_tokens": 64})
+    store.path.unlink()
+    SampleStore(tmp_path, "none", {"max_tokens": 64}).path.open("a").write('{"problem": "p"}\n')
+    with pytest.raises(ValueError, match="line 2 is no sample"):
+        SampleStore(tmp_path, "none", {"max_tokens": 64})
+
+
+def test_only_time_with_a_sample_under_way_counts() -> None:
+    spans = [(10, 14), (11, 12), (13, 16), (100, 101), (16, 17)]
+    assert busy_seconds(make_sample(start=a, end=b) for a, b in spans) == 7 + 1
+    assert busy_seconds([]) == 0
+
+
+def test_figures_by_hand() -> None:
+    none = {
+        "a": [make_sample("a", i, outcome="right", output_tokens=100, end=9.0) for i in range(4)],
+        "b": [make_sample("b", i, outcome="wrong", output_tokens=300, end=9.0) for i in range(4)],
+    }
+    outcomes = {"a": ["right", "right", "wrong", "none"], "b": ["right", "wrong", "wrong", "wrong"]}
+    rkv = {
+        name: [
+            make_sample(name, i, outcome=outcome, output_tokens=400, compactions=3 * (name == "a"), end=4.0, devices=2)
+            for i, outcome in enumerate(of_one)
+        ]
+        for name, of_one in outcomes.items()
+    }
+    rkv["b"][0] = make_sample(
+        "b", outcome="right", output_tokens=400, finish_reason="length", start=14.0, end=18.0, devices=2
+    )
+    first, second = accuracy_rows("some", {NONE: none, RKV: rkv})
+    assert (first["pass_at_1"], second["pass_at_1"]) == (0.5, (0.5 + 0.25) / 2)
+    assert (second["pass_at_1_low"], second["pass_at_1_high"]) == (0.25, 0.5)
+    assert (second["problems"], second["samples"], second["devices"]) == (2, 4, 2)
+    assert (second["no_answer"], second["truncated"], second["compressed"]) == (1 / 8, 1 / 8, 1 / 2)
+    assert (second["compactions"], second["tokens_mean"]) == (1.5, 400)
+    assert (second["seconds"], second["correct_per_hour"]) == (8, 3 * 3600 / (8 * 2))
+    # Problem by problem: 0.5 - 1 and 0.25 - 0.
+    assert (second["pass_diff"], second["pass_diff_low"], second["pass_diff_high"]) == (-0.125, -0.5, 0.25)
+    assert (second["tokens_diff"], second["tokens_diff_low"], second["tokens_diff_high"]) == (200, 100, 300)
+    assert first["pass_diff"] == first["tokens_diff"] == 0
+
+
+def test_rows_say_when_they_prove_nothing(tmp_path: Path) -> None:
+    def row(compactions: list[int]) -> dict[str, Any]:
+        samples = {"p": [make_sample(sample=i, compactions=count) for i, count in enumerate(compactions)]}
+        (only,) = accuracy_rows("some", {RKV: samples})
+        return only
+
+    assert [row(counts)["note"] for counts in ([0, 0], [1, 0, 0], [1, 0], [2, 1])] == [
+        NOTHING_COMPRESSED,
+        PARTLY_COMPRESSED,
+        "",
+        "",
+    ]
+    alone = row([0])
+    assert math.isnan(float(alone["pass_diff"])) and NOTHING_COMPRESSED in markdown([alone], "GPU")
+    (baseline,) = accuracy_rows("some", {NONE: {"p": [make_sample()]}})
+    assert baseline["note"] == ""
+    write_table(tmp_path, ACCURACY, [baseline, alone], {})
+    assert plot(tmp_path).stat().st_size > 5000
+
+
+class _Answers(BaseHTTPRequestHandler):
+    """Stands for a server: answers with the last number of the question, and refuses once told to."""
+
+    asked: list[dict[str, Any]]
+    refuse_after: int
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(body)
+        refused = len(self.asked) > self.refuse_after
+        number = body["messages"][0]["content"].split()[1]
+        answer = {
+            "choices": [
+                {
+                    "message": {"content": f"\\boxed{{{number}}}"},
+                    "finish_reason": "stop",
+                    "meta_info": {"kv_compactions": 2, "kv_evicted_tokens": 32},
+                }
+            ],
+            "usage": {"prompt_tokens": 5, "completion_tokens": 7},
+        }
+        content = json.dumps({"message": "no more"} if refused else answer).encode()
+        self.send_response(500 if refused else 200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[Server, type[_Answers]]]:
+    answers = type("Answers", (_Answers,), {"asked": [], "refuse_after": 10**9})
+    http = ThreadingHTTPServer(("127.0.0.1", 0), answers)
+    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{http.server_address[1]}"
+    yield Server(url=url, process=None, log_path=tmp_path / "log"), answers  # type: ignore[arg-type]
+    http.shutdown()
+    http.server_close()
+    thread.join()
+
+
+def test_a_run_goes_on_behind_an_interruption(tmp_path: Path, server: tuple[Server, type[_Answers]]) -> None:
+    launched, answers = server
+    wanted = [(Problem(f"say {i} now", "3"), sample) for sample in range(2) for i in range(5)]
+    store = SampleStore(tmp_path, "none", {})
+    answers.refuse_after = 4
+    with pytest.raises(ServerError, match=r"refused a request: .*no more"):
+        run_samples(launched, store, wanted, SAMPLING, 1, 60)
+    assert len(store.samples) == 4
+    answers.refuse_after = 10**9
+    store = SampleStore(tmp_path, "none", {})
+    todo = [(problem, sample) for problem, sample in wanted if (problem.key, sample) not in store.samples]
+    run_samples(launched, store, todo, SAMPLING, 3, 60)
+    assert set(store.samples) == {(problem.key, sample) for problem, sample in wanted}
+    # One was refused, and no finished one was asked for again.
+    assert len(answers.asked) == 4 + 1 + 6
+    right = [sample.outcome for (key, _), sample in store.samples.items() if key == Problem("say 3 now", "3").key]
+    assert right == ["right"] * 2 and [s.outcome for s in store.samples.values()].count("wrong") == 8
+    assert {(s.compactions, s.evicted_tokens, s.output_tokens) for s in store.samples.values()} == {(2, 32, 7)}
+    body = answers.asked[0]
+    assert (body["temperature"], body["top_p"], body["max_tokens"], body["return_meta_info"]) == (0.6, 0.95, 64, True)
+    assert body["messages"] == [{"role": "user", "content": "say 0 now\n\nBox it."}]
+
+
+def test_samples_of_a_problem_have_seeds_of_their_own() -> None:
+    problems = [Problem("a", "1"), Problem("b", "1")]
+    seeds = [SAMPLING.request(problem, sample)["seed"] for problem in problems for sample in range(8)]
+    assert len(set(seeds)) == 16 and all(0 <= seed < 2**31 for seed in seeds)
+    assert seeds[3] == SAMPLING.request(problems[0], 3)["seed"]
+
+
+@pytest.mark.parametrize(
+    "flags, message", [(["--settings", "rkv:9"], "neither none"), (["--samples", "0"], "at least")]
+)
+def test_bad_options_are_one_line(flags: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "benchmarks.accuracy", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[3], timeout=120)
+    assert done.returncode == 2 and message in done.stderr.splitlines()[-1]

@@ -1,0 +1,113 @@
+"""The doctor: silent where all is well, and otherwise the last line says what is wrong and how to mend it."""
+
+import io
+from importlib.metadata import EntryPoint, PackageNotFoundError
+from typing import Any
+
+import pytest
+
+from rkv_sglang import __version__, cli
+from rkv_sglang.integration.doctor import report as doctor
+from rkv_sglang.integration.doctor.report import Finding, check_device, check_hooks, check_plugin, check_sglang, report
+from rkv_sglang.integration.hooking.hook import Hook
+from rkv_sglang.integration.hooks.table import HOOKS
+from rkv_sglang.integration.startup.refused_settings import REFUSED_SETTINGS
+from rkv_sglang.policies import policy_names
+
+PLUGIN = EntryPoint("rkv_sglang", "rkv_sglang.integration.plugin:register", doctor.PLUGIN_GROUP)
+OTHER = EntryPoint("other", "no.such.module:register", doctor.PLUGIN_GROUP)
+
+
+def test_this_installation_is_ready(capsys: pytest.CaptureFixture[str]) -> None:
+    status = cli.main(["doctor"])
+    lines = capsys.readouterr().out.splitlines()
+    assert status == 0, lines
+    assert lines[-1].startswith("ready:") and all(line.startswith("ok ") for line in lines[:-1])
+    subjects = [line.split()[1] for line in lines[:-1]]
+    assert subjects == ["rkv_sglang", "python", "sglang", "torch", "triton", "flashinfer", "device", "plugin", "hooks"]
+    assert __version__ in lines[0]
+
+
+def test_details_name_every_hook_every_policy_and_every_refusal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--details"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  ok   {hook.kind:<8}{hook.target.removeprefix('sglang.')}\n" in shown for hook in HOOKS)
+    assert all(f"  {refusal.setting}: {refusal.why}" in shown for refusal in REFUSED_SETTINGS)
+    assert ", ".join(policy_names()) in shown
+
+
+def test_the_first_problem_is_the_last_line() -> None:
+    findings = [
+        Finding(subject="a", detail="fine"),
+        Finding(subject="b", detail="bad", problem="b is bad: mend b"),
+        Finding(subject="c", detail="bad", problem="c is bad: mend c"),
+    ]
+    out = io.StringIO()
+    assert report(findings, out) == 1
+    lines = out.getvalue().splitlines()
+    assert [line[:4] for line in lines[:3]] == ["ok  ", "FAIL", "FAIL"]
+    assert lines[3:] == ["b is bad: mend b"]
+
+
+def test_a_missing_or_unknown_sglang_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(doctor, "version", missing)
+    assert "pip install sglang==" in (check_sglang().problem or "")
+    assert "pip install triton" in (doctor.check_package("triton").problem or "")
+    monkeypatch.setattr(doctor, "version", lambda package: "0.9.9")
+    monkeypatch.setattr(doctor, "version_problem", lambda: "SGLang 0.9.9 is not supported: install another")
+    finding = check_sglang()
+    assert finding.problem == "SGLang 0.9.9 is not supported: install another" and "0.9.9" in finding.detail
+
+
+def test_with_an_unsupported_sglang_no_hook_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Finding:
+        raise AssertionError("imported SGLang's insides")
+
+    monkeypatch.setattr(doctor, "check_sglang", lambda: Finding(subject="sglang", detail="x", problem="unsupported"))
+    monkeypatch.setattr(doctor, "_check_all_hooks", fail)
+    out = io.StringIO()
+    assert doctor.diagnose(out) == 1
+    assert out.getvalue().splitlines()[-1] == "unsupported"
+
+
+@pytest.mark.parametrize(
+    ("plugins", "allowed", "problem"),
+    [
+        ([PLUGIN], "", None),
+        ([OTHER, PLUGIN], "other, rkv_sglang", None),
+        ([], "", "no entry point rkv_sglang"),
+        ([OTHER], "", "no entry point rkv_sglang"),
+        ([PLUGIN], "other", "SGLANG_PLUGINS=other leaves this plugin out: add rkv_sglang to it or unset it"),
+        ([EntryPoint("rkv_sglang", "no.such.module:register", "g")], "", "ModuleNotFoundError"),
+        ([EntryPoint("rkv_sglang", "rkv_sglang:no_such_name", "g")], "", "AttributeError"),
+    ],
+)
+def test_the_plugin_must_be_found_allowed_and_loadable(plugins: Any, allowed: str, problem: str | None) -> None:
+    finding = check_plugin(plugins, allowed)
+    if problem is None:
+        assert finding.problem is None
+    else:
+        assert finding.problem is not None and problem in finding.problem and "\n" not in finding.problem
+
+
+def test_every_hook_is_counted_and_the_first_bad_one_named() -> None:
+    hooks = tuple(
+        Hook(target=f"m.f{i}", kind="AFTER", function=print, signature="()", why="", upstream="") for i in range(5)
+    )
+    assert check_hooks(hooks, lambda hook: None).problem is None
+    finding = check_hooks(hooks, lambda hook: f"{hook.target} is gone" if hook.target in ("m.f2", "m.f4") else None)
+    assert finding.detail.startswith("3 of 5 ") and finding.problem == "m.f2 is gone"
+
+
+def test_the_device_is_named() -> None:
+    assert check_device().detail.startswith(("CPU", "CUDA"))
+
+
+@pytest.mark.parametrize("argv", [[], ["surgeon"], ["doctor", "--loud"]])
+def test_bad_usage_exits_with_two(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv)
+    assert caught.value.code == 2 and "rkv-sglang" in capsys.readouterr().err

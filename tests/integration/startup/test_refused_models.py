@@ -1,0 +1,168 @@
+"""A model or a scheduler whose cache is not what a policy knows is refused, and every ordinary one is served."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from sglang.srt.arg_groups.overrides import model_config_of
+from sglang.srt.environ import envs
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+from rkv_sglang.integration.startup.refusals import refuse_model, refuse_runtime
+from rkv_sglang.integration.startup.server_args import RKVServerArgs
+from tests.integration.startup.refusal_kit import TINY, message_of, tiny_config_dir
+
+SERVED_MODELS = {
+    "LlamaForCausalLM": transformers.LlamaConfig(**TINY),
+    "Qwen2ForCausalLM": transformers.Qwen2Config(**TINY, sliding_window=32, use_sliding_window=False),
+    "Qwen3ForCausalLM": transformers.Qwen3Config(**TINY),
+    "Qwen3MoeForCausalLM": transformers.Qwen3MoeConfig(**TINY),
+    "MistralForCausalLM": transformers.MistralConfig(**TINY),
+    "Phi3ForCausalLM": transformers.Phi3Config(**TINY),
+}
+_SLIDING = {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 2}
+_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+REFUSED_MODELS = [
+    ("LlamaForSequenceClassification", transformers.LlamaConfig(**TINY), "does not generate"),
+    ("WhisperForConditionalGeneration", transformers.WhisperConfig(), "encoder's cache"),
+    ("Mamba2ForCausalLM", transformers.Mamba2Config(num_heads=8, head_dim=16, hidden_size=64), "recurrent state"),
+    ("Qwen3NextForCausalLM", transformers.Qwen3NextConfig(**TINY), "recurrent state"),
+    ("DeepseekV3ForCausalLM", transformers.DeepseekV3Config(**{**TINY, "num_key_value_heads": 4}), "is MLA"),
+    ("GptOssForCausalLM", transformers.GptOssConfig(**TINY), "sliding window or chunk"),
+    ("Llama4ForCausalLM", transformers.Llama4TextConfig(**TINY), "sliding window or chunk"),
+    ("Gemma2ForCausalLM", transformers.Gemma2Config(**TINY), "type sliding_attention"),
+    ("Qwen2ForCausalLM", transformers.Qwen2Config(**TINY, **_SLIDING), "type sliding_attention"),
+    ("Qwen2ForCausalLM", transformers.Qwen2Config(**TINY, dual_chunk_attention_config={}), "dual chunk attention"),
+    (
+        "Qwen2_5_VLForConditionalGeneration",
+        transformers.Qwen2_5_VLConfig(text_config={**TINY, "rope_parameters": _MROPE}),
+        "mrope",
+    ),
+    ("LlamaForCausalLM", transformers.LlamaConfig(**TINY, use_ngram_embedding=True, ngram_embedding_n=2), "n-gram"),
+]
+
+
+@pytest.mark.parametrize("architecture", SERVED_MODELS)
+def test_models_of_plain_attention_are_served(tmp_path: Path, architecture: str) -> None:
+    path = tiny_config_dir(tmp_path, SERVED_MODELS[architecture], architecture)
+    refuse_model(model_config_of(RKVServerArgs(model_path=path)))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "why"), REFUSED_MODELS, ids=[f"{row[0]}-{row[2]}" for row in REFUSED_MODELS]
+)
+def test_models_of_another_kind_are_refused(tmp_path: Path, architecture: str, config: Any, why: str) -> None:
+    path = tiny_config_dir(tmp_path, config, architecture)
+    message = message_of(refuse_model, model_config_of(RKVServerArgs(model_path=path)))
+    assert message.startswith(f"--model-path {path} ({architecture}) cannot be served with a --kv-policy: ")
+    assert why in message and message.endswith("; serve it with --kv-policy none")
+
+
+def attention_layer(layer_id: int, **settings: Any) -> RadixAttention:
+    return RadixAttention(num_heads=2, head_dim=8, scaling=1.0, num_kv_heads=1, layer_id=layer_id, **settings)
+
+
+def kv_pool(kind: type[MHATokenToKVPool] = MHATokenToKVPool, **settings: Any) -> MHATokenToKVPool:
+    shape = {"size": 16, "page_size": 4, "dtype": torch.float32, "head_num": 1, "head_dim": 8, "layer_num": 2}
+    return kind(**{**shape, "device": "cpu", "enable_memory_saver": False, **settings})
+
+
+def scheduler_with(
+    *,
+    pool: MHATokenToKVPool | None = None,
+    allocator_kind: type[Any] = PagedTokenToKVPoolAllocator,
+    layers: tuple[RadixAttention, ...] = (),
+    **settings: Any,
+) -> Any:
+    """A scheduler as far as the check looks at it: its real parts, without a model."""
+    pool = pool or kv_pool()
+    page = {} if allocator_kind is TokenToKVPoolAllocator else {"page_size": 4}
+    allocator = allocator_kind(16, dtype=pool.dtype, device="cpu", kvcache=pool, need_sort=False, **page)
+    model = torch.nn.ModuleList(layers or (attention_layer(1), attention_layer(0)))
+    parts = {
+        "token_to_kv_pool_allocator": allocator,
+        "tree_cache": object.__new__(UnifiedRadixCache),
+        "is_hybrid_swa": False,
+        "is_hybrid_ssm": False,
+        "tp_worker": SimpleNamespace(model_runner=SimpleNamespace(model=model)),
+    }
+    return SimpleNamespace(**{**parts, **settings})
+
+
+def kv_pool_by_heads() -> MHATokenToKVPool:
+    with envs.SGLANG_USE_HND_KVCACHE.override(True):
+        return kv_pool()
+
+
+class OtherPool(MHATokenToKVPool):
+    pass
+
+
+class OtherAllocator(PagedTokenToKVPoolAllocator):
+    pass
+
+
+class OtherTree(UnifiedRadixCache):
+    pass
+
+
+def with_temperature() -> RadixAttention:
+    layer = attention_layer(1)
+    layer.xai_temperature_len = 1024
+    return layer
+
+
+RUNTIMES = [
+    (lambda: {"pool": kv_pool(OtherPool)}, "built OtherPool, and the policy knows MHATokenToKVPool"),
+    (lambda: {"allocator_kind": OtherAllocator}, "knows TokenToKVPoolAllocator or PagedTokenToKVPoolAllocator"),
+    (lambda: {"tree_cache": object.__new__(OtherTree)}, "built OtherTree, and the policy knows UnifiedRadixCache"),
+    (lambda: {"is_hybrid_swa": True}, "second cache"),
+    (lambda: {"is_hybrid_ssm": True}, "second cache"),
+    (lambda: {"pool": kv_pool_by_heads()}, "layout hnd"),
+    (lambda: {"pool": kv_pool(dtype=torch.float8_e4m3fn)}, "stores torch.float8_e4m3fn"),
+    (lambda: {"layers": (attention_layer(0), attention_layer(1, sliding_window_size=16))}, "layer 1 has a sliding"),
+    (lambda: {"layers": (attention_layer(0, use_irope=True), attention_layer(1))}, "layer 0 has a sliding"),
+    (lambda: {"layers": (attention_layer(0), with_temperature())}, "layer 1 scales by length"),
+    (lambda: {"layers": (attention_layer(0), attention_layer(1, is_cross_attention=True))}, "not causal"),
+    (lambda: {"layers": (attention_layer(0, attn_type=AttentionType.ENCODER_ONLY), attention_layer(1))}, "not causal"),
+    (lambda: {"layers": (attention_layer(0), attention_layer(0), attention_layer(1))}, "3 attention layers share 2"),
+    (lambda: {"layers": (attention_layer(0),)}, "1 attention layers share 2"),
+]
+
+
+@pytest.fixture(scope="module")
+def model_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    path = tiny_config_dir(tmp_path_factory.mktemp("llama"), transformers.LlamaConfig(**TINY), "LlamaForCausalLM")
+    return model_config_of(RKVServerArgs(model_path=path))
+
+
+@pytest.mark.parametrize("allocator_kind", [TokenToKVPoolAllocator, PagedTokenToKVPoolAllocator])
+def test_a_scheduler_with_the_parts_that_the_policy_knows_is_served(model_config: Any, allocator_kind: Any) -> None:
+    args = RKVServerArgs(model_path="m", kv_policy="rkv")
+    refuse_runtime(scheduler_with(allocator_kind=allocator_kind, server_args=args, model_config=model_config))
+
+
+@pytest.mark.parametrize(("parts", "why"), RUNTIMES, ids=[why for _, why in RUNTIMES])
+def test_a_scheduler_with_other_parts_is_refused(model_config: Any, parts: Any, why: str) -> None:
+    args = RKVServerArgs(model_path="m", kv_policy="rkv")
+    message = message_of(refuse_runtime, scheduler_with(server_args=args, model_config=model_config, **parts()))
+    assert why in message and message.endswith("; serve them with --kv-policy none")
+    off = RKVServerArgs(model_path="m")
+    refuse_runtime(scheduler_with(server_args=off, model_config=model_config, **parts()))
+
+
+def test_a_scheduler_looks_at_flags_and_model_again(model_config: Any, tmp_path: Path) -> None:
+    flags = RKVServerArgs(model_path="m", kv_policy="rkv", enable_lmcache=True)
+    assert "--enable-lmcache" in message_of(
+        refuse_runtime, scheduler_with(server_args=flags, model_config=model_config)
+    )
+    gemma = tiny_config_dir(tmp_path, transformers.Gemma2Config(**TINY), "Gemma2ForCausalLM")
+    other = model_config_of(RKVServerArgs(model_path=gemma))
+    args = RKVServerArgs(model_path="m", kv_policy="rkv")
+    assert "sliding_attention" in message_of(refuse_runtime, scheduler_with(server_args=args, model_config=other))

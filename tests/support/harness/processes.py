@@ -1,0 +1,72 @@
+"""The bodies of the two kinds of process of a run: what a server's launcher does, and what its scheduler does."""
+
+import os
+import pickle
+import signal
+import sys
+import traceback
+from typing import Any
+
+from tests.support.harness.gate import Gate
+
+
+def launcher_process(flags: list[str], writer: int) -> None:
+    try:
+        from sglang.srt.plugins import load_plugins
+
+        load_plugins()
+        from sglang.srt.entrypoints.engine import _set_envs_and_config
+        from sglang.srt.parser.template_detection import resolve_auto_parsers
+        from sglang.srt.server_args import PortArgs, prepare_server_args
+
+        before = dict(os.environ)
+        server_args = prepare_server_args(flags)
+        server_args.resolve_once()
+        _set_envs_and_config(server_args)
+        server_args.check_server_args()
+        resolve_auto_parsers(server_args)
+        port_args = PortArgs.init_new(server_args)
+        env = {name: value for name, value in os.environ.items() if before.get(name) != value}
+        with os.fdopen(writer, "wb") as pipe:
+            pipe.write(pickle.dumps({"arguments": pickle.dumps((server_args, port_args)), "env": env}))
+        code = 0
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def scheduler_process(job: dict[str, Any], arguments: bytes, tp_rank: int, writer: Any) -> None:
+    import torch
+    from sglang.srt.managers.scheduler import run_scheduler_process
+
+    torch.set_num_threads(job["num_threads"])
+    # As in a spawned child, the arguments are unpickled before the plugins are loaded.
+    server_args, port_args = pickle.loads(arguments)
+    Gate(job["arrivals"], job["controls"]).register()
+    # It swallows its exception after printing it; the parent sees the exit code.
+    failed: list[bool] = []
+    signal.signal(signal.SIGQUIT, lambda signum, frame: None)
+    from sglang.srt.managers import scheduler
+
+    def get_exception_traceback() -> str:
+        failed.append(True)
+        return traceback.format_exc()
+
+    scheduler.get_exception_traceback = get_exception_traceback
+    gpu_id = server_args.base_gpu_id + tp_rank * server_args.gpu_id_step
+    try:
+        run_scheduler_process(server_args, port_args, gpu_id, tp_rank, 0, None, writer)
+    except BaseException:
+        traceback.print_exc()
+        failed.append(True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # At once: the sockets of a scheduler that failed may wait for a reader for ever.
+    os._exit(1 if failed else 0)

@@ -1,0 +1,66 @@
+"""The process that imports SGLang once and forks a job for every run. Started by ``scheduler.py``; one argument, the
+address of its socket. It must stay single-threaded and must not run any torch operation, or forks would hang."""
+
+import importlib
+import os
+import select
+import signal
+import sys
+from multiprocessing.connection import Listener
+
+# What a scheduler of a small Llama or Qwen3 imports on the way to its first token, beyond its own module.
+_PRELOAD = (
+    "sglang.srt.managers.scheduler",
+    "sglang.srt.entrypoints.engine",
+    "sglang.srt.models.registry",
+    "sglang.srt.layers.attention.torch_native_backend",
+    "sglang.srt.arg_groups.pipeline",
+    "sglang.srt.arg_groups.model_path_hook",
+    "sglang.srt.arg_groups.resolution_hooks",
+    "sglang.srt.distributed.device_communicators.custom_all_reduce",
+    "sglang.srt.distributed.device_communicators.pymscclpp",
+    "sglang.srt.distributed.device_communicators.shm_broadcast",
+    "sglang.srt.distributed.device_communicators.torch_symm_mem",
+    "sglang.srt.dllm.algorithm",
+    "sglang.srt.layers.attention.qsa.config",
+    "sglang.srt.mem_cache.prefill_budget",
+    "sglang.srt.mem_cache.rust_tree_core.adapter",
+    "sglang.srt.parser.template_detection",
+)
+
+
+def main(address: str) -> None:
+    for name in _PRELOAD:
+        importlib.import_module(name)
+    from sglang.srt.models.registry import ModelRegistry
+
+    assert ModelRegistry.models
+    import tests.support.harness.job as job
+
+    # Listen under another name first: the file's being there means "ready".
+    listener = Listener(address + ".starting", family="AF_UNIX")
+    os.rename(address + ".starting", address)
+    while True:
+        readable, _, _ = select.select([listener._listener._socket, sys.stdin], [], [], 1.0)  # type: ignore[attr-defined]
+        if sys.stdin in readable and not os.read(sys.stdin.fileno(), 1):
+            break
+        if listener._listener._socket in readable:  # type: ignore[attr-defined]
+            connection = listener.accept()
+            if os.fork() == 0:
+                listener._listener._socket.close()  # type: ignore[attr-defined]
+                job.main(connection)
+            connection.close()
+        _reap()
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+def _reap() -> None:
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0] != 0:
+            pass
+    except ChildProcessError:
+        return
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,205 @@
+"""What a served request must answer: greedy decoding over a dense cache with compactions, in plain torch, fp32, CPU.
+
+Nothing here comes from the code under test. Every step is a literal reading of the policy's definition, so a server's
+output can be compared token by token, whatever its page size, prefix cache, scheduling or batch.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from tests.support.oracle.decoder import Decoder, LayerCache, load_model, one_thread
+from tests.support.oracle.scores import ScoreFunction, ScoreInputs, rkv_scores
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """One compaction of a request, all layers and heads.
+
+    Attributes:
+        num_outputs: Output tokens produced before it; the last of them is not resident yet.
+        kept_positions: Logical positions kept, prompt included, sorted,
+            ``[num_layers, num_kv_heads, prompt_len + budget]``, int64.
+        candidate_positions: Logical positions of the generated tokens that were resident before it, but for the window,
+            ``[num_layers, num_kv_heads, num_candidates]``, int64.
+        candidate_scores: Their scores, the same shape, fp32.
+        margins: Score of the worst candidate kept minus score of the best dropped, ``[num_layers, num_kv_heads]``.
+            Where it is about the size of a rounding error, another right implementation may keep another token.
+    """
+
+    num_outputs: int
+    kept_positions: torch.Tensor
+    candidate_positions: torch.Tensor
+    candidate_scores: torch.Tensor
+    margins: torch.Tensor
+
+
+@dataclass(frozen=True)
+class DenseResult:
+    """A request's answer and how it came about. All lists but the last have one entry per output token.
+
+    Attributes:
+        output_ids: Tokens, the end-of-sequence token included if one ended the answer.
+        logprobs: Log-probability of each output token (temperature 1).
+        logit_gaps: Best logit minus second best. Where it is tiny, another right implementation may choose otherwise.
+        resident_lens: Tokens that attention saw when the output token was computed, the one just fed included.
+        compactions: In order of time.
+    """
+
+    output_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    logit_gaps: list[float] = field(default_factory=list)
+    resident_lens: list[int] = field(default_factory=list)
+    compactions: list[Compaction] = field(default_factory=list)
+
+    def num_certain_outputs(self, *, logit_tolerance: float = 1e-4, score_tolerance: float = 3e-8) -> int:
+        """Return how many leading output tokens no near-tie, of logits or of scores at a cut, puts in doubt.
+
+        The tolerances are some ten times what another order of summation was seen to change in tiny models.
+        """
+        by_logits = next((i for i, gap in enumerate(self.logit_gaps) if gap < logit_tolerance), len(self.output_ids))
+        close_cuts = (c.num_outputs for c in self.compactions if c.margins.min() < score_tolerance)
+        return min(by_logits, next(close_cuts, by_logits))
+
+
+@torch.inference_mode()
+def dense_generate(
+    model: PreTrainedModel | Path | str,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    *,
+    budget: int,
+    buffer: int,
+    window: int = 8,
+    mix_lambda: float = 0.1,
+    kernel_size: int = 7,
+    similarity_threshold: float = 0.5,
+    eos_token_ids: Collection[int] = (),
+    recompute_at: Collection[int] = (),
+    restore_at: Collection[int] = (),
+    restored_in_flight: bool = False,
+    forced_output_ids: Sequence[int] | None = None,
+    score: ScoreFunction | None = None,
+) -> DenseResult:
+    """Generate greedily, keeping ``budget`` generated tokens per layer and KV head at each compaction.
+
+    A compaction happens right before a decode step, as soon as the KV of ``budget + buffer`` generated tokens is
+    resident and ``window`` tokens were decoded since the last prefill. A generated token becomes resident when it is
+    fed. Decode steps use logical positions; compactions move no position.
+
+    Args:
+        model: A Llama or Qwen3 model, or the folder of one (read once a process).
+        prompt_ids: At least one token; all of them are always kept.
+        eos_token_ids: Tokens that end the answer.
+        recompute_at: Numbers of output tokens after which the request is retracted: prompt and outputs so far are
+            prefilled again with full attention before the next token.
+        restore_at: Numbers of output tokens after which the request is retracted and comes back with what it held: the
+            last output is fed again to the cache as it is, and decode queries are counted anew.
+        restored_in_flight: At each of ``restore_at`` the next token was being computed, as under overlap scheduling: it
+            is forgotten and computed once more, after a compaction if one was due.
+        forced_output_ids: Take these as outputs instead of the greedy ones: ``logprobs`` then judges a sampled answer,
+            or one that went another way at a near-tie. Generation stops when they run out.
+        score: The policy, such as ``policy_scores.score_function`` makes one; R-KV with the settings above when
+            ``None``.
+
+    Raises:
+        ValueError: The budget leaves no room beside the window, or the model is of another kind.
+    """
+    if budget <= window:
+        raise ValueError(f"budget {budget} must be greater than window {window}, which is kept inside it")
+    model = model if isinstance(model, PreTrainedModel) else load_model(Path(model))
+    if score is None:
+        score = partial(
+            rkv_scores, mix_lambda=mix_lambda, kernel_size=kernel_size, similarity_threshold=similarity_threshold
+        )
+    if forced_output_ids is not None:
+        max_new_tokens = min(max_new_tokens, len(forced_output_ids))
+    decoder = Decoder(model)
+    prompt_len = len(prompt_ids)
+    caches = decoder.new_caches(prompt_len + max_new_tokens, window)
+    result = DenseResult()
+    num_decoded_since_prefill = 0
+    with one_thread():
+        logits = decoder.forward(list(prompt_ids), 0, caches)
+        while True:
+            num_outputs = len(result.output_ids)
+            forced_id = None if forced_output_ids is None else forced_output_ids[num_outputs]
+            _append_output(result, logits, forced_id, caches[0].length)
+            num_outputs += 1
+            if num_outputs == max_new_tokens or result.output_ids[-1] in eos_token_ids:
+                return result
+            if num_outputs in recompute_at:
+                for layer_cache in caches:
+                    layer_cache.clear()
+                logits = decoder.forward([*prompt_ids, *result.output_ids], 0, caches)
+                num_decoded_since_prefill = 0
+                continue
+            is_restored = num_outputs in restore_at
+            position = prompt_len + num_outputs - 1
+            for is_in_flight in [True, False] if is_restored and restored_in_flight else [False]:
+                num_resident_generated = caches[0].length - prompt_len
+                if num_resident_generated >= budget + buffer and num_decoded_since_prefill >= window:
+                    num_seen = num_outputs + (is_restored and restored_in_flight and not is_in_flight)
+                    result.compactions.append(_compact(caches, num_seen, prompt_len, budget, window, score))
+                if is_in_flight:
+                    decoder.forward(result.output_ids[-1:], position, caches)
+                    num_decoded_since_prefill += 1
+            if is_restored and restored_in_flight:
+                for layer_cache in caches:
+                    layer_cache.drop_last()
+            logits = decoder.forward(result.output_ids[-1:], position, caches)
+            num_decoded_since_prefill += 1
+            if is_restored:
+                num_decoded_since_prefill = 0
+                for layer_cache in caches:
+                    layer_cache.queries.clear()
+
+
+def _append_output(result: DenseResult, logits: torch.Tensor, forced_id: int | None, resident_len: int) -> None:
+    (best, second), (best_id, _) = (pair.tolist() for pair in logits.topk(2))
+    output_id = best_id if forced_id is None else forced_id
+    result.output_ids.append(output_id)
+    result.logprobs.append(logits.log_softmax(dim=-1)[output_id].item())
+    result.logit_gaps.append(best - second)
+    result.resident_lens.append(resident_len)
+
+
+def _compact(
+    caches: list[LayerCache], num_outputs: int, prompt_len: int, budget: int, window: int, score: ScoreFunction
+) -> Compaction:
+    kept_positions, candidate_positions, candidate_scores, margins = [], [], [], []
+    num_kept_candidates = budget - window
+    for layer_cache in caches:
+        window_start = layer_cache.length - window
+        window_queries = torch.stack(tuple(layer_cache.queries), dim=1)
+        scores = score(
+            ScoreInputs(
+                layer_cache.keys,
+                layer_cache.values,
+                window_queries,
+                layer_cache.positions,
+                prompt_len,
+                layer_cache.memory,
+            )
+        )
+        ranked_scores, ranked = scores[:, prompt_len:].sort(dim=-1, descending=True, stable=True)
+        kept_candidates = ranked[:, :num_kept_candidates].sort(dim=-1).values + prompt_len
+        num_kv_heads = scores.shape[0]
+        prompt = torch.arange(prompt_len).expand(num_kv_heads, -1)
+        window_indices = torch.arange(window_start, layer_cache.length).expand(num_kv_heads, -1)
+        candidate_positions.append(layer_cache.positions[:, prompt_len:window_start].clone())
+        candidate_scores.append(scores[:, prompt_len:])
+        margins.append(ranked_scores[:, num_kept_candidates - 1] - ranked_scores[:, num_kept_candidates])
+        layer_cache.keep(torch.cat((prompt, kept_candidates, window_indices), dim=-1))
+        kept_positions.append(layer_cache.positions.clone())
+    return Compaction(
+        num_outputs,
+        torch.stack(kept_positions),
+        torch.stack(candidate_positions),
+        torch.stack(candidate_scores),
+        torch.stack(margins),
+    )
