@@ -21,6 +21,7 @@ from benchmarks.common.tables import (
     SCORING_RANDOM,
     SERVE_CHECK,
     SERVING,
+    THROUGHPUT,
 )
 
 
@@ -88,6 +89,7 @@ BENCHMARKS = (
     Benchmark("frontend", "benchmarks.frontend", (Plot("benchmarks.frontend.report:plot", (FRONTEND,)),)),
     Benchmark("memory", "benchmarks.memory", (Plot("benchmarks.memory:plot", (MEMORY,)),)),
     Benchmark("serving", "benchmarks.serving", (Plot("benchmarks.serving.report:plot", (SERVING,)),)),
+    Benchmark("throughput", "benchmarks.gpu.throughput", (Plot("benchmarks.gpu.throughput:plot", (THROUGHPUT,)),)),
     Benchmark(
         "serve_check", "benchmarks.gpu.serve_check", (Plot("benchmarks.gpu.serve_check:plot", (SERVE_CHECK, RACES)),)
     ),

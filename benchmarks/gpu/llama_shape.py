@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 VOCAB_SIZE = 128256
+# On a server's PYTHONPATH: the plugin that fills such a model.
+WEIGHTS = Path(__file__).parent / "weights"
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

@@ -32,7 +32,7 @@ from benchmarks.common.schema import Row, Table, hardware_folder, read_table, ru
 from benchmarks.common.statistics import compactions_before
 from benchmarks.common.tables import RACES, SERVE_CHECK
 from benchmarks.gpu.decode_log import Step, read_steps, steady
-from benchmarks.gpu.llama_shape import VOCAB_SIZE, write_model
+from benchmarks.gpu.llama_shape import VOCAB_SIZE, WEIGHTS, write_model
 from devtools.launch import Server, ServerError, exit_on_sigterm, has_gpu, launched_server
 
 NONE = "none"
@@ -60,7 +60,6 @@ GPU_FLAGS = (
     *("--dtype", "bfloat16", "--attention-backend", "triton", "--mem-fraction-static", "0.8"),
     *("--context-length", "16384", "--cuda-graph-max-bs-decode", "64", "--max-running-requests", "64"),
 )
-WEIGHTS = Path(__file__).parent / "weights"
 
 
 @dataclass

@@ -1,0 +1,193 @@
+"""Throughput on a real server where memory is the limit: R-KV against SGLang as it is.
+
+    python -m benchmarks.gpu.throughput [--out FOLDER] [--rounds 2] [--num-requests 24] [--prompt-len 64]
+        [--num-tokens 2048] [--pool-requests 4] [--budget 256] [--buffer 64] [--model PATH] [--flags "..."] [--smoke]
+
+The pool holds as many whole requests as ``--pool-requests`` says. Both servers start side by side, then take turns: in
+every round each gets the same requests, all at once, so that they are compacted in lockstep. Without ``--model`` it
+serves the shape of Llama-3.1-8B with made-up weights. Times between tokens are those between SGLang's own decode log
+lines, prefills included. Writes ``throughput.csv`` after every row, ``throughput.json`` and ``throughput.png``, and the
+servers' logs; ends with status 1 if an answer is not as long or not as often compacted as it must be.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import re
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common.schema import Row, hardware_folder, read_table, run_info, write_table
+from benchmarks.common.settings import Setting, no_policy, policy_setting
+from benchmarks.common.statistics import compactions_before
+from benchmarks.common.tables import THROUGHPUT
+from benchmarks.gpu.decode_log import read_steps
+from benchmarks.gpu.llama_shape import VOCAB_SIZE, WEIGHTS, write_model
+from devtools.launch import Server, ServerError, exit_on_sigterm, has_gpu, launched_server
+
+SMOKE: dict[str, Any] = {
+    "rounds": 1,
+    "num_requests": 8,
+    "prompt_len": 16,
+    "num_tokens": 192,
+    "pool_requests": 2,
+    "budget": 32,
+    "buffer": 16,
+}
+GPU_FLAGS = ("--dtype", "bfloat16", "--attention-backend", "triton", "--context-length", "16384")
+_RETRACTED = re.compile(r"#retracted_reqs: (\d+)")
+
+
+def run_round(server: Server, setting: Setting, number: int, options: argparse.Namespace) -> tuple[Row, list[str]]:
+    """Return the row of one server in one round, and what is wrong with it."""
+    rng = random.Random(number)
+    prompts = [
+        [rng.randrange(3, options.vocab_size) for _ in range(options.prompt_len)] for _ in range(options.num_requests)
+    ]
+    server.flush_cache()
+    offset = server.log_path.stat().st_size
+    start = time.perf_counter()
+    answers = server.generate(prompts, options.num_tokens)
+    seconds = time.perf_counter() - start
+    # The last lines may be a moment behind the answer.
+    time.sleep(1)
+    log = server.log_since(offset)
+    steps = read_steps(log)
+    times = [step.time_ms for step in steps] or [float("nan")]
+    compactions = sum(int(answer["meta_info"].get("kv_compactions", 0)) for answer in answers)
+    retractions = sum(int(count) for count in _RETRACTED.findall(log))
+    row: Row = {
+        "setting": setting.name,
+        "round": number,
+        "seconds": round(seconds, 3),
+        "tokens_per_s": round(options.num_requests * options.num_tokens / seconds, 1),
+        "running_p50": int(np.percentile([step.running for step in steps] or [0], 50)),
+        "running_max": max((step.running for step in steps), default=0),
+        "retractions": retractions,
+        "step_p50_ms": round(float(np.percentile(times, 50)), 4),
+        "step_p99_ms": round(float(np.percentile(times, 99)), 4),
+        "compactions": compactions,
+        "pool": options.pool,
+        **{name: getattr(options, name) for name in ("num_requests", "prompt_len", "num_tokens", "budget", "buffer")},
+    }
+    expected = 0
+    if setting.policy is not None:
+        expected = len(answers) * compactions_before(options.num_tokens - 1, options.budget, options.buffer)
+    # A request that is preempted and computed again is compacted at other steps.
+    wrong = compactions != expected and retractions == 0
+    return row, [f"{setting.name}: {compactions} compactions instead of {expected}"] if wrong else []
+
+
+def run_all(folder: Path, options: argparse.Namespace) -> list[str]:
+    """Run all rounds and return what is wrong."""
+    model = options.model or str(write_model(options.work / "llama-3.1-8b-shape", tiny=options.smoke))
+    flags = [*(GPU_FLAGS if has_gpu() else ()), "--max-total-tokens", str(options.pool), "--decode-log-interval", "1"]
+    flags += shlex.split(options.flags)
+    environment = {}
+    if not options.model:
+        flags += ["--load-format", "dummy"]
+        environment["PYTHONPATH"] = os.pathsep.join([str(WEIGHTS), os.environ.get("PYTHONPATH", "")])
+    settings = (policy_setting("rkv", options.budget, options.buffer, name="rkv"), no_policy())
+    rows: list[Row] = []
+    problems: list[str] = []
+    info = run_info(**{name: str(value) for name, value in vars(options).items()})
+
+    def start(setting: Setting) -> Any:
+        log_path = folder / f"throughput_{setting.name}.log"
+        context = launched_server(model, *flags, *setting.flags, log_path=log_path, environment=environment)
+        return context, context.__enter__()
+
+    print("starting the servers ...", flush=True)
+    with ThreadPoolExecutor() as pool, contextlib.ExitStack() as stack:
+        servers = []
+        for setting, starting in [(setting, pool.submit(start, setting)) for setting in settings]:
+            context, server = starting.result()
+            stack.push(context.__exit__)
+            servers.append((setting, server))
+        print("ready", flush=True)
+        for number in range(options.rounds):
+            for setting, server in servers:
+                row, wrong = run_round(server, setting, number, options)
+                rows.append(row)
+                problems += wrong
+                print("\n".join([str(row), *wrong]), flush=True)
+                write_table(folder, THROUGHPUT, rows, {**info, "problems": problems})
+    return problems
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """Return one line with the ratio of the throughputs, round by round."""
+    speeds = {(row["setting"], row["round"]): float(row["tokens_per_s"]) for row in rows}
+    ratios = [speed / speeds["none", round_] for (name, round_), speed in speeds.items() if name == "rkv"]
+    return f"rkv over none, round by round: {', '.join(f'{ratio:.2f}' for ratio in ratios)}"
+
+
+def plot(folder: Path) -> Path:
+    """Draw ``throughput.png`` from the CSV in ``folder``: one bar a server, one dot a round."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read_table(folder, THROUGHPUT)
+    columns = ("tokens_per_s", "running_p50", "step_p50_ms", "step_p99_ms")
+    figure, places = pyplot.subplots(1, len(columns), figsize=(10, 2.8), layout="constrained")
+    names = list(dict.fromkeys(str(row["setting"]) for row in rows))
+    for axes, column in zip(places, columns, strict=True):
+        for place, name in enumerate(names):
+            values = [float(row[column]) for row in rows if row["setting"] == name]
+            axes.bar(place, statistics.mean(values), alpha=0.5)
+            axes.plot([place] * len(values), values, "k.")
+        axes.set_xticks(range(len(names)), names)
+        axes.set_title(column)
+    path = folder / "throughput.png"
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
+
+
+def main() -> int:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or hub name; default: the shape of Llama-3.1-8B, made-up weights")
+    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help="prompts are random ids below it")
+    for flag, default in (
+        *(("--rounds", 2), ("--num-requests", 24), ("--prompt-len", 64), ("--num-tokens", 2048)),
+        *(("--pool-requests", 4), ("--budget", 256), ("--buffer", 64)),
+    ):
+        parser.add_argument(flag, type=int, default=default, help="default %(default)s")
+    parser.add_argument("--flags", default="", help="further flags of both servers, in one string")
+    parser.add_argument("--work", type=Path, default=Path(".cache/serve_check"), help="made-up models")
+    parser.add_argument("--out", type=Path, help="folder of the results, default benchmarks/results/HARDWARE")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model and short answers; needs --out")
+    options = parser.parse_args()
+    if options.smoke:
+        if options.out is None:
+            parser.error("--smoke must not overwrite results: name another folder with --out")
+        vars(options).update(SMOKE, work=options.out / "work")
+    # Beside whole requests a little, since SGLang wants something to be left.
+    options.pool = options.pool_requests * (options.prompt_len + options.num_tokens) + 64
+    exit_on_sigterm()
+    folder = options.out or hardware_folder()
+    try:
+        problems = run_all(folder, options)
+    except ServerError as error:
+        print(f"throughput: {error}", file=sys.stderr)
+        return 1
+    print(f"\n{summary(read_table(folder, THROUGHPUT))}\n{plot(folder)}")
+    for problem in problems:
+        print(f"throughput: {problem}", file=sys.stderr)
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
