@@ -1,0 +1,1 @@
+"""Everything that knows SGLang. Imports point down: hooking, startup, runtime, hooks, doctor, plugin."""

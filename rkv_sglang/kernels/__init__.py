@@ -1,0 +1,1 @@
+"""Triton kernels and their torch forms, on paged pools: capture queries, score, select, move."""

@@ -1,0 +1,1 @@
+"""Inside a scheduler process with a policy."""

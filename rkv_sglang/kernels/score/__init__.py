@@ -1,0 +1,1 @@
+"""Scores of a whole batch, straight from the paged pool."""
