@@ -80,7 +80,7 @@ def run_round(server: Server, setting: Setting, number: int, options: argparse.N
         **{name: getattr(options, name) for name in ("num_requests", "prompt_len", "num_tokens", "budget", "buffer")},
     }
     expected = 0
-    if setting.policy is not None:
+    if setting.config is not None:
         expected = len(answers) * compactions_before(options.num_tokens - 1, options.budget, options.buffer)
     # A request that is preempted and computed again is compacted at other steps.
     wrong = compactions != expected and retractions == 0

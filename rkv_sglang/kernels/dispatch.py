@@ -42,11 +42,11 @@ def runs_triton(buffers: PagedBuffers) -> bool:
 def working_bytes_per_token(keys: PagedBuffers) -> int:
     """Return about how much memory ``compact_paged`` holds besides its arguments for each resident token of a batch.
 
-    Per layer and head: five numbers of 4 bytes; the policies that compare keys with their mean hold two, and for each
+    Per layer and head: six numbers of 4 bytes; the policies that compare keys with their mean hold two, and for each
     block of at least 32 tokens a row of fp32 sums.
     """
     block_sums = 4 * padded_head_dim(keys.head_dim)
-    return keys.num_layers * keys.num_kv_heads * max(20, 8 + block_sums // 32)
+    return keys.num_layers * keys.num_kv_heads * max(24, 8 + block_sums // 32)
 
 
 @torch.no_grad()

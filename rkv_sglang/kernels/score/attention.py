@@ -3,7 +3,7 @@
 Source: arXiv 2505.24133.
 
 Two kernels, whatever the number of layers, heads and requests: one reads the keys, one pools and combines. No L x L
-matrix: 16 bytes per token and head beside the result. The function is that of ``rkv_sglang.algorithm.scoring`` with its
+matrix: 20 bytes per token and head beside the result. The function is that of ``rkv_sglang.algorithm.scoring`` with its
 sums in another order.
 """
 
@@ -195,9 +195,13 @@ def run_key_passes(
         return torch.empty(shape, dtype=dtype, device=keys.device)
 
     attention, column_means = (empty(num_layers, keys.num_kv_heads, num_tokens) for _ in range(2))
-    exp_sums = exempt = waiting = None
+    exp_sums = factors = exempt = waiting = None
     if threshold is not None:
-        exp_sums, exempt = empty(num_heads, num_requests), empty(num_heads, num_tokens)
+        exp_sums, factors, exempt = (
+            empty(num_heads, num_requests),
+            empty(num_heads, num_tokens),
+            empty(num_heads, num_tokens),
+        )
         waiting = empty(2, num_heads, num_tokens, dtype=torch.int32)
     # The heads of a request one after the other: they lie in the same slots.
     score_request_kernel[num_heads, num_requests](
@@ -210,6 +214,7 @@ def run_key_passes(
         attention_ptr=attention,
         column_means_ptr=column_means if threshold is not None else None,
         exp_sums_ptr=exp_sums,
+        factors_ptr=factors,
         exempt_ptr=exempt,
         waiting_ptr=waiting,
         num_kv_heads=keys.num_kv_heads,

@@ -134,7 +134,7 @@ def _signature(kernel: Any, query_type: str, with_redundancy: bool) -> tuple[dic
         "waiting_ptr": "*i32",
     }
     fractions = ("softmax_scale", "threshold", "importance_weight", "redundancy_weight")
-    unused = {"exp_sums_ptr", "exempt_ptr", "waiting_ptr", "column_means_ptr"}
+    unused = {"exp_sums_ptr", "factors_ptr", "exempt_ptr", "waiting_ptr", "column_means_ptr"}
     signature: dict[str, str] = {}
     absent: dict[str, Any] = {}
     for name in kernel.arg_names:

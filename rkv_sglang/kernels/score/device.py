@@ -169,13 +169,13 @@ def _larger(left, right):
 
 @triton.jit
 def _largest_of_heads(products, first_head, GROUP_SIZE: tl.constexpr, BLOCK_W: tl.constexpr, HEADS: tl.constexpr):
-    """Return the largest product of the heads that exist, ``[BLOCK_W, BLOCK]``, of ``[HEADS * BLOCK_W, BLOCK]``."""
+    """Return the largest product of the heads that exist, ``[BLOCK, BLOCK_W]``, of ``[BLOCK, HEADS * BLOCK_W]``."""
     if HEADS == 1:
         return products
     heads = first_head + tl.arange(0, HEADS)
-    by_head = tl.reshape(products, [HEADS, BLOCK_W, products.shape[1]])
-    by_head = tl.where((heads < GROUP_SIZE)[:, None, None], by_head, float("-inf"))
-    return tl.reduce(by_head, 0, _larger)
+    by_head = tl.reshape(products, [products.shape[0], HEADS, BLOCK_W])
+    by_head = tl.where((heads < GROUP_SIZE)[None, :, None], by_head, float("-inf"))
+    return tl.reduce(by_head, 1, _larger)
 
 
 @triton.jit
@@ -202,13 +202,13 @@ def window_logits(
     E4M3: tl.constexpr,
     QUERY_ALIGNMENT: tl.constexpr,
 ):
-    """Return the largest logit over the query group, ``[BLOCK_W, BLOCK]``, fp32; -inf where a key is not scored.
+    """Return the largest logit over the query group, ``[BLOCK, BLOCK_W]``, fp32; -inf where a key is not scored.
 
     ``queries``, ``query_rows`` and ``observed`` are those of the first ``HEADS`` heads, from ``load_queries``; those of
-    others are read here. Rows from ``WINDOW`` on are of no window token: their logits are 0.
+    others are read here. Columns from ``WINDOW`` on are of no window token: their logits are 0.
     """
     products = dot_rows(
-        queries, keys, query_rows, observed, rows, inside, HEAD_DIM, BLOCK_D, DOT_WIDTH, DOT_DTYPE, E4M3
+        keys, queries, rows, inside, query_rows, observed, HEAD_DIM, BLOCK_D, DOT_WIDTH, DOT_DTYPE, E4M3
     )
     logits = _largest_of_heads(products, 0, GROUP_SIZE, BLOCK_W, HEADS)
     for first_head in range(HEADS, GROUP_SIZE, HEADS):
@@ -226,7 +226,7 @@ def window_logits(
             QUERY_ALIGNMENT,
         )
         products = dot_rows(
-            others, keys, other_rows, exist, rows, inside, HEAD_DIM, BLOCK_D, DOT_WIDTH, DOT_DTYPE, E4M3
+            keys, others, rows, inside, other_rows, exist, HEAD_DIM, BLOCK_D, DOT_WIDTH, DOT_DTYPE, E4M3
         )
         logits = _larger(logits, _largest_of_heads(products, first_head, GROUP_SIZE, BLOCK_W, HEADS))
-    return tl.where(scored[None, :], logits * factor, float("-inf"))
+    return tl.where(scored[:, None], logits * factor, float("-inf"))
