@@ -64,8 +64,8 @@ WEIGHT_BYTES = 8.03e9 * 2
 # Beyond this many requests the worst case teaches nothing new.
 MOST_RANDOM_DUE = 4
 WALL_ROUNDS = 2 if REHEARSAL else 10
-# What is held against the scoring kernel's own sizes, where its factors are not fp32: block, warps and stages.
-VARIANTS = ((64, 4, 2), (64, 4, 3), (64, 8, 2), (64, 8, 3), (32, 4, 2), (32, 4, 3))
+# The scoring kernels' warps that are held against each other.
+NUM_WARPS = (4, 8)
 SMOKE = {"lengths": [640], "due": [1]}
 
 
@@ -74,7 +74,7 @@ def measure_parts(report: Report, pool: Pool, num_tokens: int, num_requests: int
     requests = pool.requests(num_tokens, num_requests)
     pool.fill(requests)
     keys, values = pool.buffers.keys, pool.buffers.values
-    most_tokens = WORKING_BYTES // working_bytes_per_token(keys)
+    most_tokens = WORKING_BYTES // working_bytes_per_token(keys, WINDOW)
     batches = []
     for part in split_requests([num_tokens] * num_requests, most_tokens):
         lens = {name: [n] * len(requests[part]) for name, n in (("kv_lens", num_tokens), ("prompt_lens", 0))}
@@ -94,12 +94,11 @@ def measure_parts(report: Report, pool: Pool, num_tokens: int, num_requests: int
     extra = peak_extra_bytes(score)
     report.add(Row("score", *where, *gpu_times(score), extra_bytes=extra, note="bound: read K once"), key_bytes)
     shipped = score_config(keys.head_dim, choose_factor_dtype(keys.dtype, pool.queries.dtype))
-    for block, num_warps, num_stages in VARIANTS if num_requests > 1 else ():
-        other = replace(shipped, block=block, num_warps=num_warps, num_stages=num_stages)
-        if other != shipped:
-            note = f"{other} instead of {shipped}"
-            name = f"score_{block}_{num_warps}_{num_stages}"
-            report.add(Row(name, *where, *gpu_times(partial(score, other)), note=note), key_bytes)
+    for num_warps in NUM_WARPS:
+        if num_warps != shipped.num_warps:
+            other = partial(score, replace(shipped, num_warps=num_warps))
+            note = f"{num_warps} warps instead of {shipped.num_warps}"
+            report.add(Row(f"score_{num_warps}_warps", *where, *gpu_times(other), note=note), key_bytes)
 
     batch, scores = batches[-1], score()[-1]
     kept = select_kept_paged(scores, batch)

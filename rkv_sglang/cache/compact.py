@@ -75,7 +75,7 @@ def compact_requests(
         Per request, in order, what was kept.
     """
     compacted: list[Compacted] = []
-    token_bytes = working_bytes_per_token(buffers.keys)
+    token_bytes = working_bytes_per_token(buffers.keys, window)
     query_tokens = query_bytes // token_bytes
     num_tokens = [request.plan.resident_len + query_tokens for request in requests]
     for part in split_requests(num_tokens, _most_tokens(buffers, token_bytes)):

@@ -13,7 +13,7 @@ from torch import Tensor
 from rkv_sglang.algorithm.selection import select_kept
 from rkv_sglang.kernels.move import move_kept_paged, move_kept_torch
 from rkv_sglang.kernels.paged_batch import FP8_DTYPES, PagedBatch, PagedBuffers
-from rkv_sglang.kernels.score.config import padded_head_dim
+from rkv_sglang.kernels.score.config import padded_head_dim, padded_window
 from rkv_sglang.kernels.score.scorers import PAGED_SCORERS, History, PagedInputs, scores_of_kept
 from rkv_sglang.kernels.select import select_kept_paged
 from rkv_sglang.policies import Policy, ScoreInputs, is_stateful, needs_values
@@ -39,14 +39,14 @@ def runs_triton(buffers: PagedBuffers) -> bool:
     return buffers.device.type == "cuda"
 
 
-def working_bytes_per_token(keys: PagedBuffers) -> int:
+def working_bytes_per_token(keys: PagedBuffers, window: int) -> int:
     """Return about how much memory ``compact_paged`` holds besides its arguments for each resident token of a batch.
 
-    Per layer and head: six numbers of 4 bytes; the policies that compare keys with their mean hold two, and for each
-    block of at least 32 tokens a row of fp32 sums.
+    Per layer and head: two fp32 numbers and an int64, and for each block of at least 32 tokens a row of fp32 sums of
+    keys and two of the window.
     """
-    block_sums = 4 * padded_head_dim(keys.head_dim)
-    return keys.num_layers * keys.num_kv_heads * max(24, 8 + block_sums // 32)
+    block_sums = 4 * padded_head_dim(keys.head_dim) + 8 * padded_window(window)
+    return keys.num_layers * keys.num_kv_heads * (16 + block_sums // 32)
 
 
 @torch.no_grad()

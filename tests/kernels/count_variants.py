@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.kernels import capture, dispatch, move, select, warmup
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
-from rkv_sglang.kernels.score import combine, key_passes, mean_keys, values
+from rkv_sglang.kernels.score import key_passes, mean_keys, totals, values
 from rkv_sglang.policies import make_policy
 
 LLAMA_8B = (128, 8, 8, 4)
@@ -42,7 +42,7 @@ class AbsentGpu:
 
 def kernel_counts() -> dict[str, int]:
     """Return how many variants of each kernel were compiled."""
-    modules = (capture, combine, key_passes, mean_keys, move, values, select)
+    modules = (capture, move, key_passes, mean_keys, totals, values, select)
     kernels = {name: value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
     return {name: len(kernel.device_caches[0][0]) for name, kernel in kernels.items()}
 

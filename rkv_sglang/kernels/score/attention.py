@@ -2,13 +2,14 @@
 
 Source: arXiv 2505.24133.
 
-Two kernels, whatever the number of layers, heads and requests: one reads the keys, one pools and combines. No L x L
-matrix: 20 bytes per token and head beside the result. The function is that of ``rkv_sglang.algorithm.scoring`` with its
-sums in another order.
+Four kernels and one fill, whatever the number of layers, heads and requests: two passes over the keys, a reduction
+between them, and a last step that pools and combines. No L x L matrix: 12 bytes per token and head beside the result,
+and some per block. The function is that of ``rkv_sglang.algorithm.scoring`` with its sums in another order.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -17,8 +18,8 @@ from torch import Tensor
 from rkv_sglang.algorithm.validation import check_kernel_size, check_mix_lambda, check_threshold
 from rkv_sglang.kernels.paged_batch import VECTOR_BYTES, PagedBatch, PagedBuffers
 from rkv_sglang.kernels.score.checks import check_score_inputs
-from rkv_sglang.kernels.score.combine import combine_scores_kernel
 from rkv_sglang.kernels.score.config import (
+    CHUNK,
     COMBINE_BLOCK,
     NUM_STAGES,
     NUM_WARPS,
@@ -27,7 +28,8 @@ from rkv_sglang.kernels.score.config import (
     key_constants,
     score_config,
 )
-from rkv_sglang.kernels.score.key_passes import score_request_kernel
+from rkv_sglang.kernels.score.key_passes import score_tokens_kernel, summarise_blocks_kernel
+from rkv_sglang.kernels.score.totals import combine_scores_kernel, reduce_blocks_kernel
 
 
 def rkv_scores_paged(
@@ -124,11 +126,14 @@ def _scores(
         exp_sums_ptr=passes.exp_sums,
         scores_ptr=passes.column_means,
         num_tokens=batch.num_tokens,
+        num_blocks=passes.num_blocks,
         reach=kernel_size // 2,
         importance_weight=importance_weight,
         redundancy_weight=1.0 - importance_weight,
         WINDOW=batch.window,
+        KEY_BLOCK=passes.block,
         BLOCK=COMBINE_BLOCK,
+        CHUNK=CHUNK,
         WITH_REDUNDANCY=threshold is not None,
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
@@ -144,12 +149,16 @@ class KeyPasses:
         attention: Mean over the queries of the attention that each token gets, -inf where it is not scored,
             ``[num_layers, num_kv_heads, num_tokens]``, fp32.
         column_means: Mean of each similarity column, of the same shape; unwritten without a threshold.
-        exp_sums: Per head and request, the sum of their exponentials; None without a threshold.
+        exp_sums: Per block, the sum of their exponentials; None without a threshold.
+        num_blocks: Rows of per-block results.
+        block: Tokens of a block.
     """
 
     attention: Tensor
     column_means: Tensor
     exp_sums: Tensor | None
+    num_blocks: int
+    block: int
 
 
 def run_key_passes(
@@ -161,7 +170,7 @@ def run_key_passes(
     num_unscored: int,
     config: ScoreConfig | None,
 ) -> KeyPasses:
-    """Run the kernel that reads keys, on inputs that were checked.
+    """Run the passes that read keys and the reduction between them, on inputs that were checked.
 
     Args:
         queries: ``[num_layers, num_requests, window, num_qo_heads, head_dim]``; the window may be any, and the logits
@@ -189,47 +198,83 @@ def run_key_passes(
         with_redundancy=threshold is not None,
         num_unscored=num_unscored,
     )
+    block_w, block_d = constants["BLOCK_W"], constants["BLOCK_D"]
     num_heads, num_tokens = num_layers * keys.num_kv_heads, batch.num_tokens
+    # The rows of the per-block results: see ``key_passes``.
+    num_blocks = num_tokens // config.block + num_requests
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=keys.device)
+    def fp32(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=keys.device)
 
-    attention, column_means = (empty(num_layers, keys.num_kv_heads, num_tokens) for _ in range(2))
-    exp_sums = factors = exempt = waiting = None
+    attention, column_means = (fp32(num_layers, keys.num_kv_heads, num_tokens) for _ in range(2))
+    logit_maxima, logit_sums = fp32(num_heads, num_blocks, block_w), fp32(num_heads, num_blocks, block_w)
+    logit_totals = fp32(num_heads, num_requests, 2, block_w)
+    key_sums = key_totals = exp_sums = exempt = None
     if threshold is not None:
-        exp_sums, factors, exempt = (
-            empty(num_heads, num_requests),
-            empty(num_heads, num_tokens),
-            empty(num_heads, num_tokens),
-        )
-        waiting = empty(2, num_heads, num_tokens, dtype=torch.int32)
-    # The heads of a request one after the other: they lie in the same slots.
-    score_request_kernel[num_heads, num_requests](
-        key_ptrs=keys.pointers,
-        key_scales_ptr=keys.scales,
-        queries_ptr=queries,
-        kv_indptr_ptr=batch.kv_indptr,
-        kv_indices_ptr=batch.kv_indices,
+        key_sums, key_totals = fp32(num_heads, num_blocks, block_d), fp32(num_heads, num_requests, block_d)
+        exp_sums = fp32(num_heads, num_blocks)
+        exempt = torch.zeros(num_heads, num_tokens, dtype=torch.int64, device=keys.device)
+
+    # What both passes over the keys take.
+    shared: dict[str, Any] = {
+        "key_ptrs": keys.pointers,
+        "key_scales_ptr": keys.scales,
+        "queries_ptr": queries,
+        "kv_indptr_ptr": batch.kv_indptr,
+        "kv_indices_ptr": batch.kv_indices,
+        "token_indptr_ptr": batch.token_indptr,
+        "num_kv_heads": keys.num_kv_heads,
+        "num_tokens": num_tokens,
+        "num_blocks": num_blocks,
+        "stride_page": keys.stride_page,
+        "stride_slot": keys.stride_slot,
+        "stride_head": keys.stride_head,
+        "stride_query_layer": queries.stride(0),
+        "stride_query_request": queries.stride(1),
+        "stride_query_token": queries.stride(2),
+        "stride_query_head": queries.stride(3),
+        "softmax_scale": 1.0 / math.sqrt(head_dim),
+    }
+    grid = (triton.cdiv(batch.max_kv_len, config.block), num_requests, num_heads)
+    key_shape = {"num_warps": config.num_warps, "num_stages": NUM_STAGES}
+    summarise_blocks_kernel[grid](
+        **shared,
+        key_sums_ptr=key_sums,
+        logit_maxima_ptr=logit_maxima,
+        logit_sums_ptr=logit_sums,
+        exempt_ptr=exempt,
+        threshold=threshold or 0.0,
+        BLOCK_COLUMNS=config.block_columns,
+        **constants,
+        **key_shape,
+    )
+    reduce_blocks_kernel[(num_requests, num_heads)](
         token_indptr_ptr=batch.token_indptr,
+        key_sums_ptr=key_sums,
+        logit_maxima_ptr=logit_maxima,
+        logit_sums_ptr=logit_sums,
+        key_totals_ptr=key_totals,
+        logit_totals_ptr=logit_totals,
+        num_blocks=num_blocks,
+        BLOCK=config.block,
+        CHUNK=CHUNK,
+        BLOCK_W=block_w,
+        BLOCK_D=block_d,
+        WITH_REDUNDANCY=threshold is not None,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+    score_tokens_kernel[grid](
+        **shared,
+        key_totals_ptr=key_totals,
+        logit_totals_ptr=logit_totals,
+        exempt_ptr=exempt,
         attention_ptr=attention,
         column_means_ptr=column_means if threshold is not None else None,
         exp_sums_ptr=exp_sums,
-        factors_ptr=factors,
-        exempt_ptr=exempt,
-        waiting_ptr=waiting,
-        num_kv_heads=keys.num_kv_heads,
-        num_tokens=num_tokens,
-        stride_page=keys.stride_page,
-        stride_slot=keys.stride_slot,
-        stride_head=keys.stride_head,
-        stride_query_layer=queries.stride(0),
-        stride_query_request=queries.stride(1),
-        stride_query_token=queries.stride(2),
-        stride_query_head=queries.stride(3),
-        softmax_scale=1.0 / math.sqrt(head_dim),
-        threshold=threshold or 0.0,
         **constants,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **key_shape,
     )
-    return KeyPasses(attention=attention, column_means=column_means, exp_sums=exp_sums)
+    return KeyPasses(
+        attention=attention, column_means=column_means, exp_sums=exp_sums, num_blocks=num_blocks, block=config.block
+    )

@@ -9,7 +9,7 @@ from rkv_sglang.algorithm import reference
 # Sizes, strides and pointers that differ from batch to batch: to specialise on them would compile while serving. What
 # is known of the queries' addresses for every batch, ``QUERY_ALIGNMENT`` says.
 VARYING_SIZES = (
-    "num_tokens",
+    *("num_tokens", "num_blocks"),
     *("stride_query_layer", "stride_query_request", "stride_query_token", "stride_query_head"),
 )
 BATCH_POINTERS = ("kv_indptr_ptr", "kv_indices_ptr", "token_indptr_ptr")
@@ -138,54 +138,10 @@ def dot_rows(
 
 
 @triton.jit
-def load_queries(
-    query_ptr,
-    first_head,
-    stride_query_token,
-    stride_query_head,
-    WINDOW: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HEADS: tl.constexpr,
-    QUERY_ALIGNMENT: tl.constexpr,
-):
-    """Return the window's queries of ``HEADS`` heads of the group, head after head, ``[HEADS * BLOCK_W, BLOCK_D]``.
-
-    Also their addresses, and which exist: rows from ``WINDOW`` on of a head, and heads past the group, are 0.
-    """
-    places = tl.arange(0, HEADS * BLOCK_W)
-    heads, steps = first_head + places // BLOCK_W, places % BLOCK_W
-    exist = (steps < WINDOW) & (heads < GROUP_SIZE)
-    rows = tl.multiple_of(query_ptr + (heads * stride_query_head + steps * stride_query_token), QUERY_ALIGNMENT)
-    return load_tile(rows, exist, 0, HEAD_DIM, BLOCK_D, False), rows, exist
-
-
-@triton.jit
-def _larger(left, right):
-    return tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _largest_of_heads(products, first_head, GROUP_SIZE: tl.constexpr, BLOCK_W: tl.constexpr, HEADS: tl.constexpr):
-    """Return the largest product of the heads that exist, ``[BLOCK, BLOCK_W]``, of ``[BLOCK, HEADS * BLOCK_W]``."""
-    if HEADS == 1:
-        return products
-    heads = first_head + tl.arange(0, HEADS)
-    by_head = tl.reshape(products, [products.shape[0], HEADS, BLOCK_W])
-    by_head = tl.where((heads < GROUP_SIZE)[None, :, None], by_head, float("-inf"))
-    return tl.reduce(by_head, 1, _larger)
-
-
-@triton.jit
 def window_logits(
     keys,
     rows,
     inside,
-    queries,
-    query_rows,
-    observed,
     query_ptr,
     stride_query_token,
     stride_query_head,
@@ -196,37 +152,24 @@ def window_logits(
     HEAD_DIM: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    HEADS: tl.constexpr,
     DOT_WIDTH: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     E4M3: tl.constexpr,
     QUERY_ALIGNMENT: tl.constexpr,
 ):
-    """Return the largest logit over the query group, ``[BLOCK, BLOCK_W]``, fp32; -inf where a key is not scored.
+    """Return the largest logit over the query group, ``[BLOCK_W, BLOCK]``, fp32; -inf where a key is not scored.
 
-    ``queries``, ``query_rows`` and ``observed`` are those of the first ``HEADS`` heads, from ``load_queries``; those of
-    others are read here. Columns from ``WINDOW`` on are of no window token: their logits are 0.
+    Rows from ``WINDOW`` on are of no window token: their logits are 0.
     """
-    products = dot_rows(
-        keys, queries, rows, inside, query_rows, observed, HEAD_DIM, BLOCK_D, DOT_WIDTH, DOT_DTYPE, E4M3
-    )
-    logits = _largest_of_heads(products, 0, GROUP_SIZE, BLOCK_W, HEADS)
-    for first_head in range(HEADS, GROUP_SIZE, HEADS):
-        others, other_rows, exist = load_queries(
-            query_ptr,
-            first_head,
-            stride_query_token,
-            stride_query_head,
-            WINDOW,
-            GROUP_SIZE,
-            HEAD_DIM,
-            BLOCK_W,
-            BLOCK_D,
-            HEADS,
-            QUERY_ALIGNMENT,
-        )
+    steps = tl.arange(0, BLOCK_W)
+    observed = steps < WINDOW
+    logits = tl.full([BLOCK_W, keys.shape[0]], float("-inf"), tl.float32)
+    for head in range(GROUP_SIZE):
+        query_rows = query_ptr + (head * stride_query_head + steps * stride_query_token)
+        query_rows = tl.multiple_of(query_rows, QUERY_ALIGNMENT)
+        queries = load_tile(query_rows, observed, 0, HEAD_DIM, BLOCK_D, E4M3)
         products = dot_rows(
-            keys, others, rows, inside, other_rows, exist, HEAD_DIM, BLOCK_D, DOT_WIDTH, DOT_DTYPE, E4M3
+            queries, keys, query_rows, observed, rows, inside, HEAD_DIM, BLOCK_D, DOT_WIDTH, DOT_DTYPE, E4M3
         )
-        logits = _larger(logits, _largest_of_heads(products, first_head, GROUP_SIZE, BLOCK_W, HEADS))
-    return tl.where(scored[:, None], logits * factor, float("-inf"))
+        logits = tl.maximum(logits, products, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(scored[None, :], logits * factor, float("-inf"))
