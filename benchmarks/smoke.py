@@ -71,14 +71,15 @@ def plot_problem(folder: Path, tables: tuple[Table, ...]) -> str | None:
 
 def run_step(step: Benchmark, out: Path, timeout_s: float = TIMEOUT_S) -> str | None:
     """Run a step and check what it wrote; return one line on what went wrong, or nothing."""
+    folder = step.smoke_folder(out)
     for table in step.tables:
-        (out / f"{table.name}.csv").unlink(missing_ok=True)
+        (folder / f"{table.name}.csv").unlink(missing_ok=True)
     problem = run_command(step.smoke_command(out), out / f"{step.name}.log", timeout_s)
     for table in step.tables:
-        problem = problem or table_problem(out, table)
+        problem = problem or table_problem(folder, table)
     # pyplot draws one picture at a time.
     with _DRAWING:
-        return problem or plot_problem(out, step.tables)
+        return problem or plot_problem(folder, step.tables)
 
 
 @contextlib.contextmanager

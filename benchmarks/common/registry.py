@@ -61,20 +61,28 @@ class Benchmark:
         module: What Python runs.
         plots: What it draws, and from which of its tables.
         smoke_arguments: Behind ``--smoke --out FOLDER``; ``{out}`` is the folder.
+        script: What runs it on a GPU; its smoke run is the rehearsal of that, in a folder of its own.
     """
 
     name: str
     module: str
     plots: tuple[Plot, ...]
     smoke_arguments: tuple[str, ...] = ()
+    script: str = ""
 
     @property
     def tables(self) -> tuple[Table, ...]:
         """All tables that a smoke run of it writes."""
         return tuple(table for plot in self.plots for table in plot.tables)
 
+    def smoke_folder(self, out: Path) -> Path:
+        """Return where under ``out`` the tables of a smoke run lie."""
+        return out / self.name if self.script else out
+
     def smoke_command(self, out: Path) -> list[str]:
         """Return the command line of a smoke run into a folder."""
+        if self.script:
+            return ["bash", self.script, "--rehearse", str(self.smoke_folder(out))]
         arguments = [argument.format(out=out) for argument in self.smoke_arguments]
         return [sys.executable, "-m", self.module, "--smoke", "--out", str(out), *arguments]
 
@@ -89,9 +97,23 @@ BENCHMARKS = (
     Benchmark("frontend", "benchmarks.frontend", (Plot("benchmarks.frontend.report:plot", (FRONTEND,)),)),
     Benchmark("memory", "benchmarks.memory", (Plot("benchmarks.memory:plot", (MEMORY,)),)),
     Benchmark("serving", "benchmarks.serving", (Plot("benchmarks.serving.report:plot", (SERVING,)),)),
-    Benchmark("throughput", "benchmarks.gpu.throughput", (Plot("benchmarks.gpu.throughput:plot", (THROUGHPUT,)),)),
     Benchmark(
-        "serve_check", "benchmarks.gpu.serve_check", (Plot("benchmarks.gpu.serve_check:plot", (SERVE_CHECK, RACES)),)
+        "serve_check",
+        "benchmarks.gpu.serve_check",
+        (Plot("benchmarks.gpu.serve_check:plot", (SERVE_CHECK, RACES)),),
+        script="benchmarks/gpu/serving.sh",
+    ),
+    Benchmark(
+        "throughput",
+        "benchmarks.gpu.throughput",
+        (Plot("benchmarks.gpu.throughput:plot", (THROUGHPUT,)),),
+        script="benchmarks/gpu/throughput.sh",
+    ),
+    Benchmark(
+        "gpu_kernels",
+        "benchmarks.kernels",
+        (Plot("benchmarks.kernels.kit:plot", (KERNELS,)),),
+        script="benchmarks/gpu/kernels.sh",
     ),
     # On a CPU it runs benchmarks.kernels.scoring too.
     Benchmark(
@@ -104,4 +126,4 @@ BENCHMARKS = (
         ("--device", "cpu"),
     ),
 )
-PLOTS = tuple(plot for benchmark in BENCHMARKS for plot in benchmark.plots)
+PLOTS = tuple(dict.fromkeys(plot for benchmark in BENCHMARKS for plot in benchmark.plots))

@@ -60,5 +60,8 @@ def test_a_step_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
 
 
 def test_every_table_is_written_by_one_step() -> None:
-    written = [table.name for step in BENCHMARKS for table in step.tables]
-    assert sorted(written) == sorted(table.name for table in TABLES)
+    written = [table.name for step in BENCHMARKS for table in step.tables if not step.script]
+    # A rehearsal has a folder of its own, where the same table may lie again.
+    rehearsed = [(step.name, table.name) for step in BENCHMARKS for table in step.tables if step.script]
+    assert len(written) == len(set(written)) and len(rehearsed) == len(set(rehearsed))
+    assert {*written, *(name for _, name in rehearsed)} == {table.name for table in TABLES}
