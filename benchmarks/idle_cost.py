@@ -4,9 +4,12 @@ Three servers run side by side on one thread each, idle ones asleep. In each sho
 batch once, in an order that changes from round to round, so that noise of the machine hits all alike; ratios are taken
 within a round, of wall-clock time and of the CPU time of the server's processes (which other programs disturb less).
 
-    python -m benchmarks.idle_cost [--rounds 150] [--batch-size 8] [--num-tokens 64] [--out FOLDER] [--smoke]
+    python -m benchmarks.idle_cost [--rounds 150] [--batch-size 8] [--num-tokens 64] [--starts 5]
+        [--out FOLDER] [--smoke]
 
-Writes ``idle_cost.csv`` (one row per round and server; columns in ``common/tables.py``), ``idle_cost.json`` and
+First servers without a policy start ``--starts`` times with and without the package, one after the other, and each says
+one token: how long until then, and how much CPU time its processes took. Writes ``first_token.csv`` and
+``idle_cost.csv`` (one row per start, or round and server; columns in ``common/tables.py``), their ``.json`` and
 ``idle_cost.png`` and prints the ratios with their spread.
 """
 
@@ -23,12 +26,12 @@ from tqdm import tqdm
 from benchmarks.common.arguments import benchmark_parser
 from benchmarks.common.schema import Row, Value, hardware_folder, read_table, run_info, write_table
 from benchmarks.common.settings import STOCK_ENVIRONMENT, Setting, policy_setting
-from benchmarks.common.tables import IDLE_COST
+from benchmarks.common.tables import FIRST_TOKEN, IDLE_COST
 from devtools.launch import Server, ServerError, exit_on_sigterm, launched_server
 from devtools.tiny_models import VOCAB_SIZE, tiny_model_path
 from rkv_sglang.config import PolicyConfig
 
-SMOKE = {"rounds": 4, "batch_size": 2, "num_tokens": 16}
+SMOKE = {"rounds": 4, "batch_size": 2, "num_tokens": 16, "starts": 1}
 BASELINE = "no package"
 SETTINGS = (
     Setting(BASELINE, environment=STOCK_ENVIRONMENT),
@@ -60,6 +63,35 @@ def decode_step_time(server: Server, prompts: list[list[int]], num_tokens: int) 
     return StepTime(wall_ms=wall * 1000 / num_tokens, cpu_ms=cpu * 1000 / num_tokens)
 
 
+def measure_starts(starts: int, log_dir: Path) -> list[Row]:
+    """Return one row per start of a server without a policy, with and without the package."""
+    model = str(tiny_model_path("llama-gqa"))
+    rng = random.Random(0)
+    rows: list[Row] = []
+    for i in tqdm(range(starts), desc="starts", unit="round"):
+        for setting in rng.sample(SETTINGS[:2], 2):
+            start = time.perf_counter()
+            with launched_server(
+                model,
+                "--skip-server-warmup",
+                log_path=log_dir / "first_token.log",
+                environment={"OMP_NUM_THREADS": "1", **setting.environment},
+            ) as server:
+                ready = time.perf_counter()
+                server.generate([[rng.randrange(3, VOCAB_SIZE) for _ in range(16)]], 1)
+                first_token = time.perf_counter()
+                rows.append(
+                    {
+                        "round": i,
+                        "setting": setting.name,
+                        "ready_s": round(ready - start, 3),
+                        "first_token_s": round(first_token - ready, 4),
+                        "cpu_s": round(cpu_seconds(server), 3),
+                    }
+                )
+    return rows
+
+
 def measure(rounds: int, batch_size: int, num_tokens: int, log_dir: Path) -> list[Row]:
     """Return one row per round and server."""
     model = str(tiny_model_path("llama-gqa"))
@@ -88,7 +120,7 @@ def measure(rounds: int, batch_size: int, num_tokens: int, log_dir: Path) -> lis
 
 
 def ratios(rows: list[Row], setting: str, measured: str) -> list[float]:
-    """Return the setting's ``wall_ms`` or ``cpu_ms`` over the baseline's, round by round."""
+    """Return one column of the setting over the baseline's, round by round."""
     by_round: dict[Value, dict[Value, float]] = {}
     for row in rows:
         by_round.setdefault(row["round"], {})[row["setting"]] = float(row[measured])
@@ -138,6 +170,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=150)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--num-tokens", type=int, default=64)
+    parser.add_argument("--starts", type=int, default=5)
     args = parser.parse_args()
     if args.smoke:
         vars(args).update(SMOKE, out=args.out or Path(".cache/idle_cost"))
@@ -145,14 +178,20 @@ def main() -> int:
         parser.error("--rounds must be at least 2 for quartiles")
     exit_on_sigterm()
     out = args.out or hardware_folder()
+    info = run_info(model="llama-gqa (tiny, random)", rounds=args.rounds, num_tokens=args.num_tokens)
     try:
+        starts = measure_starts(args.starts, Path(".cache/logs"))
+        write_table(out, FIRST_TOKEN, starts, info)
         rows = measure(args.rounds, args.batch_size, args.num_tokens, Path(".cache/logs"))
     except ServerError as error:
         print(f"idle_cost: {error}", file=sys.stderr)
         return 1
-    info = run_info(model="llama-gqa (tiny, random)", rounds=args.rounds, num_tokens=args.num_tokens)
     write_table(out, IDLE_COST, rows, info)
     plot(out)
+    for measured in ("ready_s", "first_token_s", "cpu_s"):
+        values = ratios(starts, SETTINGS[1].name, measured)
+        middle = f"median {statistics.median(values):.3f}, range {min(values):.3f} to {max(values):.3f}"
+        print(f"{SETTINGS[1].name} / {BASELINE}, {measured}: {middle}, {len(values)} starts")
     for setting in SETTINGS:
         if setting.name != BASELINE:
             for measured in ("wall_ms", "cpu_ms"):

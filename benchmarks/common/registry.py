@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks.common.schema import Table, read_table
 from benchmarks.common.tables import (
     ACCURACY,
+    FIRST_TOKEN,
     FRONTEND,
     IDLE_COST,
     KERNELS,
@@ -93,7 +94,7 @@ _QUALITY = (QUALITY_FORCED, QUALITY_POSITION, QUALITY_FREE, QUALITY_RECALL)
 BENCHMARKS = (
     Benchmark("quality", "benchmarks.quality", (Plot("benchmarks.quality.report:plot", _QUALITY),), _WORK),
     Benchmark("accuracy", "benchmarks.accuracy", (Plot("benchmarks.accuracy.report:plot", (ACCURACY,)),), _WORK),
-    Benchmark("idle_cost", "benchmarks.idle_cost", (Plot("benchmarks.idle_cost:plot", (IDLE_COST,)),)),
+    Benchmark("idle_cost", "benchmarks.idle_cost", (Plot("benchmarks.idle_cost:plot", (IDLE_COST, FIRST_TOKEN)),)),
     Benchmark("frontend", "benchmarks.frontend", (Plot("benchmarks.frontend.report:plot", (FRONTEND,)),)),
     Benchmark("memory", "benchmarks.memory", (Plot("benchmarks.memory:plot", (MEMORY,)),)),
     Benchmark("serving", "benchmarks.serving", (Plot("benchmarks.serving.report:plot", (SERVING,)),)),

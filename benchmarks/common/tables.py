@@ -167,6 +167,17 @@ IDLE_COST = Table(
         Column("cpu_ms", float, "ms", "CPU time that the server's processes used in a step, mean over them"),
     ),
 )
+FIRST_TOKEN = Table(
+    "first_token",
+    "one start of a server without a policy",
+    (
+        Column("round", int, "", "round, from 0; each kind of server starts once in a round"),
+        Column("setting", str, "", "no package; policy none"),
+        Column("ready_s", float, "s", "from the start of its process until it answers /health"),
+        Column("first_token_s", float, "s", "from then until its first answer, of one token, is there"),
+        Column("cpu_s", float, "s", "CPU time that its processes used until then"),
+    ),
+)
 _SCORING = (
     Column("keys", str, "", "recorded: a model's own; random: Gaussian, no pair above the threshold"),
     Column("num_tokens", int, "tokens", "keys of each head"),
@@ -301,7 +312,7 @@ SERVING = Table(
 )
 
 TABLES: tuple[Table, ...] = (
-    *(MEMORY, IDLE_COST, SCORING, SCORING_RANDOM, KERNELS, SERVE_CHECK, RACES, THROUGHPUT),
+    *(MEMORY, IDLE_COST, FIRST_TOKEN, SCORING, SCORING_RANDOM, KERNELS, SERVE_CHECK, RACES, THROUGHPUT),
     *(QUALITY_FORCED, QUALITY_POSITION, QUALITY_FREE, QUALITY_RECALL),
     *(ACCURACY, FRONTEND, SERVING),
 )
