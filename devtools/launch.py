@@ -24,6 +24,8 @@ from typing import Any
 
 import psutil
 
+from rkv_sglang.view.record import stream_events
+
 # The default attention backend on x86 needs AMX kernels; without a GPU SGLang would size its pool by all free memory.
 CPU_FLAGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--dtype", "float32"),
@@ -137,18 +139,11 @@ class Server:
         request = self._generate_request({**payload, "stream": True})
         try:
             with urllib.request.urlopen(request, timeout=timeout_s) as response:
-                for line in response:
-                    data = line.decode().strip().removeprefix("data:").strip()
-                    if data == "[DONE]":
-                        return
-                    if data:
-                        event = json.loads(data)
-                        if "error" in event:
-                            raise ServerError(f"the server answered {event['error']}; its log: {self.log_path}")
-                        yield event
+                yield from stream_events("the server", response)
+        except ValueError as error:
+            raise ServerError(f"{error}; its log: {self.log_path}") from error
         except OSError as error:
             raise ServerError(f"the request failed ({error}); the server's log: {self.log_path}") from error
-        raise ServerError(f"the answer ended early; the server's log: {self.log_path}")
 
 
 def end_process_tree(process: psutil.Process, grace_s: float = 15) -> None:

@@ -99,7 +99,7 @@ def _generate(server: str, payload: dict[str, Any], incremental: bool) -> tuple[
         _opened(server, "/generate", payload, ANSWER_TIMEOUT_S) as response,
         tqdm(total=total, unit="token", desc="answer", leave=False, disable=None) as progress,
     ):
-        for event in _events(server, response):
+        for event in stream_events(server, response):
             meta_info = event["meta_info"]
             _raise_refusal(event)
             new_rows = meta_info["output_token_logprobs"]
@@ -134,8 +134,16 @@ def _opened(server: str, path: str, payload: dict[str, Any] | None, timeout_s: f
         raise ValueError(f"{server} does not answer as a server ({_one_line(error)}): check --server") from error
 
 
-def _events(server: str, response: Any) -> Iterator[dict[str, Any]]:
-    """Yield the events of a streamed answer."""
+def stream_events(server: str, response: Any) -> Iterator[dict[str, Any]]:
+    """Yield the events of a streamed answer of SGLang, until it says that it is done.
+
+    Args:
+        server: What to call the server in a message.
+        response: The lines of the answer, bytes.
+
+    Raises:
+        ValueError: The server refused, broke off, or sent what is no JSON; one line.
+    """
     try:
         for line in response:
             data = line.decode().strip().removeprefix("data:").strip()
@@ -150,6 +158,7 @@ def _events(server: str, response: Any) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{server} answers unlike SGLang: an event of its stream is not JSON") from error
     except (OSError, HTTPException) as error:
         raise ValueError(f"{server} broke off in the middle of the answer ({_one_line(error)})") from error
+    raise ValueError(f"{server} stopped in the middle of the answer: look into its log")
 
 
 def _refusal(error: urllib.error.HTTPError) -> str:
