@@ -111,6 +111,9 @@ BAD = [
     ({"kv_buffer": 0}, "kv_buffer 0 is not an integer of at least 1: set it to 1 or more"),
     ({"kv_buffer": -3}, "kv_buffer -3 is not an integer"),
     ({"kv_trace": "yes"}, "kv_trace 'yes' is not a boolean: set it to true or leave it out"),
+    ({"kv_bugdet": 64}, "custom_params has no 'kv_bugdet': it takes kv_policy, kv_budget, kv_buffer, kv_trace"),
+    ({"kv": {"budget": 64}}, "custom_params has no 'kv': it takes"),
+    ({"rkv_budget": 64}, "custom_params has no 'rkv_budget': it takes"),
     ({"kv_budget": 99_999}, "kv_budget 99999 and kv_buffer 16 together exceed this server's KV pool of 16384 tokens"),
 ]
 
@@ -133,7 +136,13 @@ def test_a_bad_request_gets_400_and_one_line_and_the_server_serves_on(server):
             answer = requests.post(server.url + path, json=body, timeout=60)
             assert answer.status_code == 400, (path, custom, answer.text)
             assert message in answer.text, (path, custom, answer.text)
-    answer = server.generate(prompt, params)
+    # The OpenAI-compatible endpoints refuse these by themselves.
+    for custom in (["kv_policy", "none"], '{"kv_policy": "none"}', 5, True):
+        body = {"input_ids": prompt, "sampling_params": {**params, "custom_params": custom}}
+        answer = requests.post(f"{server.url}/generate", json=body, timeout=60)
+        assert answer.status_code == 400, (custom, answer.text)
+        assert f"not a {type(custom).__name__}: write it as an object or leave it out" in answer.text
+    answer = server.generate(prompt, {**params, "custom_params": {"thinking_budget_of_others": 5}})
     assert_same_tokens(answer["output_ids"], oracle(MODEL, tuple(prompt), 100, SERVER), "after bad requests")
     asked = server.generate(prompt, {**params, "custom_params": {"kv_budget": 20, "kv_buffer": 7}})
     expected = oracle(MODEL, tuple(prompt), 100, Setting(budget=20, buffer=7))

@@ -11,6 +11,12 @@ from rkv_sglang.sizes.lengths import RequestState
 
 BUDGET_FIELD, BUFFER_FIELD = "kv_budget", "kv_buffer"
 TRACE_FIELD = "kv_trace"
+FIELDS = (POLICY_FIELD, BUDGET_FIELD, BUFFER_FIELD, TRACE_FIELD)
+# Names that can only be meant for the policy: those that start so, and these. All others are somebody else's.
+OWN_PREFIXES = ("kv_", "rkv_")
+OWN_NAMES = ("kv", "rkv")
+# Characters of a client's value that a message repeats.
+MOST_SHOWN = 80
 
 # A request carries these under these names; SGLang's Req is a plain class.
 STATE_ATTRIBUTE = "rkv_state"
@@ -38,11 +44,30 @@ def trace_of(req: Any) -> list[dict[str, Any]] | None:
     return getattr(req, TRACE_ATTRIBUTE, None)
 
 
+def _refuse_strange_fields(custom_params: Any) -> None:
+    """Refuse what would pass for settings of the policy and be none."""
+    if not isinstance(custom_params, Mapping):
+        raise ValueError(
+            f"custom_params must be a JSON object, such as {{{BUDGET_FIELD!r}: 2048}}, not a "
+            f"{type(custom_params).__name__}: write it as an object or leave it out"
+        )
+    for name in custom_params:
+        low = str(name).lower()
+        if name not in FIELDS and (low.startswith(OWN_PREFIXES) or low in OWN_NAMES):
+            raise ValueError(f"custom_params has no {_shown(name)}: it takes {', '.join(FIELDS)}")
+
+
+def _shown(value: Any) -> str:
+    """Return a value of a client's as it stands in a message, of bounded length."""
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+
+
 def config_for(custom_params: Any, server: PolicyConfig, pool_size: int) -> PolicyConfig | None:
     """Return the settings of a request; None if it asks for no policy.
 
     Args:
-        custom_params: Of the request's sampling parameters: a mapping, in which all other names are left alone, or
+        custom_params: Of the request's sampling parameters: a mapping, in which names of others are left alone, or
             None. ``kv_policy`` is ``"none"`` or the server's policy, ``kv_budget`` and ``kv_buffer`` are tokens.
         server: The server's settings, from which the rest comes.
         pool_size: Tokens of the KV pool.
@@ -50,14 +75,15 @@ def config_for(custom_params: Any, server: PolicyConfig, pool_size: int) -> Poli
     Raises:
         ValueError: A value is bad; one line that names the field, the cause and the mend.
     """
-    if not isinstance(custom_params, Mapping):
+    if custom_params is None:
         return server
+    _refuse_strange_fields(custom_params)
     asked = {name: custom_params[name] for name in (BUDGET_FIELD, BUFFER_FIELD) if name in custom_params}
     policy = custom_params.get(POLICY_FIELD, server.policy)
     if policy not in (NO_POLICY, server.policy):
         raise ValueError(
-            f"{POLICY_FIELD} {policy!r} is not what this server runs: leave it out, or set it to {server.policy!r} or "
-            f"{NO_POLICY!r}"
+            f"{POLICY_FIELD} {_shown(policy)} is not what this server runs: leave it out, or set it to "
+            f"{server.policy!r} or {NO_POLICY!r}"
         )
     if policy == NO_POLICY:
         if asked:
@@ -67,7 +93,9 @@ def config_for(custom_params: Any, server: PolicyConfig, pool_size: int) -> Poli
         least = server.window + 1 if name == BUDGET_FIELD else 1
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             why = f" (the window of {server.window} is kept inside it)" if name == BUDGET_FIELD else ""
-            raise ValueError(f"{name} {value!r} is not an integer of at least {least}{why}: set it to {least} or more")
+            raise ValueError(
+                f"{name} {_shown(value)} is not an integer of at least {least}{why}: set it to {least} or more"
+            )
     config = replace(
         server, budget=asked.get(BUDGET_FIELD, server.budget), buffer=asked.get(BUFFER_FIELD, server.buffer)
     )
@@ -89,7 +117,7 @@ def wants_trace(custom_params: Any, server: PolicyConfig) -> bool:
         return False
     value = custom_params[TRACE_FIELD]
     if not isinstance(value, bool):
-        raise ValueError(f"{TRACE_FIELD} {value!r} is not a boolean: set it to true or leave it out")
+        raise ValueError(f"{TRACE_FIELD} {_shown(value)} is not a boolean: set it to true or leave it out")
     if value and not server.trace:
         raise ValueError(f"{TRACE_FIELD} is off on this server: start it with --kv-trace or leave {TRACE_FIELD} out")
     return value

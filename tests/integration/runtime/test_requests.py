@@ -1,0 +1,51 @@
+"""What a request asks of the policy: strange containers, strange names, and names of others."""
+
+import string
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rkv_sglang.config import PolicyConfig
+from rkv_sglang.integration.runtime.requests import FIELDS, MOST_SHOWN, config_for
+
+SERVER = PolicyConfig(policy="rkv", budget=32, buffer=16)
+POOL = 4096
+NAMES = st.text(string.ascii_letters + string.digits + "_", max_size=20)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(VALUES.filter(lambda value: value is not None and not isinstance(value, dict)))
+def test_what_is_no_object_is_refused_in_one_line(value):
+    with pytest.raises(ValueError, match=r"^custom_params must be a JSON object, .* or leave it out$"):
+        config_for(value, SERVER, POOL)
+
+
+@given(st.dictionaries(NAMES.filter(lambda name: not name.lower().startswith(("kv", "rkv"))), VALUES, max_size=5))
+def test_names_of_others_are_left_alone_whatever_they_hold(custom_params):
+    assert config_for(custom_params, SERVER, POOL) == SERVER
+    assert config_for({**custom_params, "kv_budget": 64}, SERVER, POOL).budget == 64
+
+
+@given(st.sampled_from(["kv_", "rkv_", "KV_", "Kv_"]), NAMES, VALUES)
+def test_no_name_of_the_policys_kind_passes_unnoticed(prefix, rest, value):
+    name = prefix + rest
+    if name not in FIELDS:
+        with pytest.raises(ValueError, match=r"^custom_params has no .*: it takes kv_policy, kv_budget") as caught:
+            config_for({name: value}, SERVER, POOL)
+        assert "\n" not in str(caught.value)
+
+
+@given(st.sampled_from(FIELDS[:3]), VALUES)
+def test_a_value_is_taken_or_refused_in_one_short_line(name, value):
+    try:
+        config = config_for({name: value}, SERVER, POOL)
+    except ValueError as error:
+        assert str(error).startswith((name, "kv_budget")) and "\n" not in str(error)
+        assert len(str(error)) < MOST_SHOWN + 200
+    else:
+        assert config is None or (config.window < config.budget and config.capacity < POOL)
