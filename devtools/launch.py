@@ -15,8 +15,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from rkv_sglang.view.http import open_url
 from rkv_sglang.view.record import stream_events
 
 # The default attention backend on x86 needs AMX kernels; without a GPU SGLang would size its pool by all free memory.
@@ -48,9 +47,11 @@ def has_gpu() -> bool:
 
 
 def server_environment(model: str) -> dict[str, str]:
-    """Return the environment of a server; a model in a folder needs no hub."""
+    """Return the environment of a server; a model in a folder needs no hub, and its own warm-up request no proxy."""
     offline = {"HF_HUB_OFFLINE": "1"} if Path(model).is_dir() else {}
-    return {**offline, **({} if has_gpu() else CPU_ENVIRONMENT), **os.environ}
+    direct = ",".join(filter(None, (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1,localhost")))
+    proxies = {"no_proxy": direct, "NO_PROXY": direct}
+    return {**offline, **({} if has_gpu() else CPU_ENVIRONMENT), **os.environ, **proxies}
 
 
 def server_command(*flags: str) -> list[str]:
@@ -83,7 +84,7 @@ class Server:
 
     def get_json(self, path: str, timeout_s: float = 60) -> Any:
         """Return the decoded answer of ``GET path``."""
-        with urllib.request.urlopen(self.url + path, timeout=timeout_s) as response:
+        with open_url(self.url + path, timeout_s=timeout_s) as response:
             return json.load(response)
 
     def log_since(self, offset: int) -> str:
@@ -94,13 +95,10 @@ class Server:
 
     def flush_cache(self) -> None:
         """Empty the prefix cache; nothing may be running."""
-        urllib.request.urlopen(
-            urllib.request.Request(self.url + "/flush_cache", b"", method="POST"), timeout=60
-        ).close()
+        open_url(self.url + "/flush_cache", method="POST", timeout_s=60).close()
 
-    def _generate_request(self, payload: Mapping[str, Any]) -> urllib.request.Request:
-        body = json.dumps(payload).encode()
-        return urllib.request.Request(self.url + "/generate", body, {"Content-Type": "application/json"})
+    def _open_generate(self, payload: Mapping[str, Any], timeout_s: float) -> Any:
+        return open_url(self.url + "/generate", body=json.dumps(payload).encode(), timeout_s=timeout_s)
 
     def generate(
         self,
@@ -119,9 +117,8 @@ class Server:
         """
         shared = {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}
         sampling_params = [{**shared, "custom_params": dict(asked)} for asked in custom_params or ()] or shared
-        request = self._generate_request({"input_ids": prompts, "sampling_params": sampling_params})
         try:
-            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            with self._open_generate({"input_ids": prompts, "sampling_params": sampling_params}, timeout_s) as response:
                 answers: list[Any] = json.load(response)
         except OSError as error:
             raise ServerError(f"the request failed ({error}); the server's log: {self.log_path}") from error
@@ -136,9 +133,8 @@ class Server:
         Raises:
             ServerError: The server answered with an error or stopped answering.
         """
-        request = self._generate_request({**payload, "stream": True})
         try:
-            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            with self._open_generate({**payload, "stream": True}, timeout_s) as response:
                 yield from stream_events("the server", response)
         except ValueError as error:
             raise ServerError(f"{error}; its log: {self.log_path}") from error
@@ -164,7 +160,7 @@ def _wait_until_ready(server: Server, timeout_s: float) -> None:
         if status is not None:
             lines = server.log_path.read_text(errors="replace").strip().splitlines() or ["(no output)"]
             raise ServerError(f"the server ended with status {status}: {lines[-1]} (its log: {server.log_path})")
-        with contextlib.suppress(OSError), urllib.request.urlopen(server.url + "/health", timeout=30):
+        with contextlib.suppress(OSError), open_url(server.url + "/health", timeout_s=30):
             return
         time.sleep(0.5)
     raise ServerError(f"the server was not ready after {timeout_s:.0f} s; its log: {server.log_path}")

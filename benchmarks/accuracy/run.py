@@ -4,7 +4,6 @@ import hashlib
 import json
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from benchmarks.accuracy.problems import Problem
 from benchmarks.accuracy.store import Sample, SampleStore
 from benchmarks.common.settings import Setting
 from devtools.launch import Server, ServerError, has_gpu, launched_server
+from rkv_sglang.view.http import open_url
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +104,9 @@ def run_samples(
 def _ask(server: Server, body: dict[str, Any], timeout_s: float) -> tuple[dict[str, Any], float, float]:
     """Return the answer's JSON and when it was asked and had."""
     data = json.dumps(body).encode()
-    request = urllib.request.Request(server.url + "/v1/chat/completions", data, {"Content-Type": "application/json"})
     start = time.time()
     try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+        with open_url(server.url + "/v1/chat/completions", body=data, timeout_s=timeout_s) as response:
             answer: dict[str, Any] = json.load(response)
     except urllib.error.HTTPError as error:
         reason = error.read().decode(errors="replace").strip().splitlines() or [str(error)]

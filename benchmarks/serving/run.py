@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import os
 import shlex
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from devtools.chat import chat_ids
 from devtools.launch import Server, has_gpu, launched_server
 from rkv_sglang.plan_command import model_shape
 from rkv_sglang.sizes.memory_plan import ModelShape
+from rkv_sglang.view.http import open_url
 
 WARM_UP_SEED = -1
 LOG_DIR = Path(".cache/logs/serving")
@@ -214,6 +214,5 @@ def run_once(bench: Bench, server: Server, setting: Setting, pool: float, arriva
 
 def flush_cache(server: Server) -> None:
     """Empty the server's prefix cache, once it is idle."""
-    request = urllib.request.Request(server.url + "/flush_cache?timeout=60", method="POST")
-    with urllib.request.urlopen(request, timeout=120) as response:
+    with open_url(server.url + "/flush_cache?timeout=60", method="POST", timeout_s=120) as response:
         response.read()

@@ -7,7 +7,6 @@ import re
 import statistics
 import subprocess
 import threading
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from rkv_sglang.config import PolicyConfig
 from rkv_sglang.policies import is_stateful, make_policy
 from rkv_sglang.sizes.memory_plan import ModelShape
 from rkv_sglang.sizes.query_rows import num_query_rows
+from rkv_sglang.view.http import open_url
 
 STOCK, FP8 = "stock", "fp8"
 # Tokens singly and at once, as differences; the log tells the batch size every so many decode steps.
@@ -121,7 +121,7 @@ def server_memory(server: Server, setting: Setting, shape: ModelShape) -> Server
         raise ServerError(f"/server_info has no max_total_num_tokens; log: {server.log_path}")
     own = 0
     if setting.config is not None:
-        with urllib.request.urlopen(server.url + "/metrics", timeout=60) as response:
+        with open_url(server.url + "/metrics", timeout_s=60) as response:
             found = _SIDE_BYTES.findall(response.read().decode())
         if not found:
             raise ServerError(f"/metrics has no rkv:side_buffer_bytes; log: {server.log_path}")

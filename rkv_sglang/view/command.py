@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from rkv_sglang.view.page import page_html
-from rkv_sglang.view.record import record
+from rkv_sglang.view.record import API_KEY_VARIABLE, record
 from rkv_sglang.view.trace import Trace, read_trace, write_trace
 
 
@@ -16,6 +16,9 @@ def add_view_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``view``."""
     live = parser.add_argument_group("record from a server started with --kv-policy and --kv-trace")
     live.add_argument("--server", metavar="URL", help="its address, such as http://127.0.0.1:30000")
+    live.add_argument(
+        "--api-key", metavar="KEY", help=f"its --api-key; others cannot see it in the variable {API_KEY_VARIABLE}"
+    )
     live.add_argument("--prompt", metavar="TEXT", help="the prompt, sent as it is, without a chat template")
     live.add_argument("--prompt-file", metavar="FILE", type=Path, help="the prompt as a text file, instead of --prompt")
     live.add_argument("--max-new-tokens", metavar="N", type=int, help="tokens to generate at most; default 512")
@@ -59,6 +62,7 @@ def run_view(options: argparse.Namespace) -> int:
 def _misuse(options: argparse.Namespace) -> str | None:
     """Return what is wrong with the flags together, in one line; None if nothing is."""
     recording = {
+        "--api-key": options.api_key,
         "--prompt": options.prompt,
         "--prompt-file": options.prompt_file,
         "--max-new-tokens": options.max_new_tokens,
@@ -88,6 +92,7 @@ def _recorded(options: argparse.Namespace) -> Trace:
         _prompt(options),
         max_new_tokens=512 if options.max_new_tokens is None else options.max_new_tokens,
         temperature=0.0 if options.temperature is None else options.temperature,
+        api_key=options.api_key or os.environ.get(API_KEY_VARIABLE),
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from http.client import HTTPException
 from typing import Any
@@ -12,28 +11,32 @@ from typing import Any
 from tqdm import tqdm
 
 from rkv_sglang.config import NO_POLICY
+from rkv_sglang.view.http import open_url
 from rkv_sglang.view.token_text import token_texts
 from rkv_sglang.view.trace import Trace
 
+# On a command line a key is seen by everybody on the machine.
+API_KEY_VARIABLE = "RKV_SGLANG_API_KEY"
 ANSWER_TIMEOUT_S = 600
 INFO_TIMEOUT_S = 30
 # Every event repeats the whole answer so far, so a long answer comes in few of them.
 MOST_EVENTS = 64
 
 
-def record(server: str, prompt: str, *, max_new_tokens: int, temperature: float) -> Trace:
+def record(server: str, prompt: str, *, max_new_tokens: int, temperature: float, api_key: str | None = None) -> Trace:
     """Generate with a progress bar on a terminal, and return the trace.
 
     Args:
         server: The server's address, ``http://host:port``.
         prompt: Sent as it is, without a chat template.
+        api_key: What the server was started with as ``--api-key``.
 
     Raises:
         ValueError: There is no such server, it records nothing, it refuses the request, or its answer makes no sense;
             one line.
     """
     server = server.rstrip("/")
-    info = _server_info(server)
+    info = _server_info(server, api_key)
     payload = {
         "text": prompt,
         "stream": True,
@@ -50,7 +53,8 @@ def record(server: str, prompt: str, *, max_new_tokens: int, temperature: float)
         },
     }
     try:
-        text, rows, meta_info = _generate(server, payload, incremental=bool(info.get("incremental_streaming_output")))
+        incremental = bool(info.get("incremental_streaming_output"))
+        text, rows, meta_info = _generate(server, payload, incremental, api_key)
         recorded = meta_info["kv_trace"]
         return Trace(
             model=info["model_path"],
@@ -71,11 +75,11 @@ def record(server: str, prompt: str, *, max_new_tokens: int, temperature: float)
         raise ValueError(f"{server} answers unlike SGLang with rkv_sglang ({error!r} in its answer)") from error
 
 
-def _server_info(server: str) -> dict[str, Any]:
+def _server_info(server: str, api_key: str | None) -> dict[str, Any]:
     """Return ``GET /server_info`` of a server with a policy."""
     if not server.startswith(("http://", "https://")):
         raise ValueError(f"--server {server} is no address: write http://{server}")
-    with _opened(server, "/server_info", None, INFO_TIMEOUT_S) as response:
+    with _opened(server, "/server_info", None, INFO_TIMEOUT_S, api_key) as response:
         try:
             info = json.load(response)
         except ValueError as error:
@@ -85,7 +89,9 @@ def _server_info(server: str) -> dict[str, Any]:
     return info
 
 
-def _generate(server: str, payload: dict[str, Any], incremental: bool) -> tuple[str, list[list[Any]], dict[str, Any]]:
+def _generate(
+    server: str, payload: dict[str, Any], incremental: bool, api_key: str | None
+) -> tuple[str, list[list[Any]], dict[str, Any]]:
     """Return the answer's text, a row (log-probability, id, text) for every token, and the final ``meta_info``.
 
     Args:
@@ -96,7 +102,7 @@ def _generate(server: str, payload: dict[str, Any], incremental: bool) -> tuple[
     meta_info: dict[str, Any] = {}
     total = payload["sampling_params"]["max_new_tokens"]
     with (
-        _opened(server, "/generate", payload, ANSWER_TIMEOUT_S) as response,
+        _opened(server, "/generate", payload, ANSWER_TIMEOUT_S, api_key) as response,
         tqdm(total=total, unit="token", desc="answer", leave=False, disable=None) as progress,
     ):
         for event in stream_events(server, response):
@@ -120,13 +126,16 @@ def _raise_refusal(event: dict[str, Any]) -> None:
         raise ValueError(f"the server refuses: {_one_line(reason.get('message'))}")
 
 
-def _opened(server: str, path: str, payload: dict[str, Any] | None, timeout_s: float) -> Any:
+def _opened(server: str, path: str, payload: dict[str, Any] | None, timeout_s: float, api_key: str | None) -> Any:
     """Send a request and return the response; a GET without ``payload``."""
     body = None if payload is None else json.dumps(payload).encode()
     try:
-        request = urllib.request.Request(server + path, body, {"Content-Type": "application/json"})
-        return urllib.request.urlopen(request, timeout=timeout_s)
+        return open_url(server + path, body=body, timeout_s=timeout_s, api_key=api_key)
     except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise ValueError(
+                f"the server wants its key (status {error.code}): give --api-key, or the variable {API_KEY_VARIABLE}"
+            ) from error
         raise ValueError(f"the server refuses (status {error.code}): {_refusal(error)}") from error
     except urllib.error.URLError as error:
         raise ValueError(f"{server} does not answer ({error.reason}): is a server running there?") from error

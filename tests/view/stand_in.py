@@ -18,11 +18,15 @@ class StandIn:
     Attributes:
         url: Its address.
         asked: Decoded bodies of the requests to ``/generate``.
+        keys: The bearer token of every request, None where there was none.
+        api_key: What it wants; None for nothing.
     """
 
     def __init__(self) -> None:
         self.answers: dict[str, tuple[int, str, bytes]] = {}
         self.asked: list[Any] = []
+        self.keys: list[str | None] = []
+        self.api_key: str | None = None
         self.url = ""
 
     def say(self, path: str, content: Any, status: int = 200) -> None:
@@ -50,6 +54,11 @@ def stand_in() -> Iterator[StandIn]:
             self._answer()
 
         def _answer(self) -> None:
+            sent = self.headers["Authorization"]
+            told.keys.append(sent and sent.removeprefix("Bearer "))
+            if told.keys[-1] != told.api_key:
+                self.send_error(401)
+                return
             status, kind, body = told.answers.get(self.path, (404, "text/html", b"<h1>nothing here</h1>"))
             self.send_response(status)
             self.send_header("Content-Type", kind)

@@ -4,6 +4,7 @@ import socket
 
 import pytest
 
+from rkv_sglang.view.http import is_loopback
 from rkv_sglang.view.record import record
 from tests.cache.trace_cases import random_history
 from tests.view.expected import trace_of
@@ -43,6 +44,42 @@ def test_a_recording_is_what_the_server_sent(server, trace, incremental):
     assert sampling["custom_params"] == {"kv_trace": True}
     # Few events for a long answer, because each repeats the whole of it.
     assert 640 / sampling["stream_interval"] <= 100
+
+
+def test_a_server_with_a_key_gets_it_with_every_request(server, trace):
+    server.api_key = "secret 🌟".encode().hex()
+    server.say("/server_info", server_info(trace))
+    server.stream(*events(trace, [5]))
+    assert record(server.url, trace.prompt, max_new_tokens=640, temperature=0.7, api_key=server.api_key) == trace
+    assert server.keys == [server.api_key] * 2
+    assert "give --api-key, or the variable RKV_SGLANG_API_KEY" in refusal(server)
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "all_proxy"])
+def test_a_server_on_this_machine_is_reached_past_any_proxy(server, trace, monkeypatch, variable):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{probe.getsockname()[1]}")
+        server.say("/server_info", server_info(trace))
+        server.stream(*events(trace, []))
+        assert recorded(server) == trace
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("http://127.0.0.1:30000", True),
+        ("http://127.8.9.1/x", True),
+        ("http://localhost:1", True),
+        ("http://[::1]:30000/generate", True),
+        ("http://127.0.0.1.example.org", False),
+        ("http://10.0.0.1:30000", False),
+        ("http://localhost.example.org", False),
+        ("nonsense", False),
+    ],
+)
+def test_only_the_loopback_is_reached_past_a_proxy(url, expected):
+    assert is_loopback(url) == expected
 
 
 def refusal(server) -> str:
