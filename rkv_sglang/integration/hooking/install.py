@@ -9,7 +9,6 @@ from importlib.metadata import version
 from typing import Any
 
 from rkv_sglang.integration.hooking.hook import Hook
-from rkv_sglang.integration.hooking.names import is_there
 
 SUPPORTED_SGLANG = ("0.5.23",)
 PLUGIN_NAME = "rkv_sglang"
@@ -55,6 +54,9 @@ def target_problem(hook: Hook) -> str | None:
 
     The target must exist and have the hook's signature; all that the hook uses must exist.
     """
+    # Here, so that a server without a policy, which checks no target, does not load it.
+    from rkv_sglang.integration.hooking.names import is_there
+
     try:
         found = _static(hook.target)
     except (ImportError, AttributeError) as error:
