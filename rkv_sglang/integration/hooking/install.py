@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -98,11 +98,20 @@ def require_targets(hooks: Iterable[Hook]) -> None:
     Raises:
         RuntimeError: The first problem, in one line.
     """
-    problem = version_problem()
-    for hook in hooks:
-        problem = problem or target_problem(hook)
-    if problem is not None:
+    for problem in installation_problems(hooks):
         raise RuntimeError(problem)
+
+
+def installation_problems(hooks: Iterable[Hook]) -> Iterator[str]:
+    """Yield every reason for which ``require_targets`` would fail, one line each. Imports the targets.
+
+    With an unsupported version no target is looked at.
+    """
+    problem = version_problem()
+    if problem is not None:
+        yield problem
+        return
+    yield from filter(None, map(target_problem, hooks))
 
 
 def register_hooks(hooks: Iterable[Hook]) -> None:
