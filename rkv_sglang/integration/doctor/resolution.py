@@ -61,6 +61,11 @@ def look_at_server(
 
 def _look_at_resolved(options: argparse.Namespace, folder: str, model_path: str) -> Iterator[str]:
     """Yield what is refused once model and defaults are known. ``model_path`` is the name of the model in messages."""
+
+    def told(error: Exception) -> str:
+        # A folder that stands for the model is gone when this is read.
+        return _one_line(error).replace(folder, model_path)
+
     names = {"model_path": folder, "served_model_name": options.served_model_name or model_path}
     is_dummy = folder.lower() in ("none", NO_MODEL)
     if not is_dummy:
@@ -69,7 +74,7 @@ def _look_at_resolved(options: argparse.Namespace, folder: str, model_path: str)
         # Of transformers, of the Hub, of code that comes with a model.
         except Exception as error:
             yield (
-                f"{MODEL_FLAG} {model_path} has no usable configuration here ({_one_line(error)}): "
+                f"{MODEL_FLAG} {model_path} has no usable configuration here ({told(error)}): "
                 "name its config.json with --model-config"
             )
             names["model_path"], is_dummy = NO_MODEL, True
@@ -84,7 +89,7 @@ def _look_at_resolved(options: argparse.Namespace, folder: str, model_path: str)
             args.check_server_args()
     # SGLang refuses by assertions and by errors of every kind.
     except Exception as error:
-        problem = f"SGLang itself refuses the command ({type(error).__name__}: {_one_line(error)}): mend what it names"
+        problem = f"SGLang itself refuses the command ({type(error).__name__}: {told(error)}): mend what it names"
     yield from flag_problems(resolving_view(args))
     if problem is not None:
         yield problem

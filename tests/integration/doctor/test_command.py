@@ -7,6 +7,7 @@ import os
 import shlex
 import socket
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from rkv_sglang.integration.hooks.table import HOOKS
 from rkv_sglang.integration.startup.refusals import refuse, refuse_model
 from rkv_sglang.integration.startup.refused_settings import RefusedSetting
 from rkv_sglang.integration.startup.server_args import RKVServerArgs
+from tests.docs.pages import fences, page
 from tests.integration.startup.refusal_kit import (
     REFUSED_CASES,
     REFUSED_MODELS,
@@ -215,7 +217,8 @@ def test_a_bad_model_configuration_is_one_line(tmp_path: Path, text: str | None)
     begins(refused(f"{LAUNCH} --pp-size 2", str(file)), "--pp-size 2 cannot", f"--model-config {file} ")
     if text == "[]":
         file.write_text(json.dumps({"model_type": "no-such-model"}))
-        assert "has no usable configuration here (" in refused(LAUNCH, str(file))[-1]
+        (line,) = refused(LAUNCH, str(file))
+        assert "has no usable configuration here (" in line and tempfile.gettempdir() not in line
 
 
 @pytest.mark.parametrize(("refusal", "value"), REFUSED_CASES, ids=lambda part: getattr(part, "setting", part))
@@ -262,3 +265,10 @@ def test_flags_that_do_not_go_together_are_one_line(argv: list[str], capsys: pyt
     assert cli.main(["doctor", *argv]) == 1
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("--") and captured.err.count("\n") == 1
+
+
+def test_the_example_of_the_page_prints_what_the_page_shows(llama: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command, output = fences(page("docs/compatibility.md"))[:2]
+    argv = [llama if word == "config.json" else word for word in shlex.split(command)[1:]]
+    assert cli.main(argv) == 1
+    assert capsys.readouterr().out.split() == output.split()
