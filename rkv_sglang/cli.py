@@ -1,6 +1,7 @@
 """The command ``rkv-sglang``."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from rkv_sglang import __version__
@@ -17,6 +18,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "doctor", help="check whether a server here could run with --kv-policy, and say why if not; --plan its memory"
     )
     doctor.add_argument("--details", action="store_true", help="then list hooks, and what is supported and refused")
+    doctor.add_argument(
+        "--command", dest="command_line", help="a command line that starts a server: print every reason to refuse it"
+    )
+    doctor.add_argument("--model-config", help="with --command: a config.json in the place of the model's own")
     add_plan_flags(doctor)
     doctor.set_defaults(run=_doctor)
     view = commands.add_parser("view", help="write an HTML page that shows which tokens of an answer the cache kept")
@@ -27,9 +32,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    problem = None
+    if options.plan and options.command_line is not None:
+        problem = "--plan and --command are two questions: ask one at a time"
+    elif options.model_config is not None and options.command_line is None:
+        problem = "--model-config stands for the model of a --command: add --command"
+    if problem is not None:
+        print(problem, file=sys.stderr)
+        return 1
     if options.plan:
         return print_plan(options)
     # Imported here so that --help does not wait for SGLang.
+    if options.command_line is not None:
+        from rkv_sglang.integration.doctor.launch import check_command
+
+        return check_command(options.command_line, options.model_config)
     from rkv_sglang.integration.doctor.report import diagnose
 
     status = diagnose()

@@ -1,7 +1,7 @@
 """Settings of a policy, validated once and frozen. Everything below reads them from here."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,37 +43,49 @@ class PolicyConfig:
     trace: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.policy, str) or not self.policy:
-            raise ValueError(f"--kv-policy {self.policy!r} is not a name: set --kv-policy to the name of a policy")
-        if not isinstance(self.trace, bool):
-            raise ValueError(f"--kv-trace {self.trace!r} is not a boolean: set --kv-trace or leave it out")
-        for flag, value, least in (
-            ("--kv-window", self.window, 1),
-            ("--kv-buffer", self.buffer, 1),
-            ("--kv-budget", self.budget, 2),
-            ("--rkv-kernel-size", self.kernel_size, 1),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{flag} {value!r} is not an integer of at least {least}: set {flag} {least} or more")
-        if self.budget <= self.window:
-            raise ValueError(
-                f"--kv-budget {self.budget} must be greater than --kv-window {self.window}, because the window is "
-                f"kept inside the budget: set --kv-budget {self.window + 1} or more"
-            )
-        if self.kernel_size % 2 == 0:
-            raise ValueError(
-                f"--rkv-kernel-size {self.kernel_size} is even, so its max-pool has no centre: "
-                f"set --rkv-kernel-size {self.kernel_size + 1}"
-            )
-        for flag, number, low in (
-            ("--rkv-mix-lambda", self.mix_lambda, 0.0),
-            ("--rkv-similarity-threshold", self.similarity_threshold, -1.0),
-        ):
-            is_number = isinstance(number, int | float) and not isinstance(number, bool)
-            if not is_number or not math.isfinite(number) or not low <= number <= 1.0:
-                raise ValueError(f"{flag} {number!r} is not a number in [{low:g}, 1]: set {flag} between {low:g} and 1")
+        for problem in value_problems(self):
+            raise ValueError(problem)
 
     @property
     def capacity(self) -> int:
         """Most generated tokens a request holds: at this many it is compacted before its next decode step."""
         return self.budget + self.buffer
+
+
+def value_problems(settings: Any) -> Iterator[str]:
+    """Yield one line, which names the flag and the mend, for every value that is out of range.
+
+    Args:
+        settings: Whatever has the attributes of a ``PolicyConfig``, of any type.
+    """
+    if not isinstance(settings.policy, str) or not settings.policy:
+        yield f"--kv-policy {settings.policy!r} is not a name: set --kv-policy to the name of a policy"
+    if not isinstance(settings.trace, bool):
+        yield f"--kv-trace {settings.trace!r} is not a boolean: set --kv-trace or leave it out"
+    bad_counts = set()
+    for flag, value, least in (
+        ("--kv-window", settings.window, 1),
+        ("--kv-buffer", settings.buffer, 1),
+        ("--kv-budget", settings.budget, 2),
+        ("--rkv-kernel-size", settings.kernel_size, 1),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            bad_counts.add(flag)
+            yield f"{flag} {value!r} is not an integer of at least {least}: set {flag} {least} or more"
+    if not bad_counts & {"--kv-window", "--kv-budget"} and settings.budget <= settings.window:
+        yield (
+            f"--kv-budget {settings.budget} must be greater than --kv-window {settings.window}, because the window is "
+            f"kept inside the budget: set --kv-budget {settings.window + 1} or more"
+        )
+    if "--rkv-kernel-size" not in bad_counts and settings.kernel_size % 2 == 0:
+        yield (
+            f"--rkv-kernel-size {settings.kernel_size} is even, so its max-pool has no centre: "
+            f"set --rkv-kernel-size {settings.kernel_size + 1}"
+        )
+    for flag, number, low in (
+        ("--rkv-mix-lambda", settings.mix_lambda, 0.0),
+        ("--rkv-similarity-threshold", settings.similarity_threshold, -1.0),
+    ):
+        is_number = isinstance(number, int | float) and not isinstance(number, bool)
+        if not is_number or not math.isfinite(number) or not low <= number <= 1.0:
+            yield f"{flag} {number!r} is not a number in [{low:g}, 1]: set {flag} between {low:g} and 1"

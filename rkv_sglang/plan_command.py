@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
 import sys
 from typing import Any, TextIO
 
@@ -30,11 +32,45 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kv-itemsize", type=int, default=None, help="bytes of a cached number; the model's by default")
 
 
+def _check_sizes(options: argparse.Namespace) -> None:
+    """Refuse sizes out of range, by the flags of this command.
+
+    Raises:
+        ValueError: The first one, in one line.
+    """
+    for name in ("prompt_len", "output_len", "page_size", "tp_size", "kv_itemsize"):
+        value, flag = getattr(options, name), "--" + name.replace("_", "-")
+        if value is not None and value < 1:
+            raise ValueError(f"{flag} {value} is not an integer of at least 1: set {flag} 1 or more")
+    for gib in options.kv_gib:
+        if not (gib > 0 and math.isfinite(gib * GIB)):
+            raise ValueError(f"--kv-gib {gib:g} is no amount of memory: set --kv-gib to a number above 0")
+
+
+def _check_heads(num_qo_heads: int, num_kv_heads: int, tp_size: int) -> None:
+    """Refuse to share heads among ranks in a way that SGLang would not.
+
+    Raises:
+        ValueError: They cannot be shared; one line.
+    """
+
+    def fits(ranks: int) -> bool:
+        return num_qo_heads % ranks == 0 and (num_kv_heads % ranks == 0 or ranks % num_kv_heads == 0)
+
+    if not fits(tp_size):
+        sizes = [str(ranks) for ranks in range(1, num_qo_heads + 1) if fits(ranks)]
+        raise ValueError(
+            f"--tp-size {tp_size} does not share {num_qo_heads} query heads and {num_kv_heads} KV heads evenly: "
+            f"set --tp-size to one of {', '.join(sizes)}"
+        )
+
+
 def model_shape(model_path: str, tp_size: int, kv_itemsize: int | None) -> ModelShape:
     """Read a model's shape from its Hugging Face configuration.
 
     Raises:
-        ValueError: There is no configuration, or it is not that of plain attention; one line.
+        ValueError: There is no configuration, it is not that of plain attention, or its heads cannot be shared among
+            so many ranks; one line.
     """
     # transformers warns of missing files and versions on the way.
     from transformers import AutoConfig
@@ -52,6 +88,7 @@ def model_shape(model_path: str, tp_size: int, kv_itemsize: int | None) -> Model
     if num_qo_heads is None or getattr(config, "kv_lora_rank", None):
         raise ValueError(f"--model-path {model_path} has no plain attention heads, so no policy can serve it")
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_qo_heads
+    _check_heads(num_qo_heads, num_kv_heads, tp_size)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_qo_heads
     dtype = getattr(config, "dtype", None)
     itemsize = dtype.itemsize if dtype is not None else 2
@@ -72,12 +109,14 @@ def print_plan(options: argparse.Namespace, out: TextIO | None = None) -> int:
     try:
         if options.model_path is None:
             raise ValueError("--plan needs a model: add --model-path")
+        _check_sizes(options)
         shape = model_shape(options.model_path, options.tp_size, options.kv_itemsize)
         configs = [
             PolicyConfig(budget=budget, buffer=options.buffer, window=options.window) for budget in options.budget
         ]
     except ValueError as error:
-        print(error, file=sys.stderr)
+        # The settings name a server's flags.
+        print(re.sub(r"--kv-(budget|buffer|window)\b", r"--\1", str(error)), file=sys.stderr)
         return 1
     print(
         f"{shape.kv_bytes / 1024:.0f} KiB of KV per token and rank; requests of {options.prompt_len} prompt tokens and "

@@ -34,7 +34,27 @@ def test_plan_of_llama_8b(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     [
         ([], "--plan needs a model: add --model-path"),
         (["--model-path", "/no/such/folder"], "--model-path /no/such/folder has no usable configuration"),
-        (["--model-path", "HERE", "--budget", "4"], "--kv-budget 4 must be greater than --kv-window 8"),
+        (["--model-path", "HERE", "--budget", "4"], "--budget 4 must be greater than --window 8"),
+        (["--model-path", "HERE", "--buffer", "0"], "--buffer 0 is not an integer of at least 1: set --buffer 1 "),
+        (["--model-path", "HERE", "--window", "-1"], "--window -1 is not an integer of at least 1: set --window 1 "),
+        *[
+            (
+                ["--model-path", "HERE", flag, value],
+                f"{flag} {value} is not an integer of at least 1: set {flag} 1 or more",
+            )
+            for flag in ("--tp-size", "--page-size", "--prompt-len", "--output-len", "--kv-itemsize")
+            for value in ("0", "-600")
+        ],
+        *[
+            (["--model-path", "HERE", "--kv-gib", "8", value], f"--kv-gib {value} is no amount of memory: ")
+            for value in ("nan", "-1", "0", "inf", "1e+308")
+        ],
+        (
+            ["--model-path", "HERE", "--tp-size", "3"],
+            "--tp-size 3 does not share 32 query heads and 8 KV heads evenly: "
+            "set --tp-size to one of 1, 2, 4, 8, 16, 32\n",
+        ),
+        (["--model-path", "HERE", "--tp-size", "64"], "--tp-size 64 does not share 32 query heads"),
     ],
 )
 def test_a_bad_plan_ends_in_one_line(tmp_path, capsys, arguments, problem):
@@ -44,3 +64,10 @@ def test_a_bad_plan_ends_in_one_line(tmp_path, capsys, arguments, problem):
     captured = capsys.readouterr()
     assert captured.err.startswith(problem) and captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+@pytest.mark.parametrize("tp_size, kib", [(1, 128), (4, 32), (8, 16), (32, 16)])
+def test_the_kv_of_a_token_is_shared_among_ranks_down_to_one_head(tmp_path, capsys, tp_size, kib):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    assert cli.main(["doctor", "--plan", "--model-path", str(tmp_path), "--tp-size", str(tp_size)]) == 0
+    assert capsys.readouterr().out.startswith(f"{kib} KiB of KV per token and rank")

@@ -138,7 +138,7 @@ def matches(message: str, text: str) -> bool:
 
 def test_the_table_of_refused_models_has_every_reason() -> None:
     documented = [row[1] for row in table(COMPATIBILITY, "refused", "reason in the message")]
-    tree = ast.parse(inspect.getsource(refusals.refuse_model))
+    tree = ast.parse(inspect.getsource(refusals.model_problems))
     (problems,) = [
         node.value for node in ast.walk(tree) if isinstance(node, ast.Assign) and node.targets[0].id == "problems"
     ]
@@ -171,7 +171,8 @@ def test_every_error_that_ends_a_start_is_on_that_page() -> None:
     integration = ROOT / "rkv_sglang" / "integration"
     for path in sorted(integration.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Raise) and "RefusedError" in ast.unparse(node):
+            is_error = isinstance(node, ast.Raise) and "RefusedError" in ast.unparse(node)
+            if is_error or (isinstance(node, ast.Yield) and path.name == "refusals.py"):
                 texts = [text for text in texts_of(ast.unparse(node)) if len(text) > 20]
                 for text in texts[:1]:
                     assert any(matches(message, text) for message in messages), text

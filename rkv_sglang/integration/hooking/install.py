@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from typing import Any
 
 from rkv_sglang.integration.hooking.hook import Hook
-from rkv_sglang.integration.hooking.names import is_there
 
 SUPPORTED_SGLANG = ("0.5.23",)
 PLUGIN_NAME = "rkv_sglang"
@@ -55,6 +54,9 @@ def target_problem(hook: Hook) -> str | None:
 
     The target must exist and have the hook's signature; all that the hook uses must exist.
     """
+    # Here, so that a server without a policy, which checks no target, does not load it.
+    from rkv_sglang.integration.hooking.names import is_there
+
     try:
         found = _static(hook.target)
     except (ImportError, AttributeError) as error:
@@ -96,11 +98,20 @@ def require_targets(hooks: Iterable[Hook]) -> None:
     Raises:
         RuntimeError: The first problem, in one line.
     """
-    problem = version_problem()
-    for hook in hooks:
-        problem = problem or target_problem(hook)
-    if problem is not None:
+    for problem in installation_problems(hooks):
         raise RuntimeError(problem)
+
+
+def installation_problems(hooks: Iterable[Hook]) -> Iterator[str]:
+    """Yield every reason for which ``require_targets`` would fail, one line each. Imports the targets.
+
+    With an unsupported version no target is looked at.
+    """
+    problem = version_problem()
+    if problem is not None:
+        yield problem
+        return
+    yield from filter(None, map(target_problem, hooks))
 
 
 def register_hooks(hooks: Iterable[Hook]) -> None:

@@ -1,11 +1,12 @@
 """Refuse, before and while a scheduler starts, what a KV policy cannot serve rightly."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from rkv_sglang.config import NO_POLICY
 from rkv_sglang.integration.startup.errors import RefusedError
-from rkv_sglang.integration.startup.refused_settings import REFUSED_SETTINGS
-from rkv_sglang.integration.startup.server_args import config_from_args, policy_name
+from rkv_sglang.integration.startup.refused_settings import REFUSED_SETTINGS, RefusedSetting
+from rkv_sglang.integration.startup.server_args import config_problems, policy_name
 
 _WHOLE_CACHE_LAYERS = ("full_attention", "attention")
 
@@ -19,21 +20,29 @@ def refuse(server_args: Any) -> None:
     Raises:
         RefusedError: The first problem, in one line.
     """
+    for problem in flag_problems(server_args):
+        raise RefusedError(problem)
+
+
+def flag_problems(server_args: Any) -> Iterator[str]:
+    """Yield every reason for which ``refuse`` would refuse these arguments, one line each."""
     policy = policy_name(server_args)
     if policy == NO_POLICY:
         return
-    try:
-        config_from_args(server_args)
-    except ValueError as error:
-        raise RefusedError(str(error)) from None
-    for refused in REFUSED_SETTINGS:
-        value = refused.found(server_args)
-        if value is None or value is False:
-            continue
+    yield from config_problems(server_args)
+    for refused, value in refused_values(server_args):
         is_variable = not refused.setting.startswith("--")
         shown = refused.setting if value is True else f"{refused.setting} {value}"
         mend = refused.mend or (f"unset {refused.setting}" if is_variable else f"leave {refused.setting} out")
-        raise RefusedError(f"{shown} cannot be combined with --kv-policy {policy}: {refused.why}; {mend}")
+        yield f"{shown} cannot be combined with --kv-policy {policy}: {refused.why}; {mend}"
+
+
+def refused_values(server_args: Any) -> Iterator[tuple[RefusedSetting, Any]]:
+    """Yield every setting that no policy can be combined with, and its value here."""
+    for refused in REFUSED_SETTINGS:
+        value = refused.found(server_args)
+        if value is not None and value is not False:
+            yield refused, value
 
 
 def refuse_model(model_config: Any) -> None:
@@ -45,6 +54,12 @@ def refuse_model(model_config: Any) -> None:
     Raises:
         RefusedError: The first problem, in one line.
     """
+    for problem in model_problems(model_config):
+        raise RefusedError(problem)
+
+
+def model_problems(model_config: Any) -> Iterator[str]:
+    """Yield every reason for which ``refuse_model`` would refuse this model, one line each."""
     from sglang.srt.configs.hybrid_arch import mambaish_config
     from sglang.srt.configs.model_config import AttentionArch
 
@@ -79,7 +94,7 @@ def refuse_model(model_config: Any) -> None:
     for is_refused, why in problems:
         if is_refused:
             architecture = (model_config.hf_config.architectures or ["this model"])[0]
-            raise RefusedError(
+            yield (
                 f"--model-path {model_config.model_path} ({architecture}) cannot be served with a --kv-policy: {why}; "
                 "serve it with --kv-policy none"
             )

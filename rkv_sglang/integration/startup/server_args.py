@@ -3,11 +3,12 @@
 import argparse
 import itertools
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 from sglang.srt import server_args as sglang_args
 
-from rkv_sglang.config import NO_POLICY, POLICY_FIELD, PolicyConfig
+from rkv_sglang.config import NO_POLICY, POLICY_FIELD, PolicyConfig, value_problems
 from rkv_sglang.policy_names import policy_names
 
 GROUP_TITLE = "KV policy (rkv_sglang)"
@@ -115,41 +116,73 @@ def config_from_args(server_args: Any) -> PolicyConfig:
         ValueError: The policy is unknown, cannot be loaded or does not take its parameters, a value is out of range, or
             two spellings of a setting have different values; one line that names the flag and the mend.
     """
+    config, problems = _read_config(server_args)
+    if config is None:
+        raise ValueError(problems[0])
+    return config
+
+
+def config_problems(server_args: Any) -> list[str]:
+    """Return every reason for which ``config_from_args`` would refuse these arguments, one line each."""
+    return _read_config(server_args)[1]
+
+
+def _read_config(server_args: Any) -> tuple[PolicyConfig | None, list[str]]:
+    """Return the settings, or None and every problem of theirs."""
     if policy_name(server_args) == NO_POLICY:
-        return PolicyConfig(policy=NO_POLICY)
+        return PolicyConfig(policy=NO_POLICY), []
     # Here, so that processes without a policy load neither policies nor torch for them.
     from rkv_sglang.integration.startup.policy_parameters import read_parameters
     from rkv_sglang.policies import default_sizes, make_policy
 
-    settings = {name: value for setting in _FIELDS_OF_SETTING for name, value in _given(server_args, setting).items()}
-    if isinstance(server_args.kv_policy, str) and server_args.kv_policy:
-        settings = {**default_sizes(server_args.kv_policy), **settings}
-    parameters = read_parameters(getattr(server_args, _PARAMETERS_FIELD))
-    config = PolicyConfig(policy=server_args.kv_policy, parameters=parameters, **settings)
-    # Only the policy itself knows whether it takes them.
-    make_policy(config)
-    return config
+    policy, problems = server_args.kv_policy, []
+    settings: dict[str, Any] = {}
+    parameters: dict[str, Any] = {}
+    for setting in _FIELDS_OF_SETTING:
+        given, problem = _given(server_args, setting)
+        settings |= given
+        problems += [problem] if problem else []
+    try:
+        if isinstance(policy, str) and policy:
+            settings = {**default_sizes(policy), **settings}
+    except ValueError as error:
+        problems.append(str(error))
+    try:
+        parameters = read_parameters(getattr(server_args, _PARAMETERS_FIELD))
+    except ValueError as error:
+        problems.append(str(error))
+    values = {**_DEFAULT_OF_SETTING, "policy": policy, "parameters": parameters, **settings}
+    problems += value_problems(SimpleNamespace(**values))
+    if problems:
+        return None, problems
+    config = PolicyConfig(**values)
+    try:
+        # Only the policy itself knows whether it takes its parameters.
+        make_policy(config)
+    except ValueError as error:
+        return None, [str(error)]
+    return config, []
 
 
-def _given(server_args: Any, setting: str) -> dict[str, Any]:
+def _given(server_args: Any, setting: str) -> tuple[dict[str, Any], str | None]:
     """Return the setting with the value that the user gave it, under whichever spelling; nothing if under none.
 
-    Raises:
-        ValueError: Two spellings have different values.
+    Second comes the problem, if two spellings have different values.
     """
     values = {name: getattr(server_args, name) for name in _FIELDS_OF_SETTING[setting]}
     if len(values) > 1:
         # What the record has where a spelling was not used.
         unset = False if setting == "trace" else None
         values = {name: value for name, value in values.items() if value is not unset}
+    problem = None
     if len(values) == 2:
         (first, value), (second, other) = values.items()
         if value != other:
-            raise ValueError(
+            problem = (
                 f"{_flag(first)} {value!r} and {_flag(second)} {other!r} are two spellings of one setting: "
                 f"set {_flag(first)} only"
             )
-    return {setting: next(iter(values.values()))} if values else {}
+    return {setting: next(iter(values.values()))} if values else {}, problem
 
 
 def resolved_fields(config: PolicyConfig) -> dict[str, Any]:

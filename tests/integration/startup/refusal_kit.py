@@ -1,11 +1,13 @@
-"""What the tests of refusals share: tiny model configs without weights, and the one line of an error."""
+"""What the tests of refusals share: all that is refused, tiny model configs without weights, the line of an error."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from rkv_sglang.integration.startup.errors import RefusedError
+from rkv_sglang.integration.startup.refused_settings import REFUSED_SETTINGS
 
 TINY = {
     "hidden_size": 64,
@@ -18,6 +20,87 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+
+# What follows each flag of the table on the command line, every value that is refused; a variable is set to 1.
+REFUSED_VALUES: dict[str, list[str]] = {
+    "--speculative-algorithm": ["EAGLE", "NGRAM"],
+    "--decoupled-spec-role": ["verifier", "drafter"],
+    "--dllm-algorithm": ["LowConfidence"],
+    "--enable-mixed-chunk": [""],
+    "--enable-two-batch-overlap": [""],
+    "--enable-pdmux": [""],
+    "--enable-nvidia-megakernel": [""],
+    "--enable-amd-monokernel": [""],
+    "--enable-torch-compile": [""],
+    "--enable-mis": [""],
+    "--is-embedding": [""],
+    "--pp-size": ["2", "8"],
+    "--attn-dp-size": ["2"],
+    "--elastic-ep-backend": ["mooncake", "nixl"],
+    "--elastic-ep-join-mode": ["scale", "recover"],
+    "--dcp-size": ["2"],
+    "--attn-cp-size": ["4"],
+    "--enable-prefill-cp": [""],
+    "--enable-kv-cache-sharding": [""],
+    "--disaggregation-mode": ["prefill", "decode"],
+    "--enable-pd-role-switch": [""],
+    "--encoder-only": [""],
+    "--language-only": [""],
+    "--use-ray": [""],
+    "--tokenizer-worker-num": ["2"],
+    "SGLANG_RUST_SERVER": ["1"],
+    "--enable-hierarchical-cache": [""],
+    "--hicache-storage-backend": ["file", "mooncake"],
+    "--enable-lmcache": [""],
+    "--enable-flexkv": [""],
+    "--enable-unified-cache-external-linker": [""],
+    "--disaggregation-decode-enable-offload-kvcache": [""],
+    "--disaggregation-decode-retraction-backup": ["host_pool"],
+    "--radix-cache-backend": ["flexkv", "mine"],
+    "--enable-streaming-session": [""],
+    "--enable-session-radix-cache": [""],
+    "--enable-unified-memory": [""],
+    "--enable-page-major-kv-layout": [""],
+    "SGLANG_USE_HND_KVCACHE": ["1"],
+    "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": ["1"],
+    "--enable-hisparse": [""],
+    "--prefill-only-disable-kv-cache": [""],
+    "--kv-cache-dtype": ["fp8_e4m3", "fp8_e5m2", "mxfp8", "nvfp4", "fp4_mx_block16"],
+    "--enable-return-routed-experts": [""],
+    "--enable-return-indexer-topk": [""],
+    "--kv-canary": ["log", "raise"],
+    "SGLANG_KV_CANARY_ENABLE_TOKEN_ORACLE": ["1"],
+    "SGLANG_KV_CANARY_ENABLE_VERIFY_TOKEN_ASSERT": ["1"],
+    "--device": ["xpu", "hpu", "npu", "musa", "mps"],
+    "--attention-backend": ["flex_attention", "trtllm_mha", "aiter", "wave", "hpc_ops", "flashmla", "dsa", "ascend"],
+    "--prefill-attention-backend": ["trtllm_mha", "flex_attention"],
+    "--decode-attention-backend": ["trtllm_mha", "flex_attention"],
+}
+REFUSED_CASES = [
+    (refusal, value) for refusal in REFUSED_SETTINGS for value in REFUSED_VALUES.get(refusal.setting, ["missing"])
+]
+
+_SLIDING = {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 2}
+_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+REFUSED_MODELS = [
+    ("LlamaForSequenceClassification", transformers.LlamaConfig(**TINY), "does not generate"),
+    ("WhisperForConditionalGeneration", transformers.WhisperConfig(), "encoder's cache"),
+    ("Mamba2ForCausalLM", transformers.Mamba2Config(num_heads=8, head_dim=16, hidden_size=64), "recurrent state"),
+    ("Qwen3NextForCausalLM", transformers.Qwen3NextConfig(**TINY), "recurrent state"),
+    ("DeepseekV3ForCausalLM", transformers.DeepseekV3Config(**{**TINY, "num_key_value_heads": 4}), "is MLA"),
+    ("GptOssForCausalLM", transformers.GptOssConfig(**TINY), "sliding window or chunk"),
+    ("Llama4ForCausalLM", transformers.Llama4TextConfig(**TINY), "sliding window or chunk"),
+    ("Gemma2ForCausalLM", transformers.Gemma2Config(**TINY), "type sliding_attention"),
+    ("Qwen2ForCausalLM", transformers.Qwen2Config(**TINY, **_SLIDING), "type sliding_attention"),
+    ("Qwen2ForCausalLM", transformers.Qwen2Config(**TINY, dual_chunk_attention_config={}), "dual chunk attention"),
+    (
+        "Qwen2_5_VLForConditionalGeneration",
+        transformers.Qwen2_5_VLConfig(text_config={**TINY, "rope_parameters": _MROPE}),
+        "mrope",
+    ),
+    ("LlamaForCausalLM", transformers.LlamaConfig(**TINY, use_ngram_embedding=True, ngram_embedding_n=2), "n-gram"),
+]
 
 
 def tiny_config_dir(folder: Path, config: Any, architecture: str) -> str:

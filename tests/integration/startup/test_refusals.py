@@ -20,64 +20,7 @@ from rkv_sglang.integration.startup.refusals import refuse
 from rkv_sglang.integration.startup.refused_settings import ATTENTION_BACKENDS, REFUSED_SETTINGS, RefusedSetting
 from rkv_sglang.integration.startup.server_args import RKVServerArgs
 from tests.integration.children import Child
-from tests.integration.startup.refusal_kit import TINY, message_of, tiny_config_dir
-
-# What follows each flag of the table on the command line, every value that is refused; a variable is set to 1.
-REFUSED_VALUES: dict[str, list[str]] = {
-    "--speculative-algorithm": ["EAGLE", "NGRAM"],
-    "--decoupled-spec-role": ["verifier", "drafter"],
-    "--dllm-algorithm": ["LowConfidence"],
-    "--enable-mixed-chunk": [""],
-    "--enable-two-batch-overlap": [""],
-    "--enable-pdmux": [""],
-    "--enable-nvidia-megakernel": [""],
-    "--enable-amd-monokernel": [""],
-    "--enable-torch-compile": [""],
-    "--enable-mis": [""],
-    "--is-embedding": [""],
-    "--pp-size": ["2", "8"],
-    "--attn-dp-size": ["2"],
-    "--elastic-ep-backend": ["mooncake", "nixl"],
-    "--elastic-ep-join-mode": ["scale", "recover"],
-    "--dcp-size": ["2"],
-    "--attn-cp-size": ["4"],
-    "--enable-prefill-cp": [""],
-    "--enable-kv-cache-sharding": [""],
-    "--disaggregation-mode": ["prefill", "decode"],
-    "--enable-pd-role-switch": [""],
-    "--encoder-only": [""],
-    "--language-only": [""],
-    "--use-ray": [""],
-    "--tokenizer-worker-num": ["2"],
-    "SGLANG_RUST_SERVER": ["1"],
-    "--enable-hierarchical-cache": [""],
-    "--hicache-storage-backend": ["file", "mooncake"],
-    "--enable-lmcache": [""],
-    "--enable-flexkv": [""],
-    "--enable-unified-cache-external-linker": [""],
-    "--disaggregation-decode-enable-offload-kvcache": [""],
-    "--disaggregation-decode-retraction-backup": ["host_pool"],
-    "--radix-cache-backend": ["flexkv", "mine"],
-    "--enable-streaming-session": [""],
-    "--enable-session-radix-cache": [""],
-    "--enable-unified-memory": [""],
-    "--enable-page-major-kv-layout": [""],
-    "SGLANG_USE_HND_KVCACHE": ["1"],
-    "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": ["1"],
-    "--enable-hisparse": [""],
-    "--prefill-only-disable-kv-cache": [""],
-    "--kv-cache-dtype": ["fp8_e4m3", "fp8_e5m2", "mxfp8", "nvfp4", "fp4_mx_block16"],
-    "--enable-return-routed-experts": [""],
-    "--enable-return-indexer-topk": [""],
-    "--kv-canary": ["log", "raise"],
-    "SGLANG_KV_CANARY_ENABLE_TOKEN_ORACLE": ["1"],
-    "SGLANG_KV_CANARY_ENABLE_VERIFY_TOKEN_ASSERT": ["1"],
-    "--device": ["xpu", "hpu", "npu", "musa", "mps"],
-    "--attention-backend": ["flex_attention", "trtllm_mha", "aiter", "wave", "hpc_ops", "flashmla", "dsa", "ascend"],
-    "--prefill-attention-backend": ["trtllm_mha", "flex_attention"],
-    "--decode-attention-backend": ["trtllm_mha", "flex_attention"],
-}
-CASES = [(refusal, value) for refusal in REFUSED_SETTINGS for value in REFUSED_VALUES.get(refusal.setting, ["missing"])]
+from tests.integration.startup.refusal_kit import REFUSED_CASES, REFUSED_VALUES, TINY, message_of, tiny_config_dir
 
 ALLOWED = [
     "",
@@ -157,7 +100,7 @@ def test_the_table_is_covered_and_names_every_setting_once() -> None:
     assert set(REFUSED_VALUES) == set(settings)
 
 
-@pytest.mark.parametrize(("refusal", "value"), CASES, ids=lambda part: getattr(part, "setting", part))
+@pytest.mark.parametrize(("refusal", "value"), REFUSED_CASES, ids=lambda part: getattr(part, "setting", part))
 def test_every_row_is_refused_with_its_name_why_and_mend(
     parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch, refusal: RefusedSetting, value: str
 ) -> None:

@@ -16,7 +16,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from rkv_sglang.integration.startup.refusals import refuse_model, refuse_runtime
 from rkv_sglang.integration.startup.server_args import RKVServerArgs
-from tests.integration.startup.refusal_kit import TINY, message_of, tiny_config_dir
+from tests.integration.startup.refusal_kit import REFUSED_MODELS, TINY, message_of, tiny_config_dir
 
 SERVED_MODELS = {
     "LlamaForCausalLM": transformers.LlamaConfig(**TINY),
@@ -26,26 +26,6 @@ SERVED_MODELS = {
     "MistralForCausalLM": transformers.MistralConfig(**TINY),
     "Phi3ForCausalLM": transformers.Phi3Config(**TINY),
 }
-_SLIDING = {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 2}
-_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-REFUSED_MODELS = [
-    ("LlamaForSequenceClassification", transformers.LlamaConfig(**TINY), "does not generate"),
-    ("WhisperForConditionalGeneration", transformers.WhisperConfig(), "encoder's cache"),
-    ("Mamba2ForCausalLM", transformers.Mamba2Config(num_heads=8, head_dim=16, hidden_size=64), "recurrent state"),
-    ("Qwen3NextForCausalLM", transformers.Qwen3NextConfig(**TINY), "recurrent state"),
-    ("DeepseekV3ForCausalLM", transformers.DeepseekV3Config(**{**TINY, "num_key_value_heads": 4}), "is MLA"),
-    ("GptOssForCausalLM", transformers.GptOssConfig(**TINY), "sliding window or chunk"),
-    ("Llama4ForCausalLM", transformers.Llama4TextConfig(**TINY), "sliding window or chunk"),
-    ("Gemma2ForCausalLM", transformers.Gemma2Config(**TINY), "type sliding_attention"),
-    ("Qwen2ForCausalLM", transformers.Qwen2Config(**TINY, **_SLIDING), "type sliding_attention"),
-    ("Qwen2ForCausalLM", transformers.Qwen2Config(**TINY, dual_chunk_attention_config={}), "dual chunk attention"),
-    (
-        "Qwen2_5_VLForConditionalGeneration",
-        transformers.Qwen2_5_VLConfig(text_config={**TINY, "rope_parameters": _MROPE}),
-        "mrope",
-    ),
-    ("LlamaForCausalLM", transformers.LlamaConfig(**TINY, use_ngram_embedding=True, ngram_embedding_n=2), "n-gram"),
-]
 
 
 @pytest.mark.parametrize("architecture", SERVED_MODELS)

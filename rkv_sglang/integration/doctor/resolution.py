@@ -1,0 +1,144 @@
+"""SGLang's resolution of arguments, and every refusal on the way, without starting anything."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
+from sglang.srt.utils import get_device
+
+from rkv_sglang.integration.doctor.arguments import MODEL_FLAG, NO_MODEL
+from rkv_sglang.integration.hooking.install import installation_problems
+from rkv_sglang.integration.startup.refusals import flag_problems, model_problems, refused_values
+from rkv_sglang.integration.startup.server_args import RKVServerArgs
+
+NEVER_CHECKED = "the weights and the memory that they leave; the pools and layers that the scheduler builds"
+GPU_UNCHECKED = "what SGLang would choose for a GPU, as there is none here"
+
+
+def look_at_server(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, model_config: str | None
+) -> tuple[list[str], list[str]]:
+    """Resolve the arguments of a server with a policy as its launcher does, and collect what it would refuse.
+
+    Args:
+        parser: From which ``options`` come.
+        options: The arguments as they were given.
+        model_config: A model's config.json that stands for the model's own.
+
+    Returns:
+        One line for every reason to refuse, in the order of a start; and what was not checked.
+    """
+    from rkv_sglang.integration.hooks.table import HOOKS
+
+    problems = list(installation_problems(HOOKS))
+    unchecked = [NEVER_CHECKED]
+    # As far as SGLang gets before it looks at the model, which is where flags are refused.
+    early = _args(options, model_path=NO_MODEL)
+    with contextlib.suppress(Exception):
+        early.resolve_once()
+    problems += flag_problems(resolving_view(early))
+    # What SGLang says then is not about what was refused already.
+    mended = _without_refused(parser, options, resolving_view(early))
+    if mended.device is None and not _has_accelerator():
+        mended.device = "cuda"
+        unchecked.append(GPU_UNCHECKED)
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(_folder_of(model_config)) if model_config else options.model_path
+        except ValueError as error:
+            return [*problems, str(error)], unchecked
+        problems += _look_at_resolved(mended, folder, options.model_path)
+    return problems, unchecked
+
+
+def _look_at_resolved(options: argparse.Namespace, folder: str, model_path: str) -> Iterator[str]:
+    """Yield what is refused once model and defaults are known. ``model_path`` is the name of the model in messages."""
+
+    def told(error: Exception) -> str:
+        # A folder that stands for the model is gone when this is read.
+        return _one_line(error).replace(folder, model_path)
+
+    names = {"model_path": folder, "served_model_name": options.served_model_name or model_path}
+    is_dummy = folder.lower() in ("none", NO_MODEL)
+    if not is_dummy:
+        try:
+            model = model_config_of(_args(options, **names))
+        # Of transformers, of the Hub, of code that comes with a model.
+        except Exception as error:
+            yield (
+                f"{MODEL_FLAG} {model_path} has no usable configuration here ({told(error)}): "
+                "name its config.json with --model-config"
+            )
+            names["model_path"], is_dummy = NO_MODEL, True
+        else:
+            model.model_path = model_path
+            yield from model_problems(model)
+    args = _args(options, **names)
+    problem = None
+    try:
+        args.resolve_once()
+        if not is_dummy:
+            args.check_server_args()
+    # SGLang refuses by assertions and by errors of every kind.
+    except Exception as error:
+        problem = f"SGLang itself refuses the command ({type(error).__name__}: {told(error)}): mend what it names"
+    yield from flag_problems(resolving_view(args))
+    if problem is not None:
+        yield problem
+
+
+def _args(options: argparse.Namespace, **changed: Any) -> Any:
+    return RKVServerArgs.from_cli_args(argparse.Namespace(**{**vars(options), **changed}))
+
+
+def _without_refused(parser: argparse.ArgumentParser, options: argparse.Namespace, view: Any) -> argparse.Namespace:
+    """Return the options with every refused flag at its default; unset refused variables."""
+    defaults = {}
+    for refused, _ in refused_values(view):
+        if refused.setting.startswith("--"):
+            field = parser._option_string_actions[refused.setting].dest
+            defaults[field] = parser.get_default(field)
+        else:
+            os.environ.pop(refused.setting, None)
+    return argparse.Namespace(**{**vars(options), **defaults})
+
+
+def _has_accelerator() -> bool:
+    try:
+        get_device()
+    except RuntimeError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _folder_of(model_config: str) -> Iterator[str]:
+    """Make a folder that looks like a model's, for the while.
+
+    Raises:
+        ValueError: The file holds no JSON object; one line.
+    """
+    try:
+        text = Path(model_config).expanduser().read_text(encoding="utf-8")
+        is_object = isinstance(json.loads(text), dict)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"--model-config {model_config} cannot be read ({_one_line(error)}): name a model's config.json"
+        ) from None
+    if not is_object:
+        raise ValueError(f"--model-config {model_config} holds no JSON object: name a model's config.json")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(text, encoding="utf-8")
+        yield folder
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
