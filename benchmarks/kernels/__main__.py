@@ -93,7 +93,7 @@ def measure_parts(report: Report, pool: Pool, num_tokens: int, num_requests: int
     key_bytes = num_requests * num_tokens * pool.key_bytes_per_token
     extra = peak_extra_bytes(score)
     report.add(Row("score", *where, *gpu_times(score), extra_bytes=extra, note="bound: read K once"), key_bytes)
-    shipped = score_config(keys.head_dim, choose_factor_dtype(keys.dtype, pool.queries.dtype))
+    shipped = score_config(keys.head_dim, keys.dtype, choose_factor_dtype(keys.dtype, pool.queries.dtype))
     for num_warps in NUM_WARPS:
         if num_warps != shipped.num_warps:
             other = partial(score, replace(shipped, num_warps=num_warps))

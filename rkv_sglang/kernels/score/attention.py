@@ -180,7 +180,7 @@ def run_key_passes(
     """
     num_layers, num_requests, window, num_qo_heads, head_dim = queries.shape
     factor_dtype = choose_factor_dtype(keys.dtype, queries.dtype)
-    config = score_config(head_dim, factor_dtype) if config is None else config
+    config = score_config(head_dim, keys.dtype, factor_dtype) if config is None else config
     constants = key_constants(
         storage_dtype=keys.storage_dtype,
         dtype=keys.dtype,

@@ -40,18 +40,21 @@ class ScoreConfig:
     num_warps: int = 4
 
 
-def score_config(head_dim: int, factor_dtype: torch.dtype) -> ScoreConfig:
+def score_config(head_dim: int, key_dtype: torch.dtype, factor_dtype: torch.dtype) -> ScoreConfig:
     """Return the sizes that keep both tiles of keys and their products in registers and shared memory.
 
     Args:
         head_dim: Of the keys.
+        key_dtype: Of the keys.
         factor_dtype: Type of the factors of the products.
     """
     if factor_dtype == torch.float32:
         return ScoreConfig(block=32, block_columns=32, dot_width=32)
     if head_dim > 128:
         return ScoreConfig(block=32, block_columns=32, num_warps=8)
-    return ScoreConfig(block=64, block_columns=64, num_warps=KEY_WARPS)
+    # fp8 is decoded in registers, of which 4 warps then have too few on sm_80.
+    num_warps = 8 if head_dim > 64 and key_dtype in FP8_DTYPES else KEY_WARPS
+    return ScoreConfig(block=64, block_columns=64, num_warps=num_warps)
 
 
 def choose_factor_dtype(key_dtype: torch.dtype, query_dtype: torch.dtype) -> torch.dtype:
@@ -146,7 +149,7 @@ def _signature(kernel: Any, query_type: str, with_redundancy: bool) -> tuple[dic
 def _key_cases(dtype: torch.dtype, query_dtype: torch.dtype, head_dim: int, **sizes: Any) -> list[_Case]:
     """Return the cases of both passes over the keys."""
     factor_dtype = choose_factor_dtype(dtype, query_dtype)
-    config = score_config(head_dim, factor_dtype)
+    config = score_config(head_dim, dtype, factor_dtype)
     with_redundancy = sizes.pop("with_redundancy", True)
     sizes = {"page_size": 1, "window": 8, "gqa_group_size": 4} | sizes
     constants = key_constants(
@@ -174,7 +177,7 @@ def _key_cases(dtype: torch.dtype, query_dtype: torch.dtype, head_dim: int, **si
 
 def _total_cases(head_dim: int, window: int, with_redundancy: bool) -> list[_Case]:
     """Return the cases of both passes that read no keys."""
-    config = score_config(head_dim, torch.bfloat16)
+    config = score_config(head_dim, torch.bfloat16, torch.bfloat16)
     reduce_constants = {"BLOCK": config.block, "CHUNK": CHUNK, "WITH_REDUNDANCY": with_redundancy}
     reduce_constants |= {"BLOCK_W": padded_window(window), "BLOCK_D": padded_head_dim(head_dim)}
     combine_constants = {"WINDOW": window, "KEY_BLOCK": config.block, "BLOCK": COMBINE_BLOCK, "CHUNK": CHUNK}
