@@ -26,12 +26,14 @@ class DueRequest:
             rewrite its index map while the compaction runs on another stream.
         logical_len: Tokens ever seen, evicted ones included.
         kept_scores: The ``Compacted.kept_scores`` of this request's last compaction.
+        wants_indices: Whether ``Compacted.kept_indices`` is asked for.
     """
 
     plan: CompactionPlan
     slots: torch.Tensor
     logical_len: int
     kept_scores: torch.Tensor | None = None
+    wants_indices: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,12 @@ class Compacted:
 
     Attributes:
         kept_indices: Of the generated tokens that were resident, those that stay, ascending,
-            ``[num_layers, num_kv_heads, budget]``, int32, on the pool's device.
+            ``[num_layers, num_kv_heads, budget]``, int32, on the pool's device; None unless they were asked for.
         kept_scores: What a stateful policy is to be given back at the request's next compaction, as
             ``DueRequest.kept_scores``, ``[num_layers, num_kv_heads, budget - window]``, fp32; None for other policies.
     """
 
-    kept_indices: torch.Tensor
+    kept_indices: torch.Tensor | None = None
     kept_scores: torch.Tensor | None = None
 
 
@@ -91,7 +93,10 @@ def compact_requests(
         history = [History(request.logical_len, request.kept_scores) for request in together]
         kept = compact_paged(buffers.keys, buffers.values, batch, read_queries(part), policy, history)
         scores = kept.scores or [None] * len(together)
-        compacted += [Compacted(kept.indices[:, i, :, : batch.budgets_cpu[i]], scores[i]) for i in range(len(together))]
+        for i, request in enumerate(together):
+            # A copy: a view would hold the indices of all requests of the part until the last part is done.
+            indices = kept.indices[:, i, :, : request.plan.budget].clone() if request.wants_indices else None
+            compacted.append(Compacted(indices, scores[i]))
     return compacted
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import weakref
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -61,7 +62,7 @@ def layers_of(buffers: PagedBuffers) -> list[torch.Tensor]:
 
 
 def due(plan: CompactionPlan, slots: torch.Tensor) -> DueRequest:
-    return DueRequest(plan, slots, logical_len=plan.resident_len)
+    return DueRequest(plan, slots, logical_len=plan.resident_len, wants_indices=True)
 
 
 def attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -200,3 +201,29 @@ def test_what_queries_take_counts_as_tokens(monkeypatch):
         compact_requests(buffers, requests, read, RecordingPolicy([]), 8, query_bytes=worth * token_bytes)
         runs[worth] = [part.stop - part.start for part in parts]
     assert runs == {0: [2, 2], 14: [1, 1, 1, 1]}
+
+
+def test_no_indices_stay_but_those_asked_for(monkeypatch):
+    """Three parts of two requests, of which the third request is traced: nothing else outlives its part."""
+    window, budget, plan = 2, 6, plan_compaction(prompt_len=0, resident_len=13, budget=6, page_size=1)
+    monkeypatch.setattr(compact, "_most_tokens", lambda *_: 26)
+    buffers, of_parts, living = make_pool(2, 90, 2, 4, torch.float32), [], []
+
+    def compact_and_watch(*arguments: object) -> object:
+        living.append(sum(indices() is not None for indices in of_parts))
+        kept = compact_paged(*arguments)
+        of_parts.append(weakref.ref(kept.indices))
+        return kept
+
+    compact_paged = compact.compact_paged
+    monkeypatch.setattr(compact, "compact_paged", compact_and_watch)
+    requests = [DueRequest(plan, torch.arange(13) + 13 * i, 13, wants_indices=i == 2) for i in range(6)]
+    queries = torch.randn(2, 6, window, 2, 4)
+    results = compact_requests(buffers, requests, lambda part: queries[:, part], RecordingPolicy([]), window)
+    # The part before is let go of when the next one's are there.
+    assert len(of_parts) == 3 and max(living) <= 1
+    assert sum(indices() is not None for indices in of_parts) == 0
+    held = [result.kept_indices for result in results]
+    assert [indices is not None for indices in held] == [False, False, True, False, False, False]
+    # Its own and no more: not a view of what belongs to others.
+    assert held[2].shape == (2, 2, budget) and held[2].untyped_storage().nbytes() == 2 * 2 * budget * 4

@@ -176,7 +176,8 @@ class Runtime:
                 if stream is not None and job.slots.is_cuda:
                     job.slots.record_stream(stream)
                 logical_len = job.state.logical_len(job.plan.resident_len)
-                requests.append(DueRequest(job.plan, job.slots, logical_len, job.state.kept_scores))
+                wants_indices = trace_of(job.req) is not None
+                requests.append(DueRequest(job.plan, job.slots, logical_len, job.state.kept_scores, wants_indices))
                 places.append((job.req.kv.req_pool_idx, logical_len))
             results = compact_requests(
                 buffers,
@@ -250,7 +251,7 @@ class Runtime:
 def _trace(job: Job, result: Compacted) -> None:
     """Add to the request's trace, if it has one, what was kept; ``job.state`` has not recorded the plan yet."""
     trace = trace_of(job.req)
-    if trace is not None:
+    if trace is not None and result.kept_indices is not None:
         # Waits for the current stream, which must be the one that fills the indices; only who asks for it pays.
         trace.append(
             pack_compaction(
