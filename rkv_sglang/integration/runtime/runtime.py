@@ -182,7 +182,7 @@ class Runtime:
             results = compact_requests(
                 buffers,
                 requests,
-                lambda part: query_window.read(places[part]),
+                lambda part, layers: query_window.read(places[part], layers),
                 self.policy,
                 self.config.window,
                 query_bytes=query_window.row_bytes,
