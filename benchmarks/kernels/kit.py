@@ -183,8 +183,8 @@ class Pool:
     def compact(self, requests: list[DueRequest]) -> None:
         """Compact them as a server does."""
 
-        def read_queries(part: slice) -> Tensor:
-            return self.queries.expand(-1, len(requests[part]), -1, -1, -1)
+        def read_queries(part: slice, layers: slice) -> Tensor:
+            return self.queries[layers].expand(-1, len(requests[part]), -1, -1, -1)
 
         compact_requests(self.buffers, requests, read_queries, RKV(**SETTINGS), WINDOW)
 

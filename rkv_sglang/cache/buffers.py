@@ -1,7 +1,7 @@
 """Access to the KV pool, without its types."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -45,3 +45,17 @@ class KVBuffers:
             keys=PagedBuffers.from_tensors(keys, dtype=dtype, scales=key_scales),
             values=PagedBuffers.from_tensors(values, dtype=dtype, scales=value_scales),
         )
+
+    def of_layers(self, layers: slice) -> "KVBuffers":
+        """Return the pool of some layers only, which shares their tensors with this one; waits for nothing."""
+        return KVBuffers(keys=_of_layers(self.keys, layers), values=_of_layers(self.values, layers))
+
+
+def _of_layers(buffers: PagedBuffers, layers: slice) -> PagedBuffers:
+    # Copies: a kernel is compiled anew for a pointer of another alignment.
+    return replace(
+        buffers,
+        tensors=buffers.tensors[layers],
+        pointers=buffers.pointers[layers].clone(),
+        scales=buffers.scales[layers].clone(),
+    )

@@ -12,7 +12,8 @@ from rkv_sglang.kernels.score.scorers import History
 from rkv_sglang.policies import Policy
 from rkv_sglang.sizes.compaction_plan import CompactionPlan
 
-# Requests are taken together up to this much working memory. Long before it is full, a GPU is busy enough.
+# Requests are taken together up to this much working memory, and one that needs more is taken some layers at a time.
+# Long before it is full, a GPU is busy enough. It comes out of what SGLang leaves free for activations.
 WORKING_BYTES = 256 * 2**20
 
 
@@ -26,12 +27,14 @@ class DueRequest:
             rewrite its index map while the compaction runs on another stream.
         logical_len: Tokens ever seen, evicted ones included.
         kept_scores: The ``Compacted.kept_scores`` of this request's last compaction.
+        wants_indices: Whether ``Compacted.kept_indices`` is asked for.
     """
 
     plan: CompactionPlan
     slots: torch.Tensor
     logical_len: int
     kept_scores: torch.Tensor | None = None
+    wants_indices: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,19 +43,19 @@ class Compacted:
 
     Attributes:
         kept_indices: Of the generated tokens that were resident, those that stay, ascending,
-            ``[num_layers, num_kv_heads, budget]``, int32, on the pool's device.
+            ``[num_layers, num_kv_heads, budget]``, int32, on the pool's device; None unless they were asked for.
         kept_scores: What a stateful policy is to be given back at the request's next compaction, as
             ``DueRequest.kept_scores``, ``[num_layers, num_kv_heads, budget - window]``, fp32; None for other policies.
     """
 
-    kept_indices: torch.Tensor
+    kept_indices: torch.Tensor | None = None
     kept_scores: torch.Tensor | None = None
 
 
 def compact_requests(
     buffers: KVBuffers,
     requests: Sequence[DueRequest],
-    read_queries: Callable[[slice], torch.Tensor],
+    read_queries: Callable[[slice, slice], torch.Tensor],
     policy: Policy,
     window: int,
     *,
@@ -61,15 +64,16 @@ def compact_requests(
     """Keep of each request what its plan says, chosen per layer and KV head.
 
     Mutates the pool in each request's own slots from ``plan.prompt_len`` to ``plan.kept_len``; the prompt's slots are
-    only read. On a GPU, policies with a paged scorer make no device-to-host copy.
+    only read. On a GPU, policies with a paged scorer make no device-to-host copy, and the working memory at any time
+    is at most ``WORKING_BYTES``, or that of one layer of the longest request if this is more.
 
     Args:
-        read_queries: Given a slice of ``requests``, returns their window's queries after RoPE, oldest first,
-            ``[num_layers, num_requests, window, num_qo_heads, head_dim]``. Called when they are needed, so that never
-            all are held at once.
+        read_queries: Given a slice of ``requests`` and one of the layers, returns their window's queries after RoPE,
+            oldest first, ``[num_layers, num_requests, window, num_qo_heads, head_dim]``. Called when they are needed,
+            so that never all are held at once.
         policy: Scores the tokens.
         window: Most recent tokens, kept whatever their score.
-        query_bytes: What ``read_queries`` allocates for each request.
+        query_bytes: What ``read_queries`` allocates for each request, all layers together.
 
     Returns:
         Per request, in order, what was kept.
@@ -78,7 +82,8 @@ def compact_requests(
     token_bytes = working_bytes_per_token(buffers.keys, window)
     query_tokens = query_bytes // token_bytes
     num_tokens = [request.plan.resident_len + query_tokens for request in requests]
-    for part in split_requests(num_tokens, _most_tokens(buffers, token_bytes)):
+    most_tokens = _most_tokens(buffers, token_bytes)
+    for part in split_requests(num_tokens, most_tokens):
         together = requests[part]
         plans = [request.plan for request in together]
         batch = PagedBatch.from_slots(
@@ -88,11 +93,45 @@ def compact_requests(
             budgets=[plan.budget for plan in plans],
             window=window,
         )
-        history = [History(request.logical_len, request.kept_scores) for request in together]
-        kept = compact_paged(buffers.keys, buffers.values, batch, read_queries(part), policy, history)
-        scores = kept.scores or [None] * len(together)
-        compacted += [Compacted(kept.indices[:, i, :, : batch.budgets_cpu[i]], scores[i]) for i in range(len(together))]
+        of_layers = [
+            _compact_layers(buffers, together, batch, read_queries(part, layers), policy, layers)
+            for layers in split_layers(buffers.keys.num_layers, max(num_tokens[part]) * len(plans), most_tokens)
+        ]
+        compacted += [_join(own) for own in zip(*of_layers, strict=True)]
     return compacted
+
+
+def _compact_layers(
+    buffers: KVBuffers,
+    requests: Sequence[DueRequest],
+    batch: PagedBatch,
+    queries: torch.Tensor,
+    policy: Policy,
+    layers: slice,
+) -> list[Compacted]:
+    """Compact some layers of the requests of ``batch``; what is returned has these layers only."""
+    if layers != slice(0, buffers.keys.num_layers):
+        buffers = buffers.of_layers(layers)
+    history = [
+        History(request.logical_len, None if request.kept_scores is None else request.kept_scores[layers])
+        for request in requests
+    ]
+    kept = compact_paged(buffers.keys, buffers.values, batch, queries, policy, history)
+    scores = kept.scores or [None] * len(requests)
+    return [
+        # A copy: a view would hold the indices of all requests of the part until the last part is done.
+        Compacted(kept.indices[:, i, :, : request.plan.budget].clone() if request.wants_indices else None, scores[i])
+        for i, request in enumerate(requests)
+    ]
+
+
+def _join(of_layers: Sequence[Compacted]) -> Compacted:
+    """Put the layers of one request together again."""
+    if len(of_layers) == 1:
+        return of_layers[0]
+    indices = [part.kept_indices for part in of_layers if part.kept_indices is not None]
+    scores = [part.kept_scores for part in of_layers if part.kept_scores is not None]
+    return Compacted(torch.cat(indices) if indices else None, torch.cat(scores) if scores else None)
 
 
 def split_requests(num_tokens: Sequence[int], most_tokens: int) -> Iterator[slice]:
@@ -110,7 +149,17 @@ def split_requests(num_tokens: Sequence[int], most_tokens: int) -> Iterator[slic
         yield slice(start, len(num_tokens))
 
 
+def split_layers(num_layers: int, num_tokens: int, most_tokens: int) -> Iterator[slice]:
+    """Cut the layers of ``num_tokens`` tokens into runs, equal but for the last, of the memory of ``most_tokens``.
+
+    That memory is counted in tokens of all layers. A run has at least one layer; 0 ``most_tokens`` leaves them whole.
+    """
+    step = num_layers if most_tokens == 0 else max(1, min(num_layers, most_tokens * num_layers // num_tokens))
+    for first in range(0, num_layers, step):
+        yield slice(first, min(first + step, num_layers))
+
+
 def _most_tokens(buffers: KVBuffers, token_bytes: int) -> int:
-    """Return how many resident tokens are compacted together."""
-    # On a CPU each request runs alone: its keys stay in the CPU's cache, and nothing is gained by more.
+    """Return how many resident tokens are compacted together; 0 if each request is, alone and whole."""
+    # On a CPU its keys stay in the CPU's cache, and nothing is gained by more; torch takes layer by layer anyway.
     return WORKING_BYTES // token_bytes if runs_triton(buffers.keys) else 0

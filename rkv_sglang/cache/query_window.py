@@ -104,7 +104,7 @@ class QueryWindow:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of what ``read`` returns for one request."""
+        """Bytes of what ``read`` returns for one request and all layers."""
         return len(self.rings) * self.rings[0, 0].nbytes
 
     def flush(self) -> None:
@@ -150,12 +150,13 @@ class QueryWindow:
             )
             self._pending = []
 
-    def read(self, requests: Sequence[tuple[int, int]]) -> torch.Tensor:
+    def read(self, requests: Sequence[tuple[int, int]], layers: slice) -> torch.Tensor:
         """Return requests' last queries, oldest first, ``[num_layers, num_requests, window, num_qo_heads, head_dim]``.
 
         A copy, made without a sync: what is read where is known on the CPU.
 
         Args:
+            layers: Which of the layers.
             requests: Of each its ``req_pool_idx`` and logical length, that is, tokens seen; the newest query was
                 captured at position ``logical_len - 1``.
         """
@@ -164,6 +165,6 @@ class QueryWindow:
             for req_pool_idx, logical_len in requests
             for step in range(self.window)
         ]
-        steps = self.rings.flatten(1, 2)
+        steps = self.rings[layers].flatten(1, 2)
         queries = steps.index_select(1, to_device(places, torch.int64, steps.device))
         return queries.view(len(steps), len(requests), self.window, *steps.shape[2:])

@@ -42,11 +42,11 @@ def runs_triton(buffers: PagedBuffers) -> bool:
 def working_bytes_per_token(keys: PagedBuffers, window: int) -> int:
     """Return about how much memory ``compact_paged`` holds besides its arguments for each resident token of a batch.
 
-    Per layer and head: two fp32 numbers and an int64, and for each block of at least 32 tokens a row of fp32 sums of
-    keys and two of the window.
+    Per layer and head: two fp32 numbers, an int64 and an index if the token is kept, and for each block of at least 32
+    tokens a row of fp32 sums of keys, two of the window and one number more.
     """
-    block_sums = 4 * padded_head_dim(keys.head_dim) + 8 * padded_window(window)
-    return keys.num_layers * keys.num_kv_heads * (16 + block_sums // 32)
+    block_sums = 4 * padded_head_dim(keys.head_dim) + 8 * padded_window(window) + 4
+    return keys.num_layers * keys.num_kv_heads * (20 + block_sums // 32)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import weakref
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ import torch
 
 from rkv_sglang.cache import compact
 from rkv_sglang.cache.buffers import KVBuffers
-from rkv_sglang.cache.compact import DueRequest, compact_requests, split_requests
+from rkv_sglang.cache.compact import DueRequest, compact_requests, split_layers, split_requests
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.kernels.paged_batch import PagedBuffers
 from rkv_sglang.policies import make_policy
@@ -61,7 +62,7 @@ def layers_of(buffers: PagedBuffers) -> list[torch.Tensor]:
 
 
 def due(plan: CompactionPlan, slots: torch.Tensor) -> DueRequest:
-    return DueRequest(plan, slots, logical_len=plan.resident_len)
+    return DueRequest(plan, slots, logical_len=plan.resident_len, wants_indices=True)
 
 
 def attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -73,8 +74,8 @@ def attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
 def test_every_head_holds_its_own_kept_tokens_in_order_and_nothing_else_changes(_round, seed, rng, dtype, monkeypatch):
     torch.manual_seed(seed)
-    # Alone, as on a CPU, or with others, as on a GPU.
-    most_tokens = rng.choice([0, 60, 1000])
+    # Alone, as on a CPU, or with others, as on a GPU; or in runs of layers, as a long one there.
+    most_tokens = rng.choice([0, 15, 60, 1000])
     monkeypatch.setattr(compact, "_most_tokens", lambda *_: most_tokens)
     num_layers, num_kv_heads, group_size, head_dim = rng.randint(1, 3), rng.randint(1, 4), rng.randint(1, 3), 8
     window, num_requests = rng.randint(1, 4), rng.randint(1, 3)
@@ -94,7 +95,7 @@ def test_every_head_holds_its_own_kept_tokens_in_order_and_nothing_else_changes(
     policy = RecordingPolicy([])
     queries = torch.randn(num_layers, num_requests, window, num_kv_heads * group_size, head_dim)
 
-    compacted = compact_requests(buffers, requests, lambda part: queries[:, part], policy, window)
+    compacted = compact_requests(buffers, requests, lambda part, layers: queries[layers, part], policy, window)
 
     assert [result.kept_scores for result in compacted] == [None] * num_requests
     untouched = torch.ones(200, dtype=torch.bool)
@@ -132,7 +133,7 @@ def test_attention_over_the_compacted_cache_is_attention_with_the_dropped_tokens
     plan = plan_compaction(prompt_len=prompt_len, resident_len=resident_len, budget=config.budget, page_size=1)
     queries = torch.randn(1, 1, config.window, 4, head_dim)
     policy = make_policy(config)
-    compact_requests(buffers, [due(plan, slots)], lambda part: queries[:, part], policy, config.window)
+    compact_requests(buffers, [due(plan, slots)], lambda part, layers: queries[layers, part], policy, config.window)
     scores = policy.score(ScoreInputs(queries=queries[0, 0], keys=keys, prompt_len=prompt_len))
     query = torch.randn(head_dim)
     for head in range(num_kv_heads):
@@ -149,14 +150,16 @@ def kept_scores(*arguments) -> list[torch.Tensor | None]:
     return [result.kept_scores for result in compact_requests(*arguments)]
 
 
-def test_what_a_stateful_policy_scored_comes_back_with_the_tokens_that_it_kept():
+@pytest.mark.parametrize("most_tokens", [0, 8])
+def test_what_a_stateful_policy_scored_comes_back_with_the_tokens_that_it_kept(most_tokens, monkeypatch):
+    monkeypatch.setattr(compact, "_most_tokens", lambda *_: most_tokens)
     window, budget, num_kv_heads, prompt_len = 2, 6, 2, 3
     buffers = make_pool(2, 32, num_kv_heads, 4, torch.float32)
     slots, policy = torch.arange(1, 20), CountingPolicy()
     plan = plan_compaction(prompt_len=prompt_len, resident_len=13, budget=budget, page_size=1)
 
-    def read_queries(part: slice) -> torch.Tensor:
-        return torch.randn(2, 1, window, num_kv_heads, 4)
+    def read_queries(part: slice, layers: slice) -> torch.Tensor:
+        return torch.randn(2, 1, window, num_kv_heads, 4)[layers]
 
     (first,) = kept_scores(buffers, [DueRequest(plan, slots[:13], 13)], read_queries, policy, window)
     # Of the generated tokens 3 to 12 the newest stay: 7 to 10 for their score, 11 and 12 as the window.
@@ -182,6 +185,16 @@ def test_requests_are_taken_together_in_order_and_never_more_than_fit(_round, rn
     assert all((len(a) + 1) * max(*a, b[0]) > most_tokens for a, b in itertools.pairwise(parts))
 
 
+@pytest.mark.parametrize("_round", ROUNDS)
+def test_layers_are_taken_together_in_order_and_never_more_than_fit(_round, rng):
+    num_layers, num_tokens, most_tokens = rng.randint(1, 40), rng.randint(1, 5000), rng.randint(1, 5000)
+    runs = [range(num_layers)[run] for run in split_layers(num_layers, num_tokens, most_tokens)]
+    assert [layer for run in runs for layer in run] == list(range(num_layers))
+    assert all(run and (len(run) == 1 or len(run) * num_tokens <= most_tokens * num_layers) for run in runs)
+    assert len(runs) == 1 or (len(runs[0]) + 1) * num_tokens > most_tokens * num_layers
+    assert list(split_layers(num_layers, num_tokens, 0)) == [slice(0, num_layers)]
+
+
 def test_what_queries_take_counts_as_tokens(monkeypatch):
     """Room for two requests of 13 tokens: with queries worth 14 tokens each, every request is a run of its own."""
     most_tokens, plan = 26, plan_compaction(prompt_len=0, resident_len=13, budget=9, page_size=1)
@@ -193,10 +206,38 @@ def test_what_queries_take_counts_as_tokens(monkeypatch):
     for worth in (0, 14):
         parts: list[slice] = []
 
-        def read(part: slice, parts: list[slice] = parts) -> torch.Tensor:
+        def read(part: slice, layers: slice, parts: list[slice] = parts) -> torch.Tensor:
             parts.append(part)
             return torch.randn(1, part.stop - part.start, 8, 1, 4)
 
         compact_requests(buffers, requests, read, RecordingPolicy([]), 8, query_bytes=worth * token_bytes)
         runs[worth] = [part.stop - part.start for part in parts]
     assert runs == {0: [2, 2], 14: [1, 1, 1, 1]}
+
+
+def test_no_indices_stay_but_those_asked_for(monkeypatch):
+    """Three parts of two requests, of which the third request is traced: nothing else outlives its part."""
+    window, budget, plan = 2, 6, plan_compaction(prompt_len=0, resident_len=13, budget=6, page_size=1)
+    monkeypatch.setattr(compact, "_most_tokens", lambda *_: 26)
+    buffers, of_parts, living = make_pool(2, 90, 2, 4, torch.float32), [], []
+
+    def compact_and_watch(*arguments: object) -> object:
+        living.append(sum(indices() is not None for indices in of_parts))
+        kept = compact_paged(*arguments)
+        of_parts.append(weakref.ref(kept.indices))
+        return kept
+
+    compact_paged = compact.compact_paged
+    monkeypatch.setattr(compact, "compact_paged", compact_and_watch)
+    requests = [DueRequest(plan, torch.arange(13) + 13 * i, 13, wants_indices=i == 2) for i in range(6)]
+    queries = torch.randn(2, 6, window, 2, 4)
+    results = compact_requests(
+        buffers, requests, lambda part, layers: queries[layers, part], RecordingPolicy([]), window
+    )
+    # The part before is let go of when the next one's are there.
+    assert len(of_parts) == 3 and max(living) <= 1
+    assert sum(indices() is not None for indices in of_parts) == 0
+    held = [result.kept_indices for result in results]
+    assert [indices is not None for indices in held] == [False, False, True, False, False, False]
+    # Its own and no more: not a view of what belongs to others.
+    assert held[2].shape == (2, 2, budget) and held[2].untyped_storage().nbytes() == 2 * 2 * budget * 4

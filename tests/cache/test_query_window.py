@@ -10,6 +10,7 @@ from rkv_sglang.kernels.capture import LAYERS_PER_LAUNCH
 
 # Several launches a step, the last one of fewer layers.
 NUM_LAYERS, NUM_QO_HEADS, HEAD_DIM = 2 * LAYERS_PER_LAUNCH + 3, 3, 4
+ALL_LAYERS = slice(NUM_LAYERS)
 
 
 def make_window(num_rows: int, window: int, max_requests: int = 9) -> QueryWindow:
@@ -72,15 +73,17 @@ def test_read_returns_the_last_queries_whatever_happened_to_other_rows(seed):
                 request.queries.append(queries[:, i])
                 request.position += 1
         ready = [r for r in owners if len(r.queries) >= window_len]
-        together = window.read([(r.req_pool_idx, r.position) for r in ready])
+        together = window.read([(r.req_pool_idx, r.position) for r in ready], ALL_LAYERS)
         assert together.nbytes == len(ready) * window.row_bytes
+        some = slice(1, 4)
+        assert torch.equal(window.read([(r.req_pool_idx, r.position) for r in ready], some), together[some])
         assert together.shape == (NUM_LAYERS, len(ready), window_len, NUM_QO_HEADS, HEAD_DIM)
         for i, request in enumerate(ready):
             assert torch.equal(together[:, i], torch.stack(request.queries[-window_len:], dim=1))
         for request in owners:
             if len(request.queries) >= window_len:
                 expected = torch.stack(request.queries[-window_len:], dim=1)
-                assert torch.equal(window.read([(request.req_pool_idx, request.position)])[:, 0], expected)
+                assert torch.equal(window.read([(request.req_pool_idx, request.position)], ALL_LAYERS)[:, 0], expected)
                 reads += 1
                 if rng.random() < 0.2:
                     window.release(request.req_pool_idx)
@@ -98,7 +101,7 @@ def test_a_step_that_fails_half_way_leaves_nothing_and_a_layer_left_out_is_an_er
         window.capture(layer, failed[layer], index, position)
     for layer in range(NUM_LAYERS):
         window.capture(layer, whole[layer], index, position)
-    assert torch.equal(window.read([(1, 1)]).flatten(), whole.flatten())
+    assert torch.equal(window.read([(1, 1)], ALL_LAYERS).flatten(), whole.flatten())
     with pytest.raises(ValueError, match=f"queries of {LAYERS_PER_LAUNCH - 1} came"):
         for layer in (layer for layer in range(NUM_LAYERS) if layer != 3):
             window.capture(layer, whole[layer], index, position)

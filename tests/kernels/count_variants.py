@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.kernels import capture, dispatch, move, select, warmup
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
@@ -83,6 +84,9 @@ def main() -> None:
         )
         queries = rings.new_zeros(NUM_LAYERS, num_requests, window, num_qo_heads, head_dim)
         dispatch.compact_paged(keys, values, batch, queries, policy)
+        some = slice(1, 4)
+        part = KVBuffers(keys=keys, values=values).of_layers(some)
+        dispatch.compact_paged(part.keys, part.values, batch, queries[some].clone(), policy)
         indices = row_of_request.new_zeros(num_requests + 1)[1:]
         step_queries = rings.new_zeros(num_requests, num_qo_heads * head_dim)
         for some in rings.split(capture.LAYERS_PER_LAUNCH):

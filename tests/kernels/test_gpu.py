@@ -197,7 +197,7 @@ def served(seed: int, num_requests: int) -> tuple[KVBuffers, QueryWindow, Callab
         places.append((index + 1, len(own) + 7))
 
     def compact(policy: Policy) -> None:
-        compact_requests(case.buffers, requests, lambda part: window.read(places[part]), policy, WINDOW)
+        compact_requests(case.buffers, requests, lambda part, layers: window.read(places[part], layers), policy, WINDOW)
 
     return case.buffers, window, compact
 

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.query_window import QueryWindow
+from rkv_sglang.cache.step_tensors import warm_up_step
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.runtime.metrics import PolicyMetrics
+from rkv_sglang.kernels.dispatch import runs_triton
 from rkv_sglang.kernels.warmup import warm_up
 from rkv_sglang.policies import Policy
 from rkv_sglang.sizes.query_rows import num_query_rows
@@ -66,7 +68,8 @@ def model_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy)
         key_scales=[layer.k_scale_float or 1.0 for layer in layers],
         value_scales=[layer.v_scale_float or 1.0 for layer in layers],
     )
-    num_requests = model_runner.req_to_token_pool.req_to_token.shape[0]
+    req_to_token = model_runner.req_to_token_pool.req_to_token
+    num_requests = req_to_token.shape[0]
     query_window = QueryWindow(
         num_layers=len(layers),
         num_rows=num_query_rows(config, pool.size, num_requests - 1),
@@ -86,4 +89,6 @@ def model_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy)
         budget=config.budget,
         capacity=config.capacity,
     )
+    if runs_triton(buffers.keys):
+        warm_up_step(query_window, req_to_token)
     return ModelParts(buffers=buffers, query_window=query_window, first_layer=pool.start_layer)

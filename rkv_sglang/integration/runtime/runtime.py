@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rkv_sglang.cache.compact import Compacted, DueRequest, compact_requests
+from rkv_sglang.cache.step_tensors import read_slots, subtract_evicted
 from rkv_sglang.cache.trace import pack_compaction
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.runtime.metrics import metrics_for
@@ -168,45 +169,63 @@ class Runtime:
     def _compact(self, batch: ScheduleBatch, due: list[int]) -> None:
         """Compact the requests of ``batch.reqs`` whose indices are in ``due``, and bring every length up to it."""
         buffers, query_window, metrics = self.parts.buffers, self.parts.query_window, self.parts.metrics
-        jobs = [self._job(batch, batch.reqs[i]) for i in due]
+        jobs = self._jobs(batch, [batch.reqs[i] for i in due])
         with self.on_forward_stream() as stream, metrics.timed() if metrics is not None else contextlib.nullcontext():
             query_window.flush()
             requests, places = [], []
+            # All slots are views of one tensor.
+            if stream is not None and jobs[0].slots.is_cuda:
+                jobs[0].slots.record_stream(stream)
             for job in jobs:
-                if stream is not None and job.slots.is_cuda:
-                    job.slots.record_stream(stream)
                 logical_len = job.state.logical_len(job.plan.resident_len)
-                requests.append(DueRequest(job.plan, job.slots, logical_len, job.state.kept_scores))
+                wants_indices = trace_of(job.req) is not None
+                requests.append(DueRequest(job.plan, job.slots, logical_len, job.state.kept_scores, wants_indices))
                 places.append((job.req.kv.req_pool_idx, logical_len))
             results = compact_requests(
                 buffers,
                 requests,
-                lambda part: query_window.read(places[part]),
+                lambda part, layers: query_window.read(places[part], layers),
                 self.policy,
                 self.config.window,
                 query_bytes=query_window.row_bytes,
             )
             for job, result in zip(jobs, results, strict=True):
                 _trace(job, result)
+        allocator = self.parts.scheduler.token_to_kv_pool_allocator
+        # Each free by itself would copy the allocator's whole list of free slots.
+        allocator.free_group_begin()
         for job, result in zip(jobs, results, strict=True):
             job.state.kept_scores = result.kept_scores
             self._shrink(job)
+        allocator.free_group_end()
         if metrics is not None:
             metrics.count(self.stats)
         evicted = [0] * len(batch.reqs)
         for i, job in zip(due, jobs, strict=True):
             evicted[i] = job.plan.evicted_tokens
-        evicted_cpu = torch.tensor(evicted, dtype=batch.seq_lens_cpu.dtype, pin_memory=batch.seq_lens.is_cuda)
-        # New tensors: results still in flight hold the old ones.
-        batch.seq_lens = batch.seq_lens - evicted_cpu.to(batch.seq_lens, non_blocking=True)
-        batch.seq_lens_cpu = batch.seq_lens_cpu - evicted_cpu
+        batch.seq_lens, batch.seq_lens_cpu = subtract_evicted(batch.seq_lens, batch.seq_lens_cpu, evicted)
         batch.seq_lens_sum = None
         # Scheduler._get_new_batch_prefill_raw sets it where nothing fits, and SGLang clears it only when a request
         # leaves the batch; here room appears without that.
         batch.batch_is_full = False
 
-    def _job(self, batch: ScheduleBatch, req: Req) -> Job:
-        """Plan one request's compaction; nothing is changed."""
+    def _jobs(self, batch: ScheduleBatch, reqs: list[Req]) -> list[Job]:
+        """Plan the compaction of some requests of the batch; nothing is changed."""
+        plans = [self._plan(req) for req in reqs]
+        # Under overlap the scheduler may rewrite the map before the device gets to the move, so the slots are copied
+        # now, on the scheduler's stream.
+        slots = read_slots(
+            batch.req_to_token_pool.req_to_token,
+            [req.kv.req_pool_idx for req in reqs],
+            [plan.resident_len for _, plan in plans],
+        )
+        return [
+            Job(req=req, state=state_of(req), config=config, plan=plan, slots=own)
+            for req, (config, plan), own in zip(reqs, plans, slots, strict=True)
+        ]
+
+    def _plan(self, req: Req) -> tuple[PolicyConfig, CompactionPlan]:
+        """Plan one request's compaction by its settings, which are returned too."""
         state, config, kv = state_of(req), self.config_of(req), req.kv
         if config is None or kv.cache_protected_len > state.prompt_len or kv.kv_committed_len != kv.kv_allocated_len:
             raise RuntimeError(
@@ -220,10 +239,7 @@ class Runtime:
             budget=config.budget,
             page_size=self.parts.scheduler.token_to_kv_pool_allocator.page_size,
         )
-        # Under overlap the scheduler may rewrite the map before the device gets to the move, so the slots are copied
-        # now, on the scheduler's stream.
-        slots = batch.req_to_token_pool.req_to_token[kv.req_pool_idx, : plan.resident_len].to(torch.int64)
-        return Job(req=req, state=state, config=config, plan=plan, slots=slots)
+        return config, plan
 
     def _shrink(self, job: Job) -> None:
         """Free the pages past what is kept and shorten the request's lengths."""
@@ -250,7 +266,7 @@ class Runtime:
 def _trace(job: Job, result: Compacted) -> None:
     """Add to the request's trace, if it has one, what was kept; ``job.state`` has not recorded the plan yet."""
     trace = trace_of(job.req)
-    if trace is not None:
+    if trace is not None and result.kept_indices is not None:
         # Waits for the current stream, which must be the one that fills the indices; only who asks for it pays.
         trace.append(
             pack_compaction(

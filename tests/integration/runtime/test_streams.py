@@ -58,7 +58,9 @@ def test_what_was_kept_is_read_for_a_trace_on_the_stream_that_computes_it(monkey
         forward_stream_ctx=streams.forward_stream_ctx,
         schedule_stream=streams.schedule_stream,
         tree_cache=SimpleNamespace(free_kv_row=lambda kv, ranges: None),
-        token_to_kv_pool_allocator=SimpleNamespace(page_size=1),
+        token_to_kv_pool_allocator=SimpleNamespace(
+            page_size=1, free_group_begin=lambda: None, free_group_end=lambda: None
+        ),
     )
     query_window: Any = SimpleNamespace(flush=lambda: None, release=lambda row: None, row_bytes=0)
     buffers: Any = SimpleNamespace()
