@@ -16,6 +16,7 @@ from rkv_sglang.algorithm.selection import select_kept
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import DueRequest, compact_requests
 from rkv_sglang.cache.query_window import QueryWindow
+from rkv_sglang.cache.step_tensors import read_slots, subtract_evicted
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.kernels import capture, move, select
 from rkv_sglang.kernels.api import compact_paged_kv
@@ -209,6 +210,21 @@ def test_a_compaction_waits_for_nothing_on_the_gpu(seed, name):
     compact(policy)
     with no_wait():
         compact(policy)
+
+
+def test_a_steps_bookkeeping_waits_for_nothing_on_the_gpu(seed, rng):
+    torch.manual_seed(seed)
+    req_to_token = torch.randint(1, 2**31 - 1, (9, 300), dtype=torch.int32, device=DEVICE)
+    rows, lengths = rng.sample(range(9), 5), [rng.randint(1, 300) for _ in range(5)]
+    seq_lens_cpu = torch.tensor(lengths)
+    seq_lens = seq_lens_cpu.to(DEVICE)
+    read_slots(req_to_token, rows, lengths)
+    with no_wait():
+        found = read_slots(req_to_token, rows, lengths)
+        shorter, shorter_cpu = subtract_evicted(seq_lens, seq_lens_cpu, [0, 1, 0, 0, 1])
+    for own, row, length in zip(found, rows, lengths, strict=True):
+        assert own.dtype == torch.int64 and torch.equal(own, req_to_token[row, :length].long())
+    assert shorter.tolist() == shorter_cpu.tolist() == [n - e for n, e in zip(lengths, [0, 1, 0, 0, 1], strict=True)]
 
 
 def test_the_api_waits_for_nothing_on_the_gpu_if_the_lengths_are_on_the_cpu(seed):
