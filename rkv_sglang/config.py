@@ -25,6 +25,7 @@ class PolicyConfig:
         similarity_threshold: Cosine above which two keys count as near-duplicates, in [-1, 1].
         parameters: Further parameters of the policy by name; where the policy is made they are checked, and come before
             the settings above.
+        stagger: Whether a request's first compaction comes early, by a number of tokens of its own.
         trace: Whether requests may ask that their compactions be recorded, which makes the scheduler wait for the
             device at each.
 
@@ -40,13 +41,15 @@ class PolicyConfig:
     kernel_size: int = 7
     similarity_threshold: float = 0.5
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    stagger: bool = False
     trace: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, str) or not self.policy:
             raise ValueError(f"--kv-policy {self.policy!r} is not a name: set --kv-policy to the name of a policy")
-        if not isinstance(self.trace, bool):
-            raise ValueError(f"--kv-trace {self.trace!r} is not a boolean: set --kv-trace or leave it out")
+        for flag, switch in (("--kv-stagger", self.stagger), ("--kv-trace", self.trace)):
+            if not isinstance(switch, bool):
+                raise ValueError(f"{flag} {switch!r} is not a boolean: set {flag} or leave it out")
         for flag, value, least in (
             ("--kv-window", self.window, 1),
             ("--kv-buffer", self.buffer, 1),
