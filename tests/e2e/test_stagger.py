@@ -16,7 +16,7 @@ from tests.e2e.workload import (
     six_prompts,
 )
 from tests.support.harness.scheduler import Request, rid_of, run_scheduler
-from tests.support.oracle.dense import dense_generate
+from tests.support.oracle.dense import DenseResult, dense_generate
 
 MODEL = tiny_model_path("llama-gqa")
 FLAGS = ["--model-path", str(MODEL)]
@@ -87,18 +87,29 @@ def test_a_request_that_is_computed_again_has_the_same_head_start():
         assert_same_tokens(output.output_ids, expected, f"request {i}")
 
 
-def test_a_crowd_in_a_full_pool_is_compacted_few_at_a_time_and_has_query_rows(rng):
-    """What 24 requests reserve is the whole pool, and each has a row long before it holds its capacity."""
-    setting = Setting(budget=40, buffer=32, stagger=True)
-    prompts = [tuple(random_ids(rng, 8)) for _ in range(24)]
-    batch = [greedy(prompt, 140) for prompt in prompts]
-    num_slots = 24 * (8 + setting.budget + setting.buffer)
-    result = run_scheduler([*FLAGS, "--max-total-tokens", str(num_slots), *setting.flags], batch)
+def in_a_full_pool(prompts: list[tuple[int, ...]], setting: Setting, num_tokens: int) -> list[DenseResult]:
+    """Serve requests that reserve the whole pool together, none of which must be retracted; return right answers."""
+    num_slots = sum(len(prompt) + setting.budget + setting.buffer for prompt in prompts)
+    flags = [*FLAGS, "--max-total-tokens", str(num_slots), *setting.flags]
+    result = run_scheduler(flags, [greedy(prompt, num_tokens) for prompt in prompts])
     result.assert_clean()
     assert result.probe.retractions == 0
-    answers = [oracle(MODEL, prompt, 140, setting) for prompt in prompts]
+    answers = [oracle(MODEL, prompt, num_tokens, setting) for prompt in prompts]
     for i, (output, expected) in enumerate(zip(result.outputs, answers, strict=True)):
         assert_same_tokens(output.output_ids, expected, f"request {i}")
+    return answers
+
+
+def test_a_crowd_is_compacted_few_at_a_time(rng):
+    setting = Setting(budget=40, buffer=32, stagger=True)
+    answers = in_a_full_pool([tuple(random_ids(rng, 8)) for _ in range(24)], setting, 140)
     due = Counter(compaction.num_outputs for expected in answers for compaction in expected.compactions)
     # By chance more than nine come together once in a million crowds.
     assert max(due.values()) < 10 and due.total() >= 48
+
+
+def test_equal_requests_need_a_query_row_at_once_long_before_they_hold_what_there_is_a_row_for():
+    setting = Setting(budget=20, buffer=60, stagger=True)
+    prompt = six_prompts()[4]
+    (first, *_), *_ = [answer.compactions for answer in in_a_full_pool([prompt] * 24, setting, 100)]
+    assert first.num_outputs < 70
