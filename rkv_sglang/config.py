@@ -25,6 +25,7 @@ class PolicyConfig:
         similarity_threshold: Cosine above which two keys count as near-duplicates, in [-1, 1].
         parameters: Further parameters of the policy by name; where the policy is made they are checked, and come before
             the settings above.
+        stagger: Whether a request's first compaction comes early, by a number of tokens of its own.
         trace: Whether requests may ask that their compactions be recorded, which makes the scheduler wait for the
             device at each.
 
@@ -40,6 +41,7 @@ class PolicyConfig:
     kernel_size: int = 7
     similarity_threshold: float = 0.5
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    stagger: bool = False
     trace: bool = False
 
     def __post_init__(self) -> None:
@@ -60,8 +62,9 @@ def value_problems(settings: Any) -> Iterator[str]:
     """
     if not isinstance(settings.policy, str) or not settings.policy:
         yield f"--kv-policy {settings.policy!r} is not a name: set --kv-policy to the name of a policy"
-    if not isinstance(settings.trace, bool):
-        yield f"--kv-trace {settings.trace!r} is not a boolean: set --kv-trace or leave it out"
+    for flag, switch in (("--kv-stagger", settings.stagger), ("--kv-trace", settings.trace)):
+        if not isinstance(switch, bool):
+            yield f"{flag} {switch!r} is not a boolean: set {flag} or leave it out"
     bad_counts = set()
     for flag, value, least in (
         ("--kv-window", settings.window, 1),

@@ -25,6 +25,7 @@ class RequestState:
         compactions: Compactions over the whole life of the request.
         evicted_in_all: Tokens evicted over the whole life; those computed again after a retraction may count twice.
         next_check: Forward count before which the request needs no look; ``NEVER`` if it can never be due.
+        head_start: How early its first compaction comes, in tokens; None until its tokens have decided.
         kept_scores: What a stateful policy is given back at the next compaction; a tensor that is only carried here.
         host_copy: The resident KV of a request that waits to be restored from it, a ``HostCopy``; only carried here.
     """
@@ -35,6 +36,7 @@ class RequestState:
     compactions: int = 0
     evicted_in_all: int = 0
     next_check: float = 0
+    head_start: int | None = None
     kept_scores: Any = None
     host_copy: Any = None
 
@@ -68,7 +70,8 @@ def can_ever_compact(config: PolicyConfig, max_new_tokens: int) -> bool:
     """Return whether a request of that many tokens can reach a compaction.
 
     The last token generated is never fed back, so ``max_new_tokens`` tokens take ``max_new_tokens - 1`` decode steps,
-    and a compaction needs one more step after ``capacity`` of them.
+    and a compaction needs one more step after ``capacity`` of them. One that cannot outgrow its capacity is left whole,
+    whatever its head start.
     """
     return max_new_tokens - 1 > config.capacity
 
@@ -81,15 +84,18 @@ def decodes_again(state: RequestState, resident_len: int) -> bool:
     return state.generated_len(resident_len) + 1 < state.max_new_tokens
 
 
-def steps_until_due(config: PolicyConfig, prompt_len: int, resident_len: int, decode_steps: int) -> int:
+def steps_until_due(
+    config: PolicyConfig, prompt_len: int, resident_len: int, decode_steps: int, head_start: int = 0
+) -> int:
     """Return after how many more decode steps the request must be compacted; 0 means before the next one.
 
-    Due is a request with ``capacity`` generated tokens resident that has seen ``window`` decode queries since its last
-    prefill.
+    Due is a request with ``capacity - head_start`` generated tokens resident that has seen ``window`` decode queries
+    since its last prefill.
 
     Args:
         prompt_len: Tokens of the prompt.
         resident_len: Slots the request holds, in tokens, prompt included.
         decode_steps: Decode steps since the last prefill.
+        head_start: How early the compaction comes, in tokens; for the first one since the last prefill only.
     """
-    return max(config.capacity - (resident_len - prompt_len), config.window - decode_steps, 0)
+    return max(config.capacity - head_start - (resident_len - prompt_len), config.window - decode_steps, 0)

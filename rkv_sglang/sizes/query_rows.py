@@ -3,6 +3,10 @@
 A request needs a row only while it is within ``window`` decode steps of its next compaction. It then holds at least
 ``capacity - window`` slots of its own, so ``pool slots / (capacity - window)`` rows are enough even if every request
 comes due in the same step.
+
+With a head start the first compaction comes at fewer slots, and the row is taken before that. But a request that is to
+be compacted has a length limit above ``capacity``, so until then what it holds and what admission has reserved for it
+are ``capacity`` slots together: the same number of rows is enough.
 """
 
 from rkv_sglang.config import PolicyConfig

@@ -11,7 +11,9 @@ from rkv_sglang.sizes.lengths import steps_until_due
 def decode_growth(
     config: PolicyConfig, *, prompt_len: int, resident_len: int, tokens_left: int, decode_steps: int
 ) -> int:
-    """Return the most tokens by which a request's resident KV can still grow at any time before it ends. Exact.
+    """Return the most tokens by which a request's resident KV can still grow at any time before it ends.
+
+    Exact, but for a request with a head start whose length limit ends it before it is back at its capacity.
 
     Args:
         config: The settings; a request too short for a compaction grows by ``tokens_left`` under any.
@@ -21,6 +23,7 @@ def decode_growth(
         decode_steps: Decode steps since the last prefill.
     """
     # After the next compaction it comes back to its capacity again and again, which is no more than it holds by then.
+    # So a head start changes nothing: what is not held before that compaction is held later.
     return min(max(tokens_left, 0), steps_until_due(config, prompt_len, resident_len, decode_steps))
 
 

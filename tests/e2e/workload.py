@@ -1,6 +1,9 @@
 """The requests of the oracle tests, and what the dense oracle answers to them (worked out once a process)."""
 
+import hashlib
 import random
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,13 +24,24 @@ class Setting:
     budget: int
     buffer: int
     window: int = 8
+    stagger: bool = False
 
     @property
     def flags(self) -> list[str]:
         return [
             *("--kv-policy", "rkv", "--rkv-budget", str(self.budget)),
             *("--rkv-buffer", str(self.buffer), "--rkv-window", str(self.window)),
+            *["--rkv-stagger"] * self.stagger,
         ]
+
+    def early(self, prompt: Sequence[int], outputs: Sequence[int]) -> int:
+        """Return how early a request's first compaction is with the flag, as its definition says it."""
+        ids = [*prompt, *outputs[:16]]
+        digest = hashlib.blake2b(struct.pack(f"<{len(ids)}q", *ids), digest_size=8).digest()
+        (number,) = struct.unpack("<Q", digest)
+        # It leaves one token to evict, and 16 to decide it.
+        choices = [phi for phi in range(self.buffer) if phi == 0 or self.budget + self.buffer - phi >= 16]
+        return choices[number % len(choices)]
 
 
 def random_ids(rng: random.Random, length: int, vocab_size: int = VOCAB_SIZE) -> list[int]:
@@ -49,7 +63,13 @@ def six_prompts(seed: int = 5) -> tuple[tuple[int, ...], ...]:
 def oracle(model: Path, prompt: tuple[int, ...], max_new_tokens: int, setting: Setting) -> DenseResult:
     """Return what a request must answer."""
     return dense_generate(
-        model, prompt, max_new_tokens, budget=setting.budget, buffer=setting.buffer, window=setting.window
+        model,
+        prompt,
+        max_new_tokens,
+        budget=setting.budget,
+        buffer=setting.buffer,
+        window=setting.window,
+        early=setting.early if setting.stagger else None,
     )
 
 

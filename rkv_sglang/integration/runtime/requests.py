@@ -8,6 +8,7 @@ from typing import Any
 
 from rkv_sglang.config import NO_POLICY, POLICY_FIELD, PolicyConfig
 from rkv_sglang.sizes.lengths import RequestState
+from rkv_sglang.sizes.stagger import head_start
 
 BUDGET_FIELD, BUFFER_FIELD = "kv_budget", "kv_buffer"
 TRACE_FIELD = "kv_trace"
@@ -37,6 +38,17 @@ def state_of(req: Any) -> RequestState:
         state = RequestState(len(req.origin_input_ids), int(req.sampling_params.max_new_tokens))
         setattr(req, STATE_ATTRIBUTE, state)
     return state
+
+
+def head_start_of(req: Any, config: PolicyConfig) -> int | None:
+    """Return how early the request's next compaction comes, in tokens; None while its tokens have not decided it."""
+    state = state_of(req)
+    # After the first one since the last prefill, requests stay as far apart as that has put them.
+    if not config.stagger or state.evicted_tokens > 0:
+        return 0
+    if state.head_start is None:
+        state.head_start = head_start(config, req.origin_input_ids, req.output_ids)
+    return state.head_start
 
 
 def trace_of(req: Any) -> list[dict[str, Any]] | None:

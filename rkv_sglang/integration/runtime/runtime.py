@@ -18,6 +18,7 @@ from rkv_sglang.integration.runtime.requests import (
     CONFIG_ATTRIBUTE,
     TRACE_ATTRIBUTE,
     config_for,
+    head_start_of,
     known_state_of,
     state_of,
     trace_of,
@@ -28,6 +29,7 @@ from rkv_sglang.integration.startup.memory_report import report_memory
 from rkv_sglang.policies import make_policy
 from rkv_sglang.sizes.compaction_plan import CompactionPlan, plan_compaction
 from rkv_sglang.sizes.lengths import NEVER, RequestState, can_ever_compact, decodes_again, steps_until_due
+from rkv_sglang.sizes.stagger import most_head_start
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -156,7 +158,11 @@ class Runtime:
         if config is None or not self.may_compact(req) or not decodes_again(state, resident_len):
             state.next_check = NEVER
             return False
-        remaining = steps_until_due(config, state.prompt_len, resident_len, req.decode_batch_idx)
+        head_start = head_start_of(req, config)
+        earliest = most_head_start(config) if head_start is None else head_start
+        remaining = steps_until_due(config, state.prompt_len, resident_len, req.decode_batch_idx, earliest)
+        if head_start is None:
+            remaining = max(remaining, 1)
         if remaining > self.config.window:
             state.next_check = forward_ct + remaining - self.config.window
             return False

@@ -22,6 +22,7 @@ _FIELDS_OF_SETTING = {
     "mix_lambda": ("rkv_mix_lambda",),
     "kernel_size": ("rkv_kernel_size",),
     "similarity_threshold": ("rkv_similarity_threshold",),
+    "stagger": ("kv_stagger", "rkv_stagger"),
     "trace": ("kv_trace", "rkv_trace"),
 }
 _DEFAULT_OF_SETTING = {setting.name: setting.default for setting in fields(PolicyConfig)}
@@ -42,6 +43,8 @@ _HELP = {
     "rkv_kernel_size": "Width of the max-pool that spreads importance to neighbouring tokens. Odd; 1 turns it off. "
     "Unit: tokens.",
     "rkv_similarity_threshold": "Cosine similarity, from -1 to 1, above which two keys count as near-duplicates.",
+    "kv_stagger": "Compact each request for the first time up to --kv-buffer tokens early, by a number that its own "
+    "tokens decide, so that requests that start together are not all compacted in the same step.",
     "kv_trace": "Let requests ask for a record of their compactions with custom_params {'kv_trace': true}, as "
     "`rkv-sglang view` does. The scheduler then waits for the device at each compaction of such a request; others pay "
     "nothing.",
@@ -65,12 +68,14 @@ class RKVServerArgs(sglang_args.ServerArgs, dict=True):  # type: ignore[misc, ca
     rkv_mix_lambda: float = PolicyConfig.mix_lambda
     rkv_kernel_size: int = PolicyConfig.kernel_size
     rkv_similarity_threshold: float = PolicyConfig.similarity_threshold
+    kv_stagger: bool = PolicyConfig.stagger
     kv_trace: bool = PolicyConfig.trace
     kv_policy_config: str | dict[str, Any] = "{}"
     # Second spellings.
     rkv_budget: int | None = None
     rkv_buffer: int | None = None
     rkv_window: int | None = None
+    rkv_stagger: bool = PolicyConfig.stagger
     rkv_trace: bool = PolicyConfig.trace
 
     # Where SGLang publishes the fields: get_memory().kv_policy and so on.
@@ -172,7 +177,7 @@ def _given(server_args: Any, setting: str) -> tuple[dict[str, Any], str | None]:
     values = {name: getattr(server_args, name) for name in _FIELDS_OF_SETTING[setting]}
     if len(values) > 1:
         # What the record has where a spelling was not used.
-        unset = False if setting == "trace" else None
+        unset = False if _DEFAULT_OF_SETTING[setting] is False else None
         values = {name: value for name, value in values.items() if value is not unset}
     problem = None
     if len(values) == 2:

@@ -34,12 +34,13 @@ VALUES: dict[str, Any] = {
     "mix_lambda": 0.25,
     "kernel_size": 3,
     "similarity_threshold": -0.5,
+    "stagger": True,
     "trace": True,
     "parameters": {"mix_lambda": 0.75},
 }
 FIELDS = {"policy": "kv_policy", "parameters": "kv_policy_config"}
 # Settings of every policy have a second spelling.
-SHARED = ("budget", "buffer", "window", "trace")
+SHARED = ("budget", "buffer", "window", "stagger", "trace")
 FIELDS |= {setting: f"kv_{setting}" for setting in SHARED}
 SECOND_FIELDS = {setting: f"rkv_{setting}" for setting in SHARED}
 
@@ -192,6 +193,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     *[("kernel_size", value) for value in (0, -1, 4, 7.0, None)],
     *[("mix_lambda", value) for value in (-0.01, 1.01, math.nan, math.inf, "0.1", True, None)],
     *[("similarity_threshold", value) for value in (-1.01, 1.01, math.nan, -math.inf, "0.5", False, None)],
+    *[("stagger", value) for value in (0, 1, "true", None)],
     *[("trace", value) for value in (0, 1, "true", None)],
     *[("parameters", value) for value in BAD_PARAMETERS],
 ]

@@ -4,7 +4,7 @@ Nothing here comes from the code under test. Every step is a literal reading of 
 output can be compared token by token, whatever its page size, prefix cache, scheduling or batch.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -84,6 +84,7 @@ def dense_generate(
     restored_in_flight: bool = False,
     forced_output_ids: Sequence[int] | None = None,
     score: ScoreFunction | None = None,
+    early: Callable[[Sequence[int], Sequence[int]], int] | None = None,
 ) -> DenseResult:
     """Generate greedily, keeping ``budget`` generated tokens per layer and KV head at each compaction.
 
@@ -105,6 +106,8 @@ def dense_generate(
             or one that went another way at a near-tie. Generation stops when they run out.
         score: The policy, such as ``policy_scores.score_function`` makes one; R-KV with the settings above when
             ``None``.
+        early: Given the prompt and the first 16 outputs, by how many tokens the first compaction after each prefill
+            comes early. A request that may not outgrow budget and buffer is then never compacted.
 
     Raises:
         ValueError: The budget leaves no room beside the window, or the model is of another kind.
@@ -123,6 +126,7 @@ def dense_generate(
     caches = decoder.new_caches(prompt_len + max_new_tokens, window)
     result = DenseResult()
     num_decoded_since_prefill = 0
+    is_whole = True
     with one_thread():
         logits = decoder.forward(list(prompt_ids), 0, caches)
         while True:
@@ -137,12 +141,19 @@ def dense_generate(
                     layer_cache.clear()
                 logits = decoder.forward([*prompt_ids, *result.output_ids], 0, caches)
                 num_decoded_since_prefill = 0
+                is_whole = True
                 continue
             is_restored = num_outputs in restore_at
             position = prompt_len + num_outputs - 1
             for is_in_flight in [True, False] if is_restored and restored_in_flight else [False]:
                 num_resident_generated = caches[0].length - prompt_len
-                if num_resident_generated >= budget + buffer and num_decoded_since_prefill >= window:
+                due_len = budget + buffer
+                if early is not None and max_new_tokens - 1 <= budget + buffer:
+                    due_len = max_new_tokens
+                elif early is not None and is_whole and num_outputs >= 16:
+                    due_len -= early(prompt_ids, result.output_ids[:16])
+                if num_resident_generated >= due_len and num_decoded_since_prefill >= window:
+                    is_whole = False
                     num_seen = num_outputs + (is_restored and restored_in_flight and not is_in_flight)
                     result.compactions.append(_compact(caches, num_seen, prompt_len, budget, window, score))
                 if is_in_flight:
