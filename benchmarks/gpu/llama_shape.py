@@ -4,6 +4,7 @@ Speed, memory and scheduling are those of the real model; answers are noise. Siz
 """
 
 import json
+import os
 from pathlib import Path
 
 VOCAB_SIZE = 128256
@@ -70,3 +71,18 @@ def write_model(folder: Path, *, tiny: bool = False) -> Path:
         )
     )
     return folder
+
+
+def served_model(model: str | None, work: Path, *, tiny: bool) -> tuple[str, list[str], dict[str, str]]:
+    """Return what a server is given: a model, further flags, and variables of its environment.
+
+    Args:
+        model: Folder or hub name; None for this shape with made-up weights.
+        work: Where the shape is written.
+        tiny: Whether a CPU can serve it.
+    """
+    if model is not None:
+        return model, [], {}
+    folder = write_model(work / "llama-3.1-8b-shape", tiny=tiny)
+    path = os.pathsep.join([str(WEIGHTS), os.environ.get("PYTHONPATH", "")])
+    return str(folder), ["--load-format", "dummy"], {"PYTHONPATH": path}

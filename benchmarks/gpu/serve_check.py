@@ -16,7 +16,6 @@ not as often compacted as it must be. Writes ``races.csv`` and ``serve_check.csv
 
 import argparse
 import itertools
-import os
 import random
 import shlex
 import statistics
@@ -33,7 +32,7 @@ from benchmarks.common.schema import Row, Table, hardware_folder, read_table, ru
 from benchmarks.common.statistics import compactions_before
 from benchmarks.common.tables import RACES, SERVE_CHECK
 from benchmarks.gpu.decode_log import Step, read_steps, steady
-from benchmarks.gpu.llama_shape import VOCAB_SIZE, WEIGHTS, write_model
+from benchmarks.gpu.llama_shape import VOCAB_SIZE, served_model
 from devtools.launch import Server, ServerError, exit_on_sigterm, has_gpu, launched_server
 
 NONE = "none"
@@ -185,12 +184,8 @@ def wrong_with(row: Row, answers: Sequence[dict[str, Any]], options: argparse.Na
 
 def run_all(options: argparse.Namespace, results: Results) -> None:
     """Run all servers, one after the other."""
-    model = options.model or str(write_model(options.work / "llama-3.1-8b-shape", tiny=options.smoke))
-    flags = [*(GPU_FLAGS if has_gpu() else ()), "--decode-log-interval", "1", *shlex.split(options.flags)]
-    environment = {}
-    if not options.model:
-        flags += ["--load-format", "dummy"]
-        environment["PYTHONPATH"] = os.pathsep.join([str(WEIGHTS), os.environ.get("PYTHONPATH", "")])
+    model, made_up, environment = served_model(options.model, options.work, tiny=options.smoke)
+    flags = [*(GPU_FLAGS if has_gpu() else ()), "--decode-log-interval", "1", *made_up, *shlex.split(options.flags)]
     policy = ("--kv-policy", "rkv", "--kv-budget", str(options.budget), "--kv-buffer", str(options.buffer))
     settings = {name: ((*policy, *own), variables) for name, (own, variables) in SCHEDULES.items()}
     settings[NONE] = ((), {})

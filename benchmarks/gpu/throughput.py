@@ -12,7 +12,6 @@ servers' logs; ends with status 1 if an answer is not as long or not as often co
 
 import argparse
 import contextlib
-import os
 import random
 import re
 import shlex
@@ -31,7 +30,7 @@ from benchmarks.common.settings import Setting, no_policy, policy_setting
 from benchmarks.common.statistics import compactions_before
 from benchmarks.common.tables import THROUGHPUT
 from benchmarks.gpu.decode_log import read_steps
-from benchmarks.gpu.llama_shape import VOCAB_SIZE, WEIGHTS, write_model
+from benchmarks.gpu.llama_shape import VOCAB_SIZE, served_model
 from devtools.launch import Server, ServerError, exit_on_sigterm, has_gpu, launched_server
 
 SMOKE: dict[str, Any] = {
@@ -89,13 +88,9 @@ def run_round(server: Server, setting: Setting, number: int, options: argparse.N
 
 def run_all(folder: Path, options: argparse.Namespace) -> list[str]:
     """Run all rounds and return what is wrong."""
-    model = options.model or str(write_model(options.work / "llama-3.1-8b-shape", tiny=options.smoke))
+    model, made_up, environment = served_model(options.model, options.work, tiny=options.smoke)
     flags = [*(GPU_FLAGS if has_gpu() else ()), "--max-total-tokens", str(options.pool), "--decode-log-interval", "1"]
-    flags += shlex.split(options.flags)
-    environment = {}
-    if not options.model:
-        flags += ["--load-format", "dummy"]
-        environment["PYTHONPATH"] = os.pathsep.join([str(WEIGHTS), os.environ.get("PYTHONPATH", "")])
+    flags += [*made_up, *shlex.split(options.flags)]
     settings = (policy_setting("rkv", options.budget, options.buffer, name="rkv"), no_policy())
     rows: list[Row] = []
     problems: list[str] = []
