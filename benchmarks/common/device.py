@@ -36,16 +36,16 @@ def captured(step: Callable[[], object]) -> Callable[[], None]:
     """Return the replay of a CUDA graph that was captured while ``step`` ran."""
     step()
     if REHEARSAL:
-        return lambda: void(step())
+
+        def replay() -> None:
+            step()
+
+        return replay
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
     return graph.replay
-
-
-def void(_: object) -> None:
-    """Drop a result."""
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common.arguments import benchmark_parser
 from benchmarks.common.schema import Row, Table, hardware_folder, read_table, run_info, write_table
 from benchmarks.common.statistics import compactions_before
 from benchmarks.common.tables import RACES, SERVE_CHECK
@@ -247,7 +248,7 @@ def plot(folder: Path) -> Path:
 
 def main() -> int:
     """Run the check from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__, smoke="a tiny model and short answers; needs --out")
     parser.add_argument("--model", help="folder or hub name; default: the shape of Llama-3.1-8B, dummy weights")
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help="prompts are random ids below it")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64], help="requests at once")
@@ -257,8 +258,6 @@ def main() -> int:
     parser.add_argument("--race-tokens", type=int, default=400, help="of each of them, default %(default)s")
     parser.add_argument("--flags", default="", help="further flags of both servers, in one string")
     parser.add_argument("--work", type=Path, default=Path(".cache/serve_check"), help="made-up models")
-    parser.add_argument("--out", type=Path, help="folder of the results, default benchmarks/results/HARDWARE")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model and short answers; needs --out")
     options = parser.parse_args()
     if options.smoke:
         if options.out is None:

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common.arguments import benchmark_parser
 from benchmarks.common.schema import Row, hardware_folder, read_table, run_info, write_table
 from benchmarks.common.settings import Setting, no_policy, policy_setting
 from benchmarks.common.statistics import compactions_before
@@ -152,7 +153,7 @@ def plot(folder: Path) -> Path:
 
 def main() -> int:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__, smoke="a tiny model and short answers; needs --out")
     parser.add_argument("--model", help="folder or hub name; default: the shape of Llama-3.1-8B, made-up weights")
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help="prompts are random ids below it")
     for flag, default in (
@@ -162,8 +163,6 @@ def main() -> int:
         parser.add_argument(flag, type=int, default=default, help="default %(default)s")
     parser.add_argument("--flags", default="", help="further flags of both servers, in one string")
     parser.add_argument("--work", type=Path, default=Path(".cache/serve_check"), help="made-up models")
-    parser.add_argument("--out", type=Path, help="folder of the results, default benchmarks/results/HARDWARE")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model and short answers; needs --out")
     options = parser.parse_args()
     if options.smoke:
         if options.out is None:
