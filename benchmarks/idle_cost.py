@@ -24,6 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.common.arguments import benchmark_parser
+from benchmarks.common.drawing import load_pyplot
 from benchmarks.common.schema import Row, Value, hardware_folder, read_table, run_info, write_table
 from benchmarks.common.settings import STOCK_ENVIRONMENT, Setting, policy_setting
 from benchmarks.common.tables import FIRST_TOKEN, IDLE_COST
@@ -142,11 +143,7 @@ def summary(rows: list[Row], setting: str, measured: str) -> str:
 
 def plot(folder: Path) -> Path:
     """Draw every round's ratio in ``idle_cost.png``, from ``idle_cost.csv``."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     rows = read_table(folder, IDLE_COST)
     figure, axes = pyplot.subplots(figsize=(7, 2.6), layout="constrained")
     names = [setting.name for setting in SETTINGS if setting.name != BASELINE]

@@ -22,6 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.common.arguments import benchmark_parser
+from benchmarks.common.drawing import load_pyplot
 from benchmarks.common.schema import Row, hardware_folder, read_table, run_info, write_table
 from benchmarks.common.settings import no_policy, policy_setting
 from benchmarks.common.tables import MEMORY
@@ -104,11 +105,7 @@ def measure(options: argparse.Namespace, log_dir: Path) -> list[Row]:
 
 def plot(folder: Path) -> Path:
     """Draw ``memory.png`` from ``memory.csv``: throughput and requests at once, one bar a server, one dot a round."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     rows = read_table(folder, MEMORY)
     figure, both = pyplot.subplots(1, 2, figsize=(7, 2.8), layout="constrained")
     for axes, column, title in zip(both, ("tokens_per_s", "peak_running"), ("tokens/s", "peak running"), strict=True):

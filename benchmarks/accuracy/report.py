@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.drawing import load_pyplot
 from benchmarks.common.schema import Row, read_table
 from benchmarks.common.tables import ACCURACY
 from rkv_sglang.config import NO_POLICY
@@ -49,11 +50,7 @@ def _interval(row: Row, name: str) -> str:
 
 def plot(folder: Path) -> Path:
     """Draw ``accuracy.png`` from ``accuracy.csv`` in ``folder``: one line a setting in every panel."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     rows = read_table(folder, ACCURACY)
     names = [str(row["setting"]) for row in rows]
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 1.4 + 0.4 * len(rows)), layout="constrained", sharey=True)

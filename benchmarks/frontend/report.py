@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.common.drawing import load_pyplot
 from benchmarks.common.schema import Row, read_table
 from benchmarks.common.tables import FRONTEND
 
@@ -24,11 +25,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def plot(folder: Path) -> Path:
     """Draw ``frontend.png`` from ``frontend.csv``: per program the prefix hits of both servers and the equal texts."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     rows = read_table(folder, FRONTEND)
     programs = list(dict.fromkeys(str(row["program"]) for row in rows))
     figure, (hits, texts) = pyplot.subplots(

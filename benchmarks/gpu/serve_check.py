@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common.arguments import benchmark_parser
+from benchmarks.common.drawing import load_pyplot
 from benchmarks.common.schema import Row, Table, hardware_folder, read_table, run_info, write_table
 from benchmarks.common.statistics import compactions_before
 from benchmarks.common.tables import RACES, SERVE_CHECK
@@ -221,11 +222,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def plot(folder: Path) -> Path:
     """Draw ``serve_check.png`` from the CSV in ``folder``: step times, one group of bars a batch size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     rows = read_table(folder, SERVE_CHECK)
     sizes = sorted({int(row["batch_size"]) for row in rows})
     figure, places = pyplot.subplots(1, len(sizes), figsize=(4 * len(sizes), 3), layout="constrained", squeeze=False)

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common.arguments import benchmark_parser
+from benchmarks.common.drawing import load_pyplot
 from benchmarks.common.schema import Row, hardware_folder, read_table, run_info, write_table
 from benchmarks.common.settings import Setting, no_policy, policy_setting
 from benchmarks.common.statistics import compactions_before
@@ -129,11 +130,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 def plot(folder: Path) -> Path:
     """Draw ``throughput.png`` from the CSV in ``folder``: one bar a server, one dot a round."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     rows = read_table(folder, THROUGHPUT)
     columns = ("tokens_per_s", "running_p50", "step_p50_ms", "step_p99_ms")
     figure, places = pyplot.subplots(1, len(columns), figsize=(10, 2.8), layout="constrained")

@@ -14,6 +14,7 @@ from torch.nn.functional import max_pool1d, normalize
 from tqdm import tqdm
 
 from benchmarks.common.device import REHEARSAL
+from benchmarks.common.drawing import load_pyplot
 from benchmarks.common.schema import read_table, run_info, write_table
 from benchmarks.common.tables import KERNELS
 from rkv_sglang.algorithm.reference import NORM_EPS
@@ -215,11 +216,7 @@ def quadratic_scores(
 
 def plot(folder: Path) -> Path:
     """Draw ``kernels.png`` from ``kernels.csv``: times over their bounds, and the speed-up over the quadratic form."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     rows = [Row(**row) for row in read_table(folder, KERNELS)]  # type: ignore[arg-type]
     figure, (bounds, speed_ups) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     bounded = [row for row in rows if row.bound_ms and row.keys]

@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from benchmarks.common.arguments import SMALL_MODEL, benchmark_parser
+from benchmarks.common.drawing import load_pyplot
 from benchmarks.common.schema import RESULTS, Row, Table, read_table, run_info, write_table
 from benchmarks.common.tables import SCORING, SCORING_RANDOM
 from rkv_sglang.algorithm.reference import NORM_EPS
@@ -126,11 +127,7 @@ def measure(kind: str, keys: Tensor, threshold: float, rounds: int) -> tuple[lis
 
 def plot(folder: Path) -> Path:
     """Draw ``scoring.png`` from ``scoring.csv`` and ``scoring_random.csv``, either of which may be missing."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     rows = [row for table in (SCORING, SCORING_RANDOM) for row in _rows_of(folder, table)]
     figure, both = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
     for kind, form in dict.fromkeys((row["keys"], row["form"]) for row in rows):

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.drawing import load_pyplot
 from benchmarks.common.schema import Row, Table, read_table
 from benchmarks.common.tables import QUALITY_FORCED, QUALITY_FREE, QUALITY_POSITION, QUALITY_RECALL
 from rkv_sglang.config import NO_POLICY
@@ -56,11 +57,7 @@ def _interval(row: Row, name: str, digits: int) -> str:
 
 def plot(folder: Path) -> Path:
     """Draw ``quality.png`` from the CSVs in ``folder``; parts that were not run stay empty."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     forced, position, free, recall = (
         read_if_there(folder, table) for table in (QUALITY_FORCED, QUALITY_POSITION, QUALITY_FREE, QUALITY_RECALL)
     )

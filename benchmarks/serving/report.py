@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.drawing import load_pyplot
 from benchmarks.common.schema import Row, read_table
 from benchmarks.common.tables import SERVING
 from benchmarks.serving.rows import Ratio, crossover, throughput_ratios
@@ -78,11 +79,7 @@ def _line(*cells: str) -> str:
 
 def plot(folder: Path) -> Path:
     """Draw ``serving.png`` from ``serving.csv`` in ``folder`` and return its path."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     rows = read_table(folder, SERVING)
     baseline = baseline_of(rows)
     kinds = list(dict.fromkeys(str(row["arrivals"]) for row in rows))

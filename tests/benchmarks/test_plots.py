@@ -1,5 +1,6 @@
 """Plots from CSVs alone: those that are kept, and what a user is told of folders that cannot be drawn."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -75,6 +76,22 @@ def test_a_csv_that_does_not_fit_is_one_line_and_the_others_are_drawn(
     assert "memory.csv" in line and message in line
     assert printed.out.splitlines() == [str(tmp_path / "scoring.png")]
     assert [path.name for path in tmp_path.glob("*.png")] == ["scoring.png"]
+
+
+def test_matplotlib_says_nothing_of_its_own_on_the_standard_error(tmp_path: Path) -> None:
+    # Where matplotlib never ran, a slow machine sees it announce its font cache after five seconds: here at once.
+    code = """
+import sys, threading
+from pathlib import Path
+threading.Timer = lambda seconds, say: type("AtOnce", (), {"start": lambda self: say(), "cancel": lambda self: None})()
+from benchmarks.plots import draw_all
+sys.exit(draw_all(Path(sys.argv[1])))
+"""
+    shutil.copy(KEPT / "scoring.csv", tmp_path)
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    environment = {**os.environ, "MPLCONFIGDIR": str(tmp_path / "never_used")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_installed_command_has_no_plot(capsys: pytest.CaptureFixture[str]) -> None:
