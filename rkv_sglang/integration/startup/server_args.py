@@ -3,6 +3,7 @@
 import argparse
 import itertools
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,6 +96,21 @@ class RKVServerArgs(sglang_args.ServerArgs, dict=True):  # type: ignore[misc, ca
             _add_flag(group, spellings, _DEFAULT_OF_SETTING[setting])
         _add_flag(group, (_PARAMETERS_FIELD,), "{}")
 
+    @classmethod
+    def from_cli_args(cls, args: argparse.Namespace) -> Any:
+        """Make the record of parsed arguments; refuse a ``--config`` file that would pass unread and asks for a policy.
+
+        Raises:
+            RefusedError: The arguments or that file name a policy.
+        """
+        problem = unread_config_file(args)
+        if problem and (policy_name(args) != NO_POLICY or _names_a_policy(args.config)):
+            # Here, so that processes without a policy load one module less.
+            from rkv_sglang.integration.startup.errors import stop
+
+            stop(problem)
+        return super().from_cli_args(args)
+
 
 def _add_flag(group: Any, spellings: tuple[str, ...], shown_default: Any, **options: Any) -> None:
     """Add one flag with its spellings, the first of which names its field; it stays unset unless it is given."""
@@ -104,6 +120,24 @@ def _add_flag(group: Any, spellings: tuple[str, ...], shown_default: Any, **opti
     else:
         options |= {"type": type(shown_default), "default": None if len(spellings) > 1 else shown_default}
     group.add_argument(*map(_flag, spellings), dest=name, help=f"{_HELP[name]} Default: {shown_default}.", **options)
+
+
+def unread_config_file(args: argparse.Namespace) -> str | None:
+    """Return one line if parsed arguments still hold a ``--config``: SGLang takes it out only where it reads the file.
+
+    It looks for the word ``--config`` alone, so ``--config=FILE`` and abbreviations go by without an effect.
+    """
+    if not getattr(args, "config", None):
+        return None
+    return f"SGLang reads no file for --config={args.config}: write --config {args.config}, with a space"
+
+
+def _names_a_policy(path: str) -> bool:
+    try:
+        text = Path(path).read_text(errors="replace")
+    except (OSError, ValueError):
+        return False
+    return any(spelling in text for spelling in (POLICY_FIELD, _flag(POLICY_FIELD).lstrip("-")))
 
 
 def policy_name(server_args: Any) -> str:

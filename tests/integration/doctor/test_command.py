@@ -160,6 +160,7 @@ def test_the_settings_of_a_config_file_count(tmp_path: Path, llama: str) -> None
     )
     file.write_text("kv-policy: rkv\nmodel-path: meta/some-8b\n")
     assert judge(f"python -m sglang.launch_server --config {file}", llama)[0] == 0
+    begins(refused(f"{LAUNCH} --config={file}", llama), f"SGLang reads no file for --config={file}: write --config ")
 
 
 @pytest.mark.parametrize("text", [None, "- a\n- b\n", "kv-policy: [\n", "1: 2\n"])
