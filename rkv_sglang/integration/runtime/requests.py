@@ -1,4 +1,4 @@
-"""Requests: what one asks of the policy, in its ``custom_params``, and where it carries what the policy remembers."""
+"""Requests: what one asks of the policy, in ``custom_params``, where it carries its state, and how one is ended."""
 
 from __future__ import annotations
 
@@ -54,6 +54,22 @@ def head_start_of(req: Any, config: PolicyConfig) -> int | None:
 def trace_of(req: Any) -> list[dict[str, Any]] | None:
     """Return the compactions of a request that asked for a trace, as ``pack_compaction`` makes them; else None."""
     return getattr(req, TRACE_ATTRIBUTE, None)
+
+
+def end_request(scheduler: Any, req: Any, reason: Any) -> None:
+    """Send the last output of a request that ends while it waits, in the stream of outputs that all others end in.
+
+    Its slots, if it had any, are freed already. Past that stream (``AbortReq``) it would lack the policy's fields and
+    the tokens not sent yet, and the detokenizer would keep its text, and put it in front of the answer to the next
+    request under the same id.
+
+    Args:
+        scheduler: SGLang's.
+        req: The request; afterwards it is finished.
+        reason: SGLang's ``FINISH_ABORT``; with an HTTP status of 400 or more, that is how an answer in one piece ends.
+    """
+    req.finished_reason, req.to_finish = reason, None
+    scheduler.output_streamer.stream_output([req], req.return_logprob)
 
 
 def _refuse_strange_fields(custom_params: Any) -> None:
