@@ -119,7 +119,7 @@ def measure(options: argparse.Namespace, problems: Sequence[Problem]) -> dict[Se
 
 def write_results(options: argparse.Namespace, results: dict[Setting, ByProblem]) -> None:
     """Write the CSV, its JSON and the plot, and print the table."""
-    dataset = Path(options.problems).name if Path(options.problems).is_file() else options.problems
+    dataset = Path(options.problems).name if Path(options.problems).exists() else options.problems
     rows = accuracy_rows(dataset, results)
     settings = {**vars(options), "settings": [setting.name for setting in options.settings]}
     settings["problems"] = dataset
