@@ -4,12 +4,13 @@ import array
 from typing import Any
 
 
-def generate_message(rid: str, request: Any) -> Any:
+def generate_message(rid: str, request: Any, tokenizer: Any = None) -> Any:
+    """Return the message of a request; stop strings and ``min_new_tokens`` need the ``tokenizer``."""
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.sampling.sampling_params import SamplingParams
 
     sampling_params = SamplingParams(**{"temperature": 0.0, **request.sampling_params})
-    sampling_params.normalize(None)
+    sampling_params.normalize(tokenizer)
     return TokenizedGenerateReqInput(
         rid=rid,
         input_text=None,
