@@ -25,7 +25,9 @@ from rkv_sglang.integration.runtime.requests import (
     wants_trace,
 )
 from rkv_sglang.integration.runtime.stats import PolicyStats
+from rkv_sglang.integration.runtime.verification import checked
 from rkv_sglang.integration.startup.memory_report import report_memory
+from rkv_sglang.integration.startup.verify_switch import is_verifying
 from rkv_sglang.policies import make_policy
 from rkv_sglang.sizes.compaction_plan import CompactionPlan, plan_compaction
 from rkv_sglang.sizes.lengths import NEVER, RequestState, can_ever_compact, decodes_again, steps_until_due
@@ -59,6 +61,7 @@ class Runtime:
         self.config = config
         self.policy = make_policy(config)
         self.stats = PolicyStats()
+        self._verifies = is_verifying()
         self._model_parts: ModelParts | None = None
         self._parts: Parts | None = None
 
@@ -175,6 +178,7 @@ class Runtime:
     def _compact(self, batch: ScheduleBatch, due: list[int]) -> None:
         """Compact the requests of ``batch.reqs`` whose indices are in ``due``, and bring every length up to it."""
         buffers, query_window, metrics = self.parts.buffers, self.parts.query_window, self.parts.metrics
+        scheduler = self.parts.scheduler
         jobs = self._jobs(batch, [batch.reqs[i] for i in due])
         with self.on_forward_stream() as stream, metrics.timed() if metrics is not None else contextlib.nullcontext():
             query_window.flush()
@@ -187,7 +191,8 @@ class Runtime:
                 wants_indices = trace_of(job.req) is not None
                 requests.append(DueRequest(job.plan, job.slots, logical_len, job.state.kept_scores, wants_indices))
                 places.append((job.req.kv.req_pool_idx, logical_len))
-            results = compact_requests(
+            compact = checked(compact_requests, scheduler.tree_cache) if self._verifies else compact_requests
+            results = compact(
                 buffers,
                 requests,
                 lambda part, layers: query_window.read(places[part], layers),
@@ -197,7 +202,7 @@ class Runtime:
             )
             for job, result in zip(jobs, results, strict=True):
                 _trace(job, result)
-        allocator = self.parts.scheduler.token_to_kv_pool_allocator
+        allocator = scheduler.token_to_kv_pool_allocator
         # Each free by itself would copy the allocator's whole list of free slots.
         allocator.free_group_begin()
         for job, result in zip(jobs, results, strict=True):
