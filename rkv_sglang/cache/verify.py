@@ -1,7 +1,7 @@
 """A compaction with everything about it checked: what was kept, what was moved, and what must not change.
 
-For tests and for whoever doubts a server: it reads and copies what each due request holds and waits for the device, many
-times over. A server does so with ``RKV_SGLANG_VERIFY=1``.
+For tests and for whoever doubts a server: it reads and copies what each due request holds and waits for the device,
+many times over. A server does so with ``RKV_SGLANG_VERIFY=1``.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +15,7 @@ from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import Compacted, DueRequest
 from rkv_sglang.kernels.paged_batch import FP8_DTYPES, PagedBuffers
 from rkv_sglang.policies import RKV, Policy, ScoreInputs
+from rkv_sglang.sizes.compaction_plan import GatherPlan
 
 # Of the spread of a head's scores: below this, which of two tokens is kept is a matter of the order of summation.
 SCORE_TOLERANCE = 1e-4
@@ -31,7 +32,7 @@ def compact_and_verify(
     compact: Callable[..., list[Compacted]],
     shared_slots: Tensor,
     buffers: KVBuffers,
-    requests: Sequence[DueRequest],
+    requests: Sequence[DueRequest[GatherPlan]],
     read_queries: Callable[[slice, slice], Tensor],
     policy: Policy,
     window: int,
@@ -73,7 +74,7 @@ def compact_and_verify(
 
 def _problems(
     buffers: KVBuffers,
-    request: DueRequest,
+    request: DueRequest[GatherPlan],
     result: Compacted,
     before: tuple[Tensor, Tensor],
     queries: Tensor,
@@ -109,6 +110,8 @@ def _problems(
             values=_as_numbers(buffers.values, before[1], layer),
             logical_len=request.logical_len,
             state=None if request.kept_scores is None else request.kept_scores[layer],
+            layer=buffers.keys.first_layer + layer,
+            first_kv_head=buffers.keys.first_kv_head,
         )
         if not any(_explains(scores, kept[layer], plan.prompt_len, window) for scores in _scores(policy, layer_inputs)):
             yield f"layer {layer} kept other tokens than the policy's score says"

@@ -120,9 +120,7 @@ class World:
         if self.page_size == 1:
             self.allocator = TokenToKVPoolAllocator(size, torch.float32, "cpu", self.pool, False)
         else:
-            self.allocator = PagedTokenToKVPoolAllocator(
-                size, self.page_size, torch.float32, "cpu", self.pool, False
-            )
+            self.allocator = PagedTokenToKVPoolAllocator(size, self.page_size, torch.float32, "cpu", self.pool, False)
         self.tree = UnifiedRadixCache(
             CacheInitParams(
                 disable=not self.radix,

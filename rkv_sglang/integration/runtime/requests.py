@@ -9,6 +9,7 @@ from typing import Any
 from rkv_sglang.config import NO_POLICY, POLICY_FIELD, PolicyConfig
 from rkv_sglang.messages import shown
 from rkv_sglang.sizes.lengths import RequestState
+from rkv_sglang.sizes.pages import ceil_to_page
 from rkv_sglang.sizes.stagger import head_start
 
 BUDGET_FIELD, BUFFER_FIELD = "kv_budget", "kv_buffer"
@@ -111,11 +112,16 @@ def config_for(custom_params: Any, server: PolicyConfig, pool_size: int) -> Poli
             raise ValueError(f"{POLICY_FIELD} {NO_POLICY!r} has no {' or '.join(asked)}: leave one of them out")
         return None
     for name, value in asked.items():
-        least = server.window + 1 if name == BUDGET_FIELD else 1
+        least = server.least_budget if name == BUDGET_FIELD else server.block
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             why = f" (the window of {server.window} is kept inside it)" if name == BUDGET_FIELD else ""
             raise ValueError(
                 f"{name} {shown(value)} is not an integer of at least {least}{why}: set it to {least} or more"
+            )
+        if name == BUFFER_FIELD and value % server.block != 0:
+            raise ValueError(
+                f"{name} {value} is no multiple of the {server.block} tokens that this server drops together: set it "
+                f"to {ceil_to_page(value, server.block)}"
             )
     config = replace(
         server, budget=asked.get(BUDGET_FIELD, server.budget), buffer=asked.get(BUFFER_FIELD, server.buffer)

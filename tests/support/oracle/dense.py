@@ -86,6 +86,7 @@ def dense_generate(
     score: ScoreFunction | None = None,
     early: Callable[[Sequence[int], Sequence[int]], int] | None = None,
     guessed_output_ids: Sequence[int] = (),
+    block: int | None = None,
 ) -> DenseResult:
     """Generate greedily, keeping ``budget`` generated tokens per layer and KV head at each compaction.
 
@@ -111,6 +112,7 @@ def dense_generate(
             comes early. A request that may not outgrow budget and buffer is then never compacted.
         guessed_output_ids: What the outputs may turn out to be, such as the answer to be judged. Right ones cost less,
             wrong ones more; the result is the same, but for the order of summation.
+        block: All layers and heads keep the same: whole blocks of so many tokens go, those of the lowest mean score.
 
     Raises:
         ValueError: The budget leaves no room beside the window, or the model is of another kind.
@@ -162,7 +164,10 @@ def dense_generate(
                 if num_resident_generated >= due_len and num_decoded_since_prefill >= window:
                     is_whole = False
                     num_seen = num_outputs + (is_dropped and not is_in_flight)
-                    result.compactions.append(_compact(caches, num_seen, prompt_len, budget, window, score))
+                    sizes = (num_seen, prompt_len, budget, window)
+                    result.compactions.append(
+                        _compact(caches, *sizes, score) if block is None else _drop(caches, *sizes, score, block)
+                    )
                 if is_in_flight:
                     steps.feed(result.output_ids[-1], position)
                     num_decoded_since_prefill += 1
@@ -194,19 +199,9 @@ def _compact(
 ) -> Compaction:
     kept_positions, candidate_positions, candidate_scores, margins = [], [], [], []
     num_kept_candidates = budget - window
-    for layer_cache in caches:
+    for layer, layer_cache in enumerate(caches):
         window_start = layer_cache.length - window
-        window_queries = torch.stack(tuple(layer_cache.queries), dim=1)
-        scores = score(
-            ScoreInputs(
-                layer_cache.keys,
-                layer_cache.values,
-                window_queries,
-                layer_cache.positions,
-                prompt_len,
-                layer_cache.memory,
-            )
-        )
+        scores = _scores(layer_cache, layer, prompt_len, score)
         ranked_scores, ranked = scores[:, prompt_len:].sort(dim=-1, descending=True, stable=True)
         kept_candidates = ranked[:, :num_kept_candidates].sort(dim=-1).values + prompt_len
         num_kv_heads = scores.shape[0]
@@ -223,4 +218,55 @@ def _compact(
         torch.stack(candidate_positions),
         torch.stack(candidate_scores),
         torch.stack(margins),
+    )
+
+
+def _scores(layer_cache: LayerCache, layer: int, prompt_len: int, score: ScoreFunction) -> torch.Tensor:
+    return score(
+        ScoreInputs(
+            layer_cache.keys,
+            layer_cache.values,
+            torch.stack(tuple(layer_cache.queries), dim=1),
+            layer_cache.positions,
+            prompt_len,
+            layer_cache.memory,
+            layer,
+        )
+    )
+
+
+def _drop(
+    caches: list[LayerCache],
+    num_outputs: int,
+    prompt_len: int,
+    budget: int,
+    window: int,
+    score: ScoreFunction,
+    block: int,
+) -> Compaction:
+    """Drop whole blocks for all layers and heads at once; what is recorded is of blocks, as of one layer and head."""
+    resident_len = caches[0].length
+    of_layers = torch.stack([_scores(own, layer, prompt_len, score) for layer, own in enumerate(caches)])
+    of_tokens = of_layers.double().mean(dim=(0, 1))
+    starts = [
+        start
+        for start in range(0, resident_len, block)
+        if start >= prompt_len and start + block <= resident_len - window
+    ]
+    of_blocks = {start: float(of_tokens[start : start + block].mean()) for start in starts}
+    ranked = sorted(starts, key=lambda start: (of_blocks[start], start))
+    num_dropped = (resident_len - prompt_len - budget) // block
+    dropped = {start + offset for start in ranked[:num_dropped] for offset in range(block)}
+    kept = torch.tensor([index for index in range(resident_len) if index not in dropped])
+    before = caches[0].positions[0].clone()
+    for layer_cache in caches:
+        layer_cache.keep(kept.expand(len(layer_cache.keys), -1))
+    scores = torch.tensor([of_blocks[start] for start in starts])
+    margin = of_blocks[ranked[num_dropped]] - of_blocks[ranked[num_dropped - 1]] if len(ranked) > num_dropped else 1.0
+    return Compaction(
+        num_outputs,
+        before[kept].view(1, 1, -1),
+        before[starts].view(1, 1, -1),
+        scores.view(1, 1, -1),
+        torch.tensor([[margin]]),
     )
