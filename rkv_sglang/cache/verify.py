@@ -1,7 +1,7 @@
 """A compaction with everything about it checked: what was kept, what was moved, and what must not change.
 
-For tests and for whoever doubts a server: it reads and copies what each due request holds and waits for the device, many
-times over. A server does so with ``RKV_SGLANG_VERIFY=1``.
+For tests and for whoever doubts a server: it reads and copies what each due request holds and waits for the device,
+many times over. A server does so with ``RKV_SGLANG_VERIFY=1``.
 """
 
 from collections.abc import Callable, Iterator, Sequence

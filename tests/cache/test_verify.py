@@ -131,7 +131,9 @@ def test_tokens_that_the_score_does_not_choose_are_found(name, seed, rng):
         def score(self, inputs: object) -> torch.Tensor:
             return -make_policy(PolicyConfig(policy=name)).score(inputs)  # type: ignore[arg-type]
 
-    def wrong(buffers: KVBuffers, due: list[DueRequest], queries: object, policy: Policy, *args: object, **kwargs: object):
+    def wrong(
+        buffers: KVBuffers, due: list[DueRequest], queries: object, policy: Policy, *args: object, **kwargs: object
+    ):
         return compact_requests(buffers, due, queries, Opposite(), *args, **kwargs)  # type: ignore[arg-type]
 
     with pytest.raises(CompactionDiffersError, match="layer 0 kept other tokens than the policy's score says"):
