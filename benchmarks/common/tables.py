@@ -221,6 +221,7 @@ ACCURACY = Table(
         Column("samples", int, "", "answers sampled for every problem"),
         *_interval("pass_at_1", "", "share of a problem's samples that are right", "problems"),
         Column("no_answer", float, "", "share of samples without an answer that can be read; they count as wrong"),
+        Column("unjudged", float, "", "share of samples that the checker could not judge in time; not right either"),
         Column("tokens_mean", float, "tokens", "output tokens of a sample, thoughts included"),
         Column("tokens_median", float, "tokens", "median of them"),
         Column("truncated", float, "", "share of samples that ended at --max-tokens"),

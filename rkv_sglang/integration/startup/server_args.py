@@ -3,6 +3,7 @@
 import argparse
 import itertools
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from rkv_sglang.policy_names import policy_names
 
 GROUP_TITLE = "KV policy (rkv_sglang)"
 
-_PARAMETERS_FIELD = "kv_policy_config"
+PARAMETERS_FIELD = "kv_policy_config"
 # The record's fields of each setting. Those of every policy have a second one, as other ports of R-KV spell it.
 _FIELDS_OF_SETTING = {
     "budget": ("kv_budget", "rkv_budget"),
@@ -48,7 +49,7 @@ _HELP = {
     "kv_trace": "Let requests ask for a record of their compactions with custom_params {'kv_trace': true}, as "
     "`rkv-sglang view` does. The scheduler then waits for the device at each compaction of such a request; others pay "
     "nothing.",
-    _PARAMETERS_FIELD: "Parameters of the policy by name, as JSON such as '{\"mix_lambda\": 0.2}' or as the path of a "
+    PARAMETERS_FIELD: "Parameters of the policy by name, as JSON such as '{\"mix_lambda\": 0.2}' or as the path of a "
     "JSON file. They come before the flags of the same name.",
 }
 
@@ -81,7 +82,7 @@ class RKVServerArgs(sglang_args.ServerArgs, dict=True):  # type: ignore[misc, ca
     # Where SGLang publishes the fields: get_memory().kv_policy and so on.
     _NS_BY_FIELD = {  # noqa: RUF012
         **sglang_args.ServerArgs._NS_BY_FIELD,
-        **dict.fromkeys((POLICY_FIELD, *itertools.chain(*_FIELDS_OF_SETTING.values()), _PARAMETERS_FIELD), "memory"),
+        **dict.fromkeys((POLICY_FIELD, *itertools.chain(*_FIELDS_OF_SETTING.values()), PARAMETERS_FIELD), "memory"),
     }
 
     @staticmethod
@@ -93,7 +94,22 @@ class RKVServerArgs(sglang_args.ServerArgs, dict=True):  # type: ignore[misc, ca
         _add_flag(group, (POLICY_FIELD,), NO_POLICY, choices=policy_names())
         for setting, spellings in _FIELDS_OF_SETTING.items():
             _add_flag(group, spellings, _DEFAULT_OF_SETTING[setting])
-        _add_flag(group, (_PARAMETERS_FIELD,), "{}")
+        _add_flag(group, (PARAMETERS_FIELD,), "{}")
+
+    @classmethod
+    def from_cli_args(cls, args: argparse.Namespace) -> Any:
+        """Make the record of parsed arguments; refuse a ``--config`` file that would pass unread and asks for a policy.
+
+        Raises:
+            RefusedError: The arguments or that file name a policy.
+        """
+        problem = unread_config_file(args)
+        if problem and (policy_name(args) != NO_POLICY or _names_a_policy(args.config)):
+            # Here, so that processes without a policy load one module less.
+            from rkv_sglang.integration.startup.errors import stop
+
+            stop(problem)
+        return super().from_cli_args(args)
 
 
 def _add_flag(group: Any, spellings: tuple[str, ...], shown_default: Any, **options: Any) -> None:
@@ -104,6 +120,24 @@ def _add_flag(group: Any, spellings: tuple[str, ...], shown_default: Any, **opti
     else:
         options |= {"type": type(shown_default), "default": None if len(spellings) > 1 else shown_default}
     group.add_argument(*map(_flag, spellings), dest=name, help=f"{_HELP[name]} Default: {shown_default}.", **options)
+
+
+def unread_config_file(args: argparse.Namespace) -> str | None:
+    """Return one line if parsed arguments still hold a ``--config``: SGLang takes it out only where it reads the file.
+
+    It looks for the word ``--config`` alone, so ``--config=FILE`` and abbreviations go by without an effect.
+    """
+    if not getattr(args, "config", None):
+        return None
+    return f"SGLang reads no file for --config={args.config}: write --config {args.config}, with a space"
+
+
+def _names_a_policy(path: str) -> bool:
+    try:
+        text = Path(path).read_text(errors="replace")
+    except (OSError, ValueError):
+        return False
+    return any(spelling in text for spelling in (POLICY_FIELD, _flag(POLICY_FIELD).lstrip("-")))
 
 
 def policy_name(server_args: Any) -> str:
@@ -153,7 +187,7 @@ def _read_config(server_args: Any) -> tuple[PolicyConfig | None, list[str]]:
     except ValueError as error:
         problems.append(str(error))
     try:
-        parameters = read_parameters(getattr(server_args, _PARAMETERS_FIELD))
+        parameters = read_parameters(getattr(server_args, PARAMETERS_FIELD))
     except ValueError as error:
         problems.append(str(error))
     values = {**_DEFAULT_OF_SETTING, "policy": policy, "parameters": parameters, **settings}

@@ -11,21 +11,19 @@ def generate_message(rid: str, request: Any, tokenizer: Any = None) -> Any:
 
     sampling_params = SamplingParams(**{"temperature": 0.0, **request.sampling_params})
     sampling_params.normalize(tokenizer)
-    return TokenizedGenerateReqInput(
-        rid=rid,
-        input_text=None,
-        input_ids=array.array("q", request.input_ids),
-        input_embeds=None,
-        mm_inputs=None,
-        token_type_ids=None,
-        sampling_params=sampling_params,
-        return_logprob=request.return_logprob,
-        logprob_start_len=request.logprob_start_len,
-        top_logprobs_num=0,
-        token_ids_logprob=None,
-        stream=False,
-        **request.extra,
-    )
+    fields: dict[str, Any] = {
+        "input_text": None,
+        "input_ids": array.array("q", request.input_ids),
+        "input_embeds": None,
+        "mm_inputs": None,
+        "token_type_ids": None,
+        "return_logprob": request.return_logprob,
+        "logprob_start_len": request.logprob_start_len,
+        "top_logprobs_num": 0,
+        "token_ids_logprob": None,
+        "stream": False,
+    }
+    return TokenizedGenerateReqInput(rid=rid, sampling_params=sampling_params, **{**fields, **request.extra})
 
 
 def empty_output(prompt_tokens: int) -> dict[str, Any]:

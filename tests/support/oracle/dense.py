@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from tests.support.oracle.decoder import Decoder, LayerCache, load_model, one_thread
+from tests.support.oracle.decoder import Decoder, DecodeSteps, LayerCache, load_model, one_thread
 from tests.support.oracle.scores import ScoreFunction, ScoreInputs, rkv_scores
 
 
@@ -86,6 +86,7 @@ def dense_generate(
     forced_output_ids: Sequence[int] | None = None,
     score: ScoreFunction | None = None,
     early: Callable[[Sequence[int], Sequence[int]], int] | None = None,
+    guessed_output_ids: Sequence[int] = (),
 ) -> DenseResult:
     """Generate greedily, keeping ``budget`` generated tokens per layer and KV head at each compaction.
 
@@ -111,6 +112,8 @@ def dense_generate(
             ``None``.
         early: Given the prompt and the first 16 outputs, by how many tokens the first compaction after each prefill
             comes early. A request that may not outgrow budget and buffer is then never compacted.
+        guessed_output_ids: What the outputs may turn out to be, such as the answer to be judged. Right ones cost less,
+            wrong ones more; the result is the same, but for the order of summation.
 
     Raises:
         ValueError: The budget leaves no room beside the window, or the model is of another kind.
@@ -129,6 +132,7 @@ def dense_generate(
     decoder = Decoder(model)
     prompt_len = len(prompt_ids)
     caches = decoder.new_caches(prompt_len + max_new_tokens, window)
+    steps = DecodeSteps(decoder, caches)
     result = DenseResult()
     num_decoded_since_prefill = 0
     is_whole = True
@@ -165,12 +169,15 @@ def dense_generate(
                     num_seen = num_outputs + (is_dropped and not is_in_flight)
                     result.compactions.append(_compact(caches, num_seen, prompt_len, budget, window, score))
                 if is_in_flight:
-                    decoder.forward(result.output_ids[-1:], position, caches)
+                    steps.feed(result.output_ids[-1], position)
                     num_decoded_since_prefill += 1
             if is_dropped:
                 for layer_cache in caches:
                     layer_cache.drop_last()
-            logits = decoder.forward(result.output_ids[-1:], position, caches)
+            # Up to the next compaction, after which nothing computed before it holds.
+            room = max(0, prompt_len + budget + buffer - caches[0].length - 1)
+            guess = guessed_output_ids[num_outputs : min(num_outputs + room, max_new_tokens)]
+            logits = steps.feed(result.output_ids[-1], position, guess)
             num_decoded_since_prefill += 1
             if is_restored:
                 num_decoded_since_prefill = 0
