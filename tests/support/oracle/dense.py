@@ -4,7 +4,7 @@ Nothing here comes from the code under test. Every step is a literal reading of 
 output can be compared token by token, whatever its page size, prefix cache, scheduling or batch.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -82,6 +82,7 @@ def dense_generate(
     recompute_at: Collection[int] = (),
     restore_at: Collection[int] = (),
     restored_in_flight: bool | Collection[int] = False,
+    evicted_at_restore: Mapping[int, int] | None = None,
     forced_output_ids: Sequence[int] | None = None,
     score: ScoreFunction | None = None,
     early: Callable[[Sequence[int], Sequence[int]], int] | None = None,
@@ -104,6 +105,8 @@ def dense_generate(
             last output is fed again to the cache as it is, and decode queries are counted anew.
         restored_in_flight: At each of ``restore_at``, or at these of them, the next token was being computed, as under
             overlap scheduling: it is forgotten and computed once more, after a compaction if one was due.
+        evicted_at_restore: Of some of ``restore_at`` the tokens evicted since the last prefill by then. A compaction
+            that was due ran before the request was retracted, unless this says that fewer were evicted.
         forced_output_ids: Take these as outputs instead of the greedy ones: ``logprobs`` then judges a sampled answer,
             or one that went another way at a near-tie. Generation stops when they run out.
         score: The policy, such as ``policy_scores.score_function`` makes one; R-KV with the settings above when
@@ -154,6 +157,7 @@ def dense_generate(
             is_restored = num_outputs in restore_at
             is_dropped = is_restored and num_outputs in restored_in_flight
             position = prompt_len + num_outputs - 1
+            most_evicted = (evicted_at_restore or {}).get(num_outputs, max_new_tokens)
             for is_in_flight in [True, False] if is_dropped else [False]:
                 num_resident_generated = caches[0].length - prompt_len
                 due_len = budget + buffer
@@ -161,7 +165,8 @@ def dense_generate(
                     due_len = max_new_tokens
                 elif early is not None and is_whole and num_outputs >= 16:
                     due_len -= early(prompt_ids, result.output_ids[:16])
-                if num_resident_generated >= due_len and num_decoded_since_prefill >= window:
+                is_ahead = position + (is_dropped and not is_in_flight) - caches[0].length >= most_evicted
+                if num_resident_generated >= due_len and num_decoded_since_prefill >= window and not is_ahead:
                     is_whole = False
                     num_seen = num_outputs + (is_dropped and not is_in_flight)
                     sizes = (num_seen, prompt_len, budget, window)
