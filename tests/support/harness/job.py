@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import pkgutil
 import select
 import signal
 import sys
@@ -36,7 +37,8 @@ def main(connection: Connection) -> None:
         job = connection.recv()
         connection.send(os.getpid())
         _enter(job)
-        answer = _Run(job, connection).answer()
+        # A job may be a function, which runs here, or a scheduler that is started and spoken to.
+        answer = pkgutil.resolve_name(job["call"])(job) if "call" in job else _Run(job, connection).answer()
     except BaseException:
         answer = {"status": "failed", "message": "the harness itself failed: " + traceback.format_exc()}
     sys.stdout.flush()

@@ -5,6 +5,7 @@ from typing import Any
 
 
 def generate_message(rid: str, request: Any, tokenizer: Any = None) -> Any:
+    """Return the message of a request; stop strings and ``min_new_tokens`` need the ``tokenizer``."""
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.sampling.sampling_params import SamplingParams
 

@@ -180,6 +180,23 @@ def run_scheduler(
     return RunResult(outputs=outputs, probe=probe, log=log, init_info=answer["init_info"], seconds=answer["seconds"])
 
 
+def run_job(job: dict[str, Any], timeout: float) -> dict[str, Any]:
+    """Have a job of one's own run: a scheduler is started with its ``flags`` and fed by its ``driver``.
+
+    Args:
+        job: As ``run_scheduler`` makes it, without requests, and ``driver``, the name of a function (``module:name``):
+            it gets the job and the rank, and registers hooks in the scheduler process. Or ``folder``, ``env`` and
+            ``call``, the name of a function that gets the job, runs in a process with SGLang imported, and returns the
+            answer.
+        timeout: Seconds for all of it.
+
+    Returns:
+        ``status`` (``ok``, ``failed``, ``refused`` or ``timeout``) and what belongs to it.
+    """
+    empty = {"num_threads": 1, "timeout": timeout, "requests": [], "arrivals": [], "controls": []}
+    return _Zygote.get().run({**empty, **job}, timeout)
+
+
 class _Zygote:
     """The helper process with SGLang imported. It ends when this process does: it watches its standard input."""
 
