@@ -77,7 +77,10 @@ class Request:
 
 @dataclass(kw_only=True)
 class Output:
-    """What came back for one request; ``finish_reason`` as in SGLang (``{"type": "length", ..}``)."""
+    """What came back for one request; ``finish_reason`` as in SGLang (``{"type": "length", ..}``).
+
+    ``info`` is what plugins added to its last output, by their names.
+    """
 
     output_ids: list[int]
     finish_reason: dict[str, Any]
@@ -86,6 +89,7 @@ class Output:
     retractions: int
     output_logprobs: list[float]
     input_logprobs: list[float | None]
+    info: dict[str, Any]
 
 
 @dataclass(kw_only=True)

@@ -42,16 +42,16 @@ class _Countdown:
 
 
 def _choose(countdown: _Countdown) -> None:
-    from rkv_sglang.integration.runtime import runtime
+    from rkv_sglang.integration.runtime import gather
 
-    original = runtime.compact_requests
+    original = gather.compact_requests
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         if countdown.is_due():
             raise RuntimeError(MESSAGE)
         return original(*args, **kwargs)
 
-    runtime.compact_requests = fail
+    gather.compact_requests = fail
 
 
 def _move(countdown: _Countdown) -> None:
