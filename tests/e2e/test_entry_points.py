@@ -3,21 +3,26 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from devtools.tiny_models import tiny_model_path
 from tests.e2e.workload import Setting, assert_same_tokens, greedy, oracle, six_prompts
 from tests.support.harness.environment import PROBE_DIR, PROJECT_ROOT, child_environment, device_flags
 from tests.support.harness.scheduler import run_scheduler
 from tests.support.harness.server import Server
+from tests.support.oracle.dense import dense_generate
+from tests.support.oracle.scores import ScoreInputs
 
 MODEL = tiny_model_path("llama-gqa")
 SETTING = Setting(budget=21, buffer=12)
 NUM_TOKENS = 90
 PROMPT = six_prompts()[1]
 SABOTEUR_DIR = Path(__file__).parent / "saboteur"
+THIRD_PARTY_DIR = PROJECT_ROOT / "tests" / "policies" / "third_party"
 
 ENGINE_SCRIPT = """
 import json, sys
@@ -37,15 +42,43 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.server
-def test_sglang_serve_with_a_config_file(tmp_path):
-    config = tmp_path / "server.yaml"
-    config.write_text("kv-policy: rkv\nrkv-budget: 21\nrkv-buffer: 12\n")
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """``sglang serve``, which finds in a file that another package's policy compacts."""
+    config = tmp_path_factory.mktemp("config") / "server.yaml"
+    policy = """kv-policy: every_nth\nkv-policy-config: '{"stride": 3}'\n"""
+    config.write_text(f"{policy}rkv-budget: {SETTING.budget}\nrkv-buffer: {SETTING.buffer}\n")
     command = [str(Path(sys.executable).parent / "sglang"), "serve"]
-    with Server(["--model-path", str(MODEL), "--config", str(config)], command=command) as server:
-        answer = server.generate(list(PROMPT), {"max_new_tokens": NUM_TOKENS, "ignore_eos": True})
-        server.assert_clean()
-    assert_same_tokens(answer["output_ids"], oracle(MODEL, PROMPT, NUM_TOKENS, SETTING), "served")
+    env = {"PYTHONPATH": f"{THIRD_PARTY_DIR}:{PROBE_DIR}:{PROJECT_ROOT}"}
+    with Server(["--model-path", str(MODEL), "--config", str(config)], command=command, env=env) as server:
+        yield server
+
+
+def assert_every_third_stays(server: Server, prompt: tuple[int, ...], num_tokens: int) -> None:
+    def every_third(inputs: ScoreInputs) -> torch.Tensor:
+        num_kv_heads, resident_len, _ = inputs.keys.shape
+        scored = range(resident_len - inputs.window_queries.shape[1])
+        return inputs.keys.new_tensor([[float(i % 3 == 0) for i in scored]] * num_kv_heads)
+
+    answer = server.generate(list(prompt), {"max_new_tokens": num_tokens, "ignore_eos": True})
+    server.assert_clean()
+    budget, buffer = SETTING.budget, SETTING.buffer
+    expected = dense_generate(MODEL, prompt, num_tokens, budget=budget, buffer=buffer, score=every_third)
+    assert_same_tokens(answer["output_ids"], expected, "served")
+    # With another policy it would have answered otherwise.
+    assert answer["output_ids"] != oracle(MODEL, prompt, num_tokens, SETTING).output_ids
+
+
+@pytest.mark.server
+def test_sglang_serve_with_a_config_file(served):
+    assert_every_third_stays(served, PROMPT, NUM_TOKENS)
+    info = served.server_info()
+    assert (info["kv_policy"], info["rkv_budget"], info["rkv_buffer"]) == ("every_nth", 21, 12)
+
+
+@pytest.mark.server
+def test_a_policy_of_another_package_serves(served):
+    assert_every_third_stays(served, six_prompts()[0], 180)
 
 
 @pytest.mark.server
