@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from rkv_sglang.config import NO_POLICY, PolicyConfig
-from rkv_sglang.messages import one_line
+from rkv_sglang.messages import one_line, shown
 from rkv_sglang.policies.base import Policy
 from rkv_sglang.policies.h2o import H2O
 from rkv_sglang.policies.keydiff import KeyDiff
@@ -56,8 +56,9 @@ def make_policy(config: PolicyConfig) -> Policy:
             settings = replace(config, **{name: parameters[name] for name in shared if name in parameters})
             parameters |= {name: getattr(settings, name) for name in shared}
         policy: Policy = policy_class(**parameters)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"--kv-policy-config does not fit --kv-policy {config.policy}: {one_line(error)}") from None
+    # Whatever somebody's class makes of its parameters.
+    except Exception as error:
+        raise ValueError(f"--kv-policy-config does not fit --kv-policy {config.policy}: {_told(error)}") from None
     return policy
 
 
@@ -69,6 +70,12 @@ def default_sizes(name: str) -> dict[str, int]:
     """
     policy_class = _find(name)
     own = {size: getattr(policy_class, f"default_{size}", None) for size in ("window", "buffer")}
+    for size, value in own.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(
+                f"--kv-policy {name!r} has a default_{size} of {shown(value)}, which is not an integer of at least 1: "
+                "mend or uninstall its package"
+            )
     return {size: value for size, value in own.items() if value is not None}
 
 
@@ -78,7 +85,7 @@ def _find(name: str) -> type[Any]:
         raise ValueError(f"policy {name!r} scores nothing: choose one of {', '.join(policy_names()[1:])}")
     providers = ["rkv_sglang"] * (name in POLICIES) + [_package(point) for point in brought]
     if not providers:
-        raise ValueError(f"--kv-policy {name!r} is unknown: choose one of {', '.join(policy_names())}")
+        raise ValueError(f"--kv-policy {shown(name)} is unknown: choose one of {', '.join(policy_names())}")
     if len(providers) > 1:
         raise ValueError(f"--kv-policy {name!r} comes from {' and '.join(providers)}: choose one, uninstall the others")
     return POLICIES[name] if name in POLICIES else _load(brought[0])
@@ -87,19 +94,29 @@ def _find(name: str) -> type[Any]:
 def _load(point: EntryPoint) -> type[Any]:
     source = f"--kv-policy {point.name!r}, which package {_package(point)} brings as {point.value},"
     try:
-        policy_class = point.load()
-    # Whatever somebody's module raises while it is imported.
-    except Exception as error:
+        policy_class: type[Any] = point.load()
+    # Whatever somebody's module raises while it is imported; one that is a script may even exit.
+    except (Exception, SystemExit) as error:
         raise ValueError(
             f"{source} cannot be loaded: {type(error).__name__}: {one_line(error)}; mend or uninstall that package"
         ) from None
-    if not (isinstance(policy_class, type) and is_dataclass(policy_class) and callable(_score_of(policy_class))):
+    if not _is_policy(policy_class):
         raise ValueError(f"{source} is not a dataclass with a method score; mend or uninstall that package")
     return policy_class
 
 
-def _score_of(policy_class: type[Any]) -> Any:
-    return getattr(policy_class, "score", None)
+def _told(error: Exception) -> str:
+    # The words of these two are meant for users.
+    is_meant = isinstance(error, TypeError | ValueError)
+    return one_line(error) if is_meant else f"{type(error).__name__}: {one_line(error)}"
+
+
+def _is_policy(found: Any) -> bool:
+    try:
+        return isinstance(found, type) and is_dataclass(found) and callable(getattr(found, "score", None))
+    # A metaclass may do anything.
+    except Exception:
+        return False
 
 
 def _package(point: EntryPoint) -> str:
