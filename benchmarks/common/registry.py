@@ -24,6 +24,7 @@ from benchmarks.common.tables import (
     SCORING_RANDOM,
     SERVE_CHECK,
     SERVING,
+    SOAK,
     THROUGHPUT,
 )
 
@@ -104,6 +105,7 @@ BENCHMARKS = (
     Benchmark(
         "pool_machine", "tests.fuzz.pool_machine", (Plot("tests.fuzz.report:plot_pool_machine", (POOL_MACHINE,)),)
     ),
+    Benchmark("soak", "benchmarks.soak", (Plot("benchmarks.soak.report:plot", (SOAK,)),)),
     Benchmark("serving", "benchmarks.serving", (Plot("benchmarks.serving.report:plot", (SERVING,)),)),
     Benchmark(
         "serve_check",
