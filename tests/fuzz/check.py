@@ -1,6 +1,7 @@
 """What must hold after a schedule: every request's tokens, what is said of its cache, and what is counted."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,7 +98,7 @@ def _check_request(
         problems += _compare_oracle(schedule.server, request, answer, retractions, counts)
     if info is not None:
         problems += _check_info(schedule.server, request, record, rid, info)
-    elif rid not in record["answered_in_queue"]:
+    else:
         problems.append("its answer does not say what happened to its cache")
     return problems
 
@@ -146,7 +147,7 @@ def _compare_oracle(
     if not tokens:
         return []
     limit = len(tokens) if end["type"] == "abort" else request.max_new_tokens
-    expected = expected_of(server, request, output["prompt"], limit, retractions)
+    expected = expected_of(server, request, output["prompt"], limit, retractions, guess=tokens)
     counts["compared with the oracle"] += 1
     counts["compared after a preemption"] += bool(retractions)
     counts["compactions compared"] += len(expected.compactions)
@@ -171,9 +172,15 @@ def _compare_oracle(
 
 
 def expected_of(
-    server: ServerConfig, request: FuzzRequest, prompt: list[int], limit: int, retractions: list[Any]
+    server: ServerConfig,
+    request: FuzzRequest,
+    prompt: list[int],
+    limit: int,
+    retractions: list[Any],
+    *,
+    guess: Sequence[int] = (),
 ) -> DenseResult:
-    """Return what the dense oracle answers that is preempted where the request was."""
+    """Return what the dense oracle answers that is preempted where the request was; a right ``guess`` saves time."""
     setting = Setting(
         budget=request.budget or server.budget, buffer=request.buffer or server.buffer, window=server.window
     )
@@ -195,6 +202,7 @@ def expected_of(
         restored_in_flight={place["outputs"] for place in restored if place["in_flight"]},
         evicted_at_restore={place["outputs"]: place["evicted"] for place in restored},
         early=setting.early if may_stagger and not request.no_policy else None,
+        guessed_output_ids=guess,
     )
 
 

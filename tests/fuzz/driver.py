@@ -159,8 +159,6 @@ class Driver:
         if run is None or self._tp_rank or not isinstance(output, AbortReq | BatchTokenIDOutput):
             return
         take(run.outputs, output)
-        if isinstance(output, AbortReq):
-            run.answered_in_queue.add(output.rid)
         if isinstance(output, BatchTokenIDOutput) and output.customized_info is not None:
             for key, values in unwrap_from_pickle(output.customized_info).items():
                 for rid, value in zip(output.rids, values, strict=True):
@@ -209,7 +207,6 @@ class Driver:
             outputs=run.outputs,
             prompts=run.prompts,
             infos=run.infos,
-            answered_in_queue=sorted(run.answered_in_queue),
             retractions=run.retractions,
             compactions=self._compactions,
             violations=self._violations,
@@ -240,7 +237,6 @@ class _Run:
         self.outputs: dict[str, dict[str, Any]] = {}
         self.infos: dict[str, dict[str, Any]] = {}
         self.prompts: dict[str, list[int]] = {}
-        self.answered_in_queue: set[str] = set()
         self.retractions: dict[str, list[dict[str, Any]]] = {}
         self._schedule = schedule
         self._server = schedule.server
