@@ -30,12 +30,8 @@ class Verdict:
     counts: Counter[str] = field(default_factory=Counter)
 
 
-def check(schedule: Schedule, record: dict[str, Any], alone: dict[int, dict[str, Any]] | None = None) -> Verdict:
-    """Judge one schedule's record.
-
-    Args:
-        alone: By the index of a request that ``needs_itself_alone``, the record of a schedule that has only it.
-    """
+def check(schedule: Schedule, record: dict[str, Any]) -> Verdict:
+    """Judge one schedule's record; under ``alone`` it has those of requests that were run once more, by index."""
     verdict = Verdict()
     for violation in record["violations"]:
         verdict.problems.append(f"{violation['violation']}: {violation}")
@@ -46,7 +42,7 @@ def check(schedule: Schedule, record: dict[str, Any], alone: dict[int, dict[str,
         if rid not in record["outputs"]:
             verdict.problems.append(f"request {index} was never sent")
             continue
-        problems = _check_request(schedule, index, request, record, (alone or {}).get(index), verdict.counts)
+        problems = _check_request(schedule, index, request, record, verdict.counts)
         verdict.problems += [f"request {index}: {problem}" for problem in problems]
     verdict.problems += _check_counters(record)
     if record["retractions"] and not _may_preempt(schedule):
@@ -69,7 +65,6 @@ def _check_request(
     index: int,
     request: FuzzRequest,
     record: dict[str, Any],
-    alone: dict[str, Any] | None,
     counts: Counter[str],
 ) -> list[str]:
     rid = rid_of(record["number"], index)
@@ -92,7 +87,7 @@ def _check_request(
     if request.has_penalties and schedule.server.overlap:
         counts["not compared"] += 1
     elif request.needs_itself_alone:
-        problems += _compare_alone(tokens, end, retractions, alone, counts)
+        problems += _compare_alone(tokens, end, retractions, record.get("alone", {}).get(index), counts)
     else:
         answer = output | {"info": info, "prompt": record["prompts"][rid]}
         problems += _compare_oracle(schedule.server, request, answer, retractions, counts)
