@@ -14,6 +14,7 @@ from benchmarks.common.tables import (
     IDLE_COST,
     KERNELS,
     MEMORY,
+    MUTATIONS,
     POOL_MACHINE,
     QUALITY_FORCED,
     QUALITY_FREE,
@@ -106,6 +107,7 @@ BENCHMARKS = (
         "pool_machine", "tests.fuzz.pool_machine", (Plot("tests.fuzz.report:plot_pool_machine", (POOL_MACHINE,)),)
     ),
     Benchmark("soak", "benchmarks.soak", (Plot("benchmarks.soak.report:plot", (SOAK,)),)),
+    Benchmark("mutations", "tests.fuzz.mutations", (Plot("tests.fuzz.report:plot_mutations", (MUTATIONS,)),)),
     Benchmark("serving", "benchmarks.serving", (Plot("benchmarks.serving.report:plot", (SERVING,)),)),
     Benchmark(
         "serve_check",
