@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks.common.schema import Table, read_table
 from benchmarks.common.tables import (
     ACCURACY,
+    DROP_COST,
     FIRST_TOKEN,
     FRONTEND,
     IDLE_COST,
@@ -97,6 +98,7 @@ BENCHMARKS = (
     Benchmark("idle_cost", "benchmarks.idle_cost", (Plot("benchmarks.idle_cost:plot", (IDLE_COST, FIRST_TOKEN)),)),
     Benchmark("frontend", "benchmarks.frontend", (Plot("benchmarks.frontend.report:plot", (FRONTEND,)),)),
     Benchmark("memory", "benchmarks.memory", (Plot("benchmarks.memory:plot", (MEMORY,)),)),
+    Benchmark("drop_cost", "benchmarks.drop_cost", (Plot("benchmarks.drop_cost:plot", (DROP_COST,)),)),
     Benchmark("serving", "benchmarks.serving", (Plot("benchmarks.serving.report:plot", (SERVING,)),)),
     Benchmark(
         "serve_check",
