@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks.common.schema import Table, read_table
 from benchmarks.common.tables import (
     ACCURACY,
+    DROP_COST,
     FIRST_TOKEN,
     FRONTEND,
     FUZZ,
@@ -108,6 +109,7 @@ BENCHMARKS = (
     ),
     Benchmark("soak", "benchmarks.soak", (Plot("benchmarks.soak.report:plot", (SOAK,)),)),
     Benchmark("mutations", "tests.fuzz.mutations", (Plot("tests.fuzz.report:plot_mutations", (MUTATIONS,)),)),
+    Benchmark("drop_cost", "benchmarks.drop_cost", (Plot("benchmarks.drop_cost:plot", (DROP_COST,)),)),
     Benchmark("serving", "benchmarks.serving", (Plot("benchmarks.serving.report:plot", (SERVING,)),)),
     Benchmark(
         "serve_check",
