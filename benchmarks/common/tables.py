@@ -338,8 +338,77 @@ SOAK = Table(
     ),
 )
 
+FUZZ = Table(
+    "fuzz",
+    "one schedule of the fuzzer: a server's settings, some requests, and what was done to them",
+    (
+        Column("seed", int, "", "the schedule; python -m tests.fuzz --replay SEED runs it again"),
+        Column("policy", str, "", "--kv-policy"),
+        Column("model", str, "", "tiny random model"),
+        Column("budget", int, "tokens", "--kv-budget"),
+        Column("buffer", int, "tokens", "--kv-buffer"),
+        Column("window", int, "tokens", "--kv-window"),
+        Column("page_size", int, "tokens", "--page-size"),
+        Column("chunk_size", int, "tokens", "--chunked-prefill-size; 0: SGLang's own"),
+        Column("pool", int, "tokens", "slots of the KV pool"),
+        Column("tp_size", int, "", "--tp-size"),
+        Column("overlap", int, "", "1: the overlap scheduler"),
+        Column("radix", int, "", "1: the radix cache is on"),
+        Column("stagger", int, "", "1: --kv-stagger"),
+        Column("priority", int, "", "1: requests of higher priority preempt others"),
+        Column("tokenizer", int, "", "1: the scheduler has one, for stop strings and grammars"),
+        Column("tight_pool", int, "", "1: histories do not fit the pool, so preempted requests are restored"),
+        Column("requests", int, "", "requests of the schedule"),
+        Column("own_settings", int, "requests", "with a budget of their own, or without a policy"),
+        Column("aborts", int, "requests", "to be aborted"),
+        Column("forced_retractions", int, "", "times that a request was retracted by force"),
+        Column("pauses", int, "", "times that the server was paused"),
+        Column("flushes", int, "", "times that the cache was to be flushed"),
+        Column("passes", int, "", "passes of the event loop"),
+        Column("most_running", int, "requests", "most requests in one batch"),
+        Column("compactions", int, "", "compactions that ran"),
+        Column("preemptions", int, "", "times that a request lost its slots, for whatever reason"),
+        Column("restores", int, "", "times that one went on from a copy in host memory"),
+        Column("by_oracle", int, "requests", "compared with the dense oracle"),
+        Column("by_itself", int, "requests", "compared with the same request alone on the same server"),
+        Column("not_compared", int, "requests", "for which there is no certain answer"),
+        Column("near_ties", int, "requests", "that parted from the oracle where rounding decides"),
+        Column("violations", int, "", "what must never happen"),
+        Column("seconds", float, "s", "of the schedule itself, without the start of its server or the oracle"),
+    ),
+)
+POOL_MACHINE = Table(
+    "pool_machine",
+    "one kind of step in one world of the pool machine",
+    (
+        Column("seed", int, "", "the world; python -m tests.fuzz.pool_machine --replay SEED runs it again"),
+        Column("page_size", int, "tokens", "of the pool"),
+        Column("radix", int, "", "1: with a radix tree"),
+        Column("window", int, "tokens", "--kv-window"),
+        Column("verify", int, "", "1: every compaction is checked as with RKV_SGLANG_VERIFY=1"),
+        Column("step", str, "", "kind of step; compaction and restore happen within others"),
+        Column("count", int, "", "times that it was taken"),
+        Column("seconds", float, "s", "of the world, all steps and checks together"),
+    ),
+)
+MUTATIONS = Table(
+    "mutations",
+    "one fault planted in a copy of the package",
+    (
+        Column("fault", str, "", "what is wrong"),
+        Column("file", str, "", "below rkv_sglang/"),
+        Column("test", str, "", "arguments of pytest: the test named for it"),
+        Column("test_fails", int, "", "1: that test fails, as it should; 0: it passes, or was left out"),
+        Column("schedules", int, "", "schedules that the fuzzer needed; 0: not found within the bound"),
+        Column("problem", str, "", "what the fuzzer said"),
+        Column("pool_machine", int, "", "1: the pool machine found it"),
+        Column("pool_problem", str, "", "what the pool machine said"),
+    ),
+)
+
 TABLES: tuple[Table, ...] = (
     *(MEMORY, IDLE_COST, FIRST_TOKEN, SCORING, SCORING_RANDOM, KERNELS, SERVE_CHECK, RACES, THROUGHPUT),
     *(QUALITY_FORCED, QUALITY_POSITION, QUALITY_FREE, QUALITY_RECALL),
     *(ACCURACY, FRONTEND, SERVING, SOAK),
+    *(FUZZ, POOL_MACHINE, MUTATIONS),
 )

@@ -8,15 +8,16 @@ from dataclasses import is_dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from rkv_sglang.config import NO_POLICY, PolicyConfig
+from rkv_sglang.config import GRANULARITIES, NO_POLICY, PolicyConfig
 from rkv_sglang.messages import one_line, shown
-from rkv_sglang.policies.base import Policy
+from rkv_sglang.policies.base import Policy, granularities_of
 from rkv_sglang.policies.h2o import H2O
 from rkv_sglang.policies.keydiff import KeyDiff
 from rkv_sglang.policies.longflow import LongFlow
 from rkv_sglang.policies.manifoldkv import ManifoldKV
 from rkv_sglang.policies.parameters import check_parameters, parameter_types
 from rkv_sglang.policies.random import Random
+from rkv_sglang.policies.random_attention import RandomAttention
 from rkv_sglang.policies.rkv import RKV
 from rkv_sglang.policies.snapkv import SnapKV
 from rkv_sglang.policies.streaming_llm import StreamingLLM
@@ -31,6 +32,7 @@ POLICIES: dict[str, type[Policy]] = {
     "manifoldkv": ManifoldKV,
     "longflow": LongFlow,
     "random": Random,
+    "random_attention": RandomAttention,
 }
 # Parameters of the policies above that have a flag of their own, and so a field in the settings.
 SHARED_PARAMETERS = ("mix_lambda", "kernel_size", "similarity_threshold")
@@ -43,10 +45,16 @@ def make_policy(config: PolicyConfig) -> Policy:
     ``config.parameters`` has them.
 
     Raises:
-        ValueError: The name is ``"none"`` or unknown, its package cannot be used, or a parameter does not fit; one line
-            that names the flag.
+        ValueError: The name is ``"none"`` or unknown, its package cannot be used, or the granularity or a parameter
+            does not fit; one line that names the flag.
     """
     policy_class = _find(config.policy)
+    granularities = granularities_of(policy_class)
+    if config.granularity not in granularities:
+        raise ValueError(
+            f"--kv-granularity {config.granularity} does not go with --kv-policy {config.policy}: it has not been "
+            f"shown right with it; set --kv-granularity {granularities[0]}"
+        )
     parameters = dict(config.parameters)
     try:
         check_parameters(policy_class, parameters)
@@ -62,8 +70,8 @@ def make_policy(config: PolicyConfig) -> Policy:
     return policy
 
 
-def default_sizes(name: str) -> dict[str, int]:
-    """Return which of ``window`` and ``buffer`` the policy of that name chooses itself where the user does not.
+def default_settings(name: str) -> dict[str, Any]:
+    """Return which of ``granularity``, ``window`` and ``buffer`` that policy chooses itself where the user does not.
 
     Raises:
         ValueError: The name is unknown, or its package cannot be used.
@@ -76,7 +84,17 @@ def default_sizes(name: str) -> dict[str, int]:
                 f"--kv-policy {name!r} has a default_{size} of {shown(value)}, which is not an integer of at least 1: "
                 "mend or uninstall its package"
             )
-    return {size: value for size, value in own.items() if value is not None}
+    try:
+        granularities = granularities_of(policy_class)
+    except TypeError:
+        granularities = ()
+    if not granularities or not set(granularities) <= set(GRANULARITIES):
+        raise ValueError(
+            f"--kv-policy {name!r} has the granularities {shown(getattr(policy_class, 'granularities', None))}, which "
+            f"are not some of {', '.join(GRANULARITIES)}: mend or uninstall its package"
+        )
+    own["granularity"] = granularities[0]
+    return {setting: value for setting, value in own.items() if value is not None}
 
 
 def _find(name: str) -> type[Any]:

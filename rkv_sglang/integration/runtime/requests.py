@@ -1,4 +1,4 @@
-"""Requests: what one asks of the policy, in its ``custom_params``, and where it carries what the policy remembers."""
+"""Requests: what one asks of the policy, in ``custom_params``, where it carries its state, and how one is ended."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from rkv_sglang.config import NO_POLICY, POLICY_FIELD, PolicyConfig
 from rkv_sglang.messages import shown
 from rkv_sglang.sizes.lengths import RequestState
+from rkv_sglang.sizes.pages import ceil_to_page
 from rkv_sglang.sizes.stagger import head_start
 
 BUDGET_FIELD, BUFFER_FIELD = "kv_budget", "kv_buffer"
@@ -55,6 +56,22 @@ def trace_of(req: Any) -> list[dict[str, Any]] | None:
     return getattr(req, TRACE_ATTRIBUTE, None)
 
 
+def end_request(scheduler: Any, req: Any, reason: Any) -> None:
+    """Send the last output of a request that ends while it waits, in the stream of outputs that all others end in.
+
+    Its slots, if it had any, are freed already. Past that stream (``AbortReq``) it would lack the policy's fields and
+    the tokens not sent yet, and the detokenizer would keep its text, and put it in front of the answer to the next
+    request under the same id.
+
+    Args:
+        scheduler: SGLang's.
+        req: The request; afterwards it is finished.
+        reason: SGLang's ``FINISH_ABORT``; with an HTTP status of 400 or more, that is how an answer in one piece ends.
+    """
+    req.finished_reason, req.to_finish = reason, None
+    scheduler.output_streamer.stream_output([req], req.return_logprob)
+
+
 def _refuse_strange_fields(custom_params: Any) -> None:
     """Refuse what would pass for settings of the policy and be none."""
     if not isinstance(custom_params, Mapping):
@@ -95,11 +112,16 @@ def config_for(custom_params: Any, server: PolicyConfig, pool_size: int) -> Poli
             raise ValueError(f"{POLICY_FIELD} {NO_POLICY!r} has no {' or '.join(asked)}: leave one of them out")
         return None
     for name, value in asked.items():
-        least = server.window + 1 if name == BUDGET_FIELD else 1
+        least = server.least_budget if name == BUDGET_FIELD else server.block
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             why = f" (the window of {server.window} is kept inside it)" if name == BUDGET_FIELD else ""
             raise ValueError(
                 f"{name} {shown(value)} is not an integer of at least {least}{why}: set it to {least} or more"
+            )
+        if name == BUFFER_FIELD and value % server.block != 0:
+            raise ValueError(
+                f"{name} {shown(value)} is no multiple of the {server.block} tokens that this server drops together: "
+                f"set it to {shown(ceil_to_page(value, server.block))}"
             )
     budget, buffer = asked.get(BUDGET_FIELD, server.budget), asked.get(BUFFER_FIELD, server.buffer)
     if asked and budget + buffer >= pool_size:

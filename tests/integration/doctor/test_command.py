@@ -161,6 +161,7 @@ def test_the_settings_of_a_config_file_count(tmp_path: Path, llama: str) -> None
     )
     file.write_text("kv-policy: rkv\nmodel-path: meta/some-8b\n")
     assert judge(f"python -m sglang.launch_server --config {file}", llama)[0] == 0
+    begins(refused(f"{LAUNCH} --config={file}", llama), f"SGLang reads no file for --config={file}: write --config ")
 
 
 def test_parameters_that_can_be_read_once_are_read_once(tmp_path: Path, llama: str) -> None:
