@@ -404,8 +404,21 @@ MUTATIONS = Table(
     ),
 )
 
+DROP_COST = Table(
+    "drop_cost",
+    "one way to compact in one round",
+    (
+        Column("round", int, "", "from 0"),
+        Column("way", str, "", "gather: entries moved per head; drop: blocks that leave the map; and the policy"),
+        Column("cpu_ms", float, "ms", "CPU time to compact all requests that are due at once"),
+        Column("due", int, "requests", "due at once"),
+        Column("budget", int, "tokens", "--kv-budget"),
+        Column("buffer", int, "tokens", "--kv-buffer"),
+    ),
+)
+
 TABLES: tuple[Table, ...] = (
-    *(MEMORY, IDLE_COST, FIRST_TOKEN, SCORING, SCORING_RANDOM, KERNELS, SERVE_CHECK, RACES, THROUGHPUT),
+    *(MEMORY, DROP_COST, IDLE_COST, FIRST_TOKEN, SCORING, SCORING_RANDOM, KERNELS, SERVE_CHECK, RACES, THROUGHPUT),
     *(QUALITY_FORCED, QUALITY_POSITION, QUALITY_FREE, QUALITY_RECALL),
     *(ACCURACY, FRONTEND, SERVING, SOAK),
     *(FUZZ, POOL_MACHINE, MUTATIONS),
