@@ -11,9 +11,11 @@ from rkv_sglang.cache.query_window import QueryWindow
 from rkv_sglang.cache.step_tensors import warm_up_step
 from rkv_sglang.config import REQUEST, PolicyConfig
 from rkv_sglang.integration.runtime.metrics import PolicyMetrics
+from rkv_sglang.integration.startup.errors import RefusedError
+from rkv_sglang.integration.startup.policy_trial import score_problem
 from rkv_sglang.kernels.dispatch import runs_triton
 from rkv_sglang.kernels.warmup import warm_up
-from rkv_sglang.policies import Policy, is_blind
+from rkv_sglang.policies import POLICIES, Policy, is_blind
 from rkv_sglang.sizes.query_rows import num_query_rows
 
 if TYPE_CHECKING:
@@ -94,6 +96,7 @@ def scored_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy
         dtype=model_runner.dtype,
         device=model_runner.device,
     )
+    _refuse_strange_scores(policy, config, buffers, query_window)
     warm_up(
         buffers.keys,
         buffers.values,
@@ -106,3 +109,22 @@ def scored_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy
     if runs_triton(buffers.keys):
         warm_up_step(query_window, req_to_token)
     return Scored(buffers=buffers, query_window=query_window, first_layer=pool.start_layer)
+
+
+def _refuse_strange_scores(policy: Policy, config: PolicyConfig, buffers: KVBuffers, query_window: QueryWindow) -> None:
+    """Refuse a policy of another package whose scores are none; those of this one have their tests."""
+    if type(policy) in POLICIES.values():
+        return
+    keys, (_, _, _, num_qo_heads, head_dim) = buffers.keys, query_window.rings.shape
+    problem = score_problem(
+        policy,
+        window=config.window,
+        capacity=config.capacity,
+        num_qo_heads=num_qo_heads,
+        num_kv_heads=keys.num_kv_heads,
+        head_dim=head_dim,
+        v_head_dim=buffers.values.head_dim,
+        device=keys.device,
+    )
+    if problem is not None:
+        raise RefusedError(f"--kv-policy {config.policy} cannot be served: {problem}; mend or uninstall its package")
