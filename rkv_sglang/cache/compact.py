@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.kernels.dispatch import compact_paged, runs_triton, working_bytes_per_token
 from rkv_sglang.kernels.paged_batch import PagedBatch
@@ -60,6 +61,7 @@ def compact_requests(
     window: int,
     *,
     query_bytes: int = 0,
+    model: ModelAttention = PLAIN_ATTENTION,
 ) -> list[Compacted]:
     """Keep of each request what its plan says, chosen per layer and KV head.
 
@@ -74,6 +76,7 @@ def compact_requests(
         policy: Scores the tokens.
         window: Most recent tokens, kept whatever their score.
         query_bytes: What ``read_queries`` allocates for each request, all layers together.
+        model: How the model attends.
 
     Returns:
         Per request, in order, what was kept.
@@ -94,7 +97,7 @@ def compact_requests(
             window=window,
         )
         of_layers = [
-            _compact_layers(buffers, together, batch, read_queries(part, layers), policy, layers)
+            _compact_layers(buffers, together, batch, read_queries(part, layers), policy, layers, model)
             for layers in split_layers(buffers.keys.num_layers, max(num_tokens[part]) * len(plans), most_tokens)
         ]
         compacted += [_join(own) for own in zip(*of_layers, strict=True)]
@@ -108,6 +111,7 @@ def _compact_layers(
     queries: torch.Tensor,
     policy: Policy,
     layers: slice,
+    model: ModelAttention,
 ) -> list[Compacted]:
     """Compact some layers of the requests of ``batch``; what is returned has these layers only."""
     if layers != slice(0, buffers.keys.num_layers):
@@ -116,7 +120,7 @@ def _compact_layers(
         History(request.logical_len, None if request.kept_scores is None else request.kept_scores[layers])
         for request in requests
     ]
-    kept = compact_paged(buffers.keys, buffers.values, batch, queries, policy, history)
+    kept = compact_paged(buffers.keys, buffers.values, batch, queries, policy, history, model)
     scores = kept.scores or [None] * len(requests)
     return [
         # A copy: a view would hold the indices of all requests of the part until the last part is done.

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.kernels.dispatch import compact_paged
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
 from rkv_sglang.kernels.transfer import to_device
@@ -39,6 +40,7 @@ def compact_paged_kv(
     *,
     budget: int | Sequence[int],
     policy: Policy | None = None,
+    model: ModelAttention = PLAIN_ATTENTION,
     dtype: torch.dtype | None = None,
     key_scales: Sequence[float] | None = None,
     value_scales: Sequence[float] | None = None,
@@ -60,6 +62,7 @@ def compact_paged_kv(
             recent ``window`` ones, are always kept.
         budget: Generated tokens to keep, the window included, more than ``window``; one for all or one per request.
         policy: The rule that scores tokens, one without a memory of its own; default: ``RKV()``.
+        model: How logits are made of products; default: times ``1 / sqrt(head_dim)``.
         dtype: What uint8 pages hold.
         key_scales, value_scales: Per layer, the factor that dequantises fp8; default: 1.
 
@@ -117,7 +120,7 @@ def compact_paged_kv(
         window=window,
     )
     due_queries = queries if len(due) == num_requests else queries[:, to_device(due, torch.int64, queries.device)]
-    compact_paged(keys, values, batch, due_queries, policy)
+    compact_paged(keys, values, batch, due_queries, policy, model=model)
 
     new_lens = [min(kv_lens[r], prompt_lens[r] + budgets[r]) for r in range(num_requests)]
     still_used = [

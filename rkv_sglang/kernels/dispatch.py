@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.algorithm.selection import select_kept
 from rkv_sglang.kernels.move import move_kept_paged, move_kept_torch
 from rkv_sglang.kernels.paged_batch import FP8_DTYPES, PagedBatch, PagedBuffers
@@ -57,6 +58,7 @@ def compact_paged(
     queries: Tensor,
     policy: Policy,
     history: Sequence[History] | None = None,
+    model: ModelAttention = PLAIN_ATTENTION,
 ) -> Kept:
     """Score, choose and move: every request keeps its prompt and its budget of generated tokens.
 
@@ -70,6 +72,7 @@ def compact_paged(
             ``[num_layers, num_requests, window, num_qo_heads, head_dim]``, floating.
         policy: Scores the tokens.
         history: One entry per request; default: nothing was ever evicted.
+        model: How the model attends.
 
     Returns:
         What was kept of each request, and for a stateful policy its scores.
@@ -78,15 +81,15 @@ def compact_paged(
         ValueError: A shape, dtype or device does not fit.
     """
     if not runs_triton(keys):
-        kept = choose_kept_torch(keys, values, batch, queries, policy, history)
+        kept = choose_kept_torch(keys, values, batch, queries, policy, history, model)
         move_kept_torch(keys, values, batch, kept.indices)
         return kept
     scorer = PAGED_SCORERS.get(type(policy))
     if scorer is None:
-        kept = choose_kept_torch(keys, values, batch, queries, policy, history)
+        kept = choose_kept_torch(keys, values, batch, queries, policy, history, model)
     else:
         past = _nothing_evicted(batch) if history is None else history
-        inputs = PagedInputs(keys=keys, values=values, batch=batch, queries=queries, history=past)
+        inputs = PagedInputs(keys=keys, values=values, batch=batch, queries=queries, history=past, model=model)
         scores = scorer(policy, inputs)
         indices = select_kept_paged(scores, batch)
         kept = Kept(indices, scores_of_kept(scores, indices, batch) if is_stateful(policy) else None)
@@ -105,6 +108,7 @@ def choose_kept_torch(
     queries: Tensor,
     policy: Policy,
     history: Sequence[History] | None = None,
+    model: ModelAttention = PLAIN_ATTENTION,
 ) -> Kept:
     """Choose as ``compact_paged`` does, by the policy's own score, request by request and layer by layer."""
     wanted = [keys.num_layers, batch.num_requests, batch.window]
@@ -130,6 +134,7 @@ def choose_kept_torch(
                 values=_gather(values, layer, pages, kv_len) if needs_values(policy) else None,
                 logical_len=past.logical_len,
                 state=None if past.kept_scores is None else past.kept_scores[layer],
+                model=model,
             )
             scores = policy.score(inputs)
             kept = select_kept(scores, prompt_len, batch.window, budget)

@@ -5,6 +5,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
+
 
 @dataclass(frozen=True)
 class ScoreInputs:
@@ -21,6 +23,7 @@ class ScoreInputs:
             ``[num_kv_heads, num_scored]``, fp32: column i belongs to the resident token ``prompt_len + i``. Later
             tokens have never been scored, and their logical positions end at ``logical_len - 1`` without a gap.
             ``None`` before the first compaction and after the cache was computed anew.
+        model: How the model attends; ``model.logits`` makes attention logits of products of queries and keys.
 
     Raises:
         ValueError: The lengths do not fit together.
@@ -32,6 +35,7 @@ class ScoreInputs:
     values: Tensor | None = None
     logical_len: int | None = None
     state: Tensor | None = None
+    model: ModelAttention = PLAIN_ATTENTION
 
     def __post_init__(self) -> None:
         window, num_tokens = self.queries.shape[0], self.keys.shape[0]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.kernels import dispatch
 from rkv_sglang.kernels.dispatch import choose_kept_torch, compact_paged
 from rkv_sglang.kernels.score.attention import h2o_scores_paged
@@ -39,11 +40,17 @@ class Served:
         self.case, self.values = case, values
         self.value_pool = make_pool(case.batch, values, scales=value_scales)
         self.history = [History(kv_len) for kv_len in case.batch.kv_lens_cpu]
+        self.model = PLAIN_ATTENTION
 
     def inputs(self) -> PagedInputs:
         case = self.case
         return PagedInputs(
-            keys=case.pool, values=self.value_pool, batch=case.batch, queries=case.queries, history=self.history
+            keys=case.pool,
+            values=self.value_pool,
+            batch=case.batch,
+            queries=case.queries,
+            history=self.history,
+            model=self.model,
         )
 
     def own_score(self, policy: Policy, layer: int, request: int) -> Tensor:
@@ -57,6 +64,7 @@ class Served:
                 values=self.values[layer][request].float() * self.value_pool.scales[layer],
                 logical_len=past.logical_len,
                 state=None if past.kept_scores is None else past.kept_scores[layer],
+                model=self.model,
             )
         )
 
@@ -105,6 +113,18 @@ def test_scores_are_the_policys_own(rng, case, kind):
     served = serve(rng, kind=kind, head_dim=64)
     policy = policy_of(*case)
     check(served, policy, PAGED_SCORERS[type(policy)](policy, served.inputs()))
+
+
+@pytest.mark.parametrize("name", ["rkv", "snapkv", "h2o", "longflow"])
+def test_the_models_own_logits_are_scored(rng, name):
+    served = serve(rng, head_dim=32, lens=[40, 26])
+    served.case.queries *= 4.0
+    served.model = ModelAttention(logit_scale=rng.uniform(0.2, 0.6), logit_cap=rng.uniform(1.0, 3.0))
+    policy = policy_of(name, {})
+    scores = PAGED_SCORERS[type(policy)](policy, served.inputs())
+    check(served, policy, scores)
+    served.model = PLAIN_ATTENTION
+    assert not torch.allclose(PAGED_SCORERS[type(policy)](policy, served.inputs()), scores)
 
 
 @pytest.mark.parametrize("name", ["h2o", "keydiff", "manifoldkv", "longflow"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rkv_sglang.algorithm.model_attention import ModelAttention
 from rkv_sglang.policies import H2O, POLICIES, LongFlow, Random, ScoreInputs, is_stateful
 from tests.algorithm.cases import DEVICES, KEY_MAKERS, fresh_seed, make_keys, make_queries
 from tests.policies.cases import CASES, case_id, policy_of
@@ -21,6 +22,8 @@ def one_head(inputs: ScoreInputs, head: int, values: Tensor, positions: list[int
         values=values[:, head].double().cpu().numpy(),
         queries=rows.double().cpu().numpy(),
         positions=positions,
+        logit_scale=inputs.model.logit_scale,
+        logit_cap=inputs.model.logit_cap or None,
     )
 
 
@@ -76,6 +79,21 @@ def test_one_candidate_and_no_prompt(case: tuple[str, dict[str, Any]]) -> None:
     keys = make_keys("random", (2, 1, HEAD_DIM))
     values = torch.randn_like(keys)
     check(*case, ScoreInputs(make_queries(keys, 1, GROUP), keys, 0, values=values), values)
+
+
+@pytest.mark.parametrize("model", [ModelAttention(logit_scale=0.6), ModelAttention(logit_scale=0.9, logit_cap=2.0)])
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_the_models_own_logits_are_scored(case: tuple[str, dict[str, Any]], model: ModelAttention) -> None:
+    torch.manual_seed(fresh_seed())
+    keys = make_keys("clustered", (NUM_TOKENS, NUM_KV_HEADS, HEAD_DIM))
+    values, queries = torch.randn_like(keys), make_queries(keys, WINDOW, GROUP)
+    check(*case, ScoreInputs(queries, keys, PROMPT_LEN, values=values, model=model), values)
+
+
+@pytest.mark.parametrize("values", [(0.0, 0.0), (float("inf"), 0.0), (None, -1.0), (None, float("nan"))], ids=str)
+def test_logits_that_no_model_makes_are_refused(values: tuple[float | None, float]) -> None:
+    with pytest.raises(ValueError, match=r"^logit_(scale|cap) must be a finite number"):
+        ModelAttention(logit_scale=values[0], logit_cap=values[1])
 
 
 def test_every_policy_is_in_the_matrix() -> None:

@@ -91,6 +91,7 @@ MODEL_HOOKS: tuple[Hook, ...] = (
         uses=(
             *names(MODEL_RUNNER, "model token_to_kv_pool req_to_token_pool dtype device"),
             *names(ATTENTION, "layer_id k_scale_float v_scale_float tp_q_head_num qk_head_dim"),
+            *names(ATTENTION, "scaling logit_cap"),
             *names(KV_POOL, "k_buffer v_buffer dtype size start_layer"),
             f"{ROWS}.req_to_token",
         ),

@@ -91,9 +91,8 @@ PROCESS_HOOKS: tuple[Hook, ...] = (
                 "allocator.TokenToKVPoolAllocator memory_pool.MHATokenToKVPool unified_radix_cache.UnifiedRadixCache",
             ),
             *names(KV_POOL, "dtype kv_cache_layout layer_num start_layer"),
-            *names(
-                ATTENTION, "attn_type is_cross_attention layer_id sliding_window_size use_irope xai_temperature_len"
-            ),
+            *names(ATTENTION, "attn_type is_cross_attention layer_id logit_cap logit_capping_method scaling"),
+            *names(ATTENTION, "sliding_window_size use_irope xai_temperature_len"),
             "sglang.srt.layers.radix_attention.AttentionType.DECODER",
         ),
     ),

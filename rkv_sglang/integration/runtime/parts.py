@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rkv_sglang.algorithm.model_attention import ModelAttention
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.query_window import QueryWindow
 from rkv_sglang.cache.step_tensors import warm_up_step
@@ -28,26 +30,25 @@ class ModelParts:
         buffers: The KV pool, all layers of this rank.
         query_window: The last queries of the requests that are about to be compacted.
         first_layer: The model's number of the pool's first layer.
+        attention: How the model attends.
     """
 
     buffers: KVBuffers
     query_window: QueryWindow
     first_layer: int
+    attention: ModelAttention
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class Parts(ModelParts):
     """All that the policy works on, there once the scheduler is built.
 
     Attributes:
         scheduler: SGLang's.
-        buffers, query_window: As in ``ModelParts``.
         metrics: None where the scheduler reports none.
     """
 
     scheduler: Scheduler
-    buffers: KVBuffers
-    query_window: QueryWindow
     metrics: PolicyMetrics | None
 
 
@@ -68,6 +69,7 @@ def model_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy)
         key_scales=[layer.k_scale_float or 1.0 for layer in layers],
         value_scales=[layer.v_scale_float or 1.0 for layer in layers],
     )
+    attention = attention_of(layers)
     req_to_token = model_runner.req_to_token_pool.req_to_token
     num_requests = req_to_token.shape[0]
     query_window = QueryWindow(
@@ -88,7 +90,13 @@ def model_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy)
         policy,
         budget=config.budget,
         capacity=config.capacity,
+        model=attention,
     )
     if runs_triton(buffers.keys):
         warm_up_step(query_window, req_to_token)
-    return ModelParts(buffers=buffers, query_window=query_window, first_layer=pool.start_layer)
+    return ModelParts(buffers=buffers, query_window=query_window, first_layer=pool.start_layer, attention=attention)
+
+
+def attention_of(layers: Sequence[Any]) -> ModelAttention:
+    """Return how a model attends, from its attention layers; that they are alike was checked at the start."""
+    return ModelAttention(logit_scale=float(layers[0].scaling), logit_cap=float(layers[0].logit_cap or 0.0))

@@ -89,7 +89,7 @@ class Runtime:
             raise RuntimeError("SGLang built a scheduler without a KV pool; please report this with the server's flags")
         query_window = model.query_window
         metrics = metrics_for(scheduler, side_bytes=query_window.num_bytes)
-        self.bind(Parts(scheduler=scheduler, buffers=model.buffers, query_window=query_window, metrics=metrics))
+        self.bind(Parts(**vars(model), scheduler=scheduler, metrics=metrics))
         report_memory(scheduler, self.config, side_bytes=query_window.num_bytes, num_query_rows=query_window.num_rows)
 
     def bind(self, parts: Parts) -> None:
@@ -194,6 +194,7 @@ class Runtime:
                 self.policy,
                 self.config.window,
                 query_bytes=query_window.row_bytes,
+                model=self.parts.attention,
             )
             for job, result in zip(jobs, results, strict=True):
                 _trace(job, result)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
 from rkv_sglang.kernels.score.attention import h2o_scores_paged, rkv_scores_paged, snapkv_scores_paged
 from rkv_sglang.kernels.score.mean_keys import keydiff_scores_paged, manifoldkv_scores_paged
@@ -38,6 +39,7 @@ class PagedInputs:
     batch: PagedBatch
     queries: Tensor
     history: Sequence[History]
+    model: ModelAttention = PLAIN_ATTENTION
 
     def kept_before(self, scores: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return, per request that was compacted before, its columns of ``scores`` and what they scored then."""
@@ -64,15 +66,18 @@ def _rkv(policy: RKV, inputs: PagedInputs) -> Tensor:
         mix_lambda=policy.mix_lambda,
         kernel_size=policy.kernel_size,
         similarity_threshold=policy.similarity_threshold,
+        model=inputs.model,
     )
 
 
 def _snapkv(policy: SnapKV, inputs: PagedInputs) -> Tensor:
-    return snapkv_scores_paged(inputs.keys, inputs.batch, inputs.queries, kernel_size=policy.kernel_size)
+    return snapkv_scores_paged(
+        inputs.keys, inputs.batch, inputs.queries, kernel_size=policy.kernel_size, model=inputs.model
+    )
 
 
 def _h2o(policy: H2O, inputs: PagedInputs) -> Tensor:
-    scores = h2o_scores_paged(inputs.keys, inputs.batch, inputs.queries)
+    scores = h2o_scores_paged(inputs.keys, inputs.batch, inputs.queries, model=inputs.model)
     for received, before in inputs.kept_before(scores):
         received += before
     return scores
@@ -87,7 +92,7 @@ def _manifoldkv(policy: ManifoldKV, inputs: PagedInputs) -> Tensor:
 
 
 def _longflow(policy: LongFlow, inputs: PagedInputs) -> Tensor:
-    return longflow_scores_paged(inputs.keys, inputs.values, inputs.batch, inputs.queries)
+    return longflow_scores_paged(inputs.keys, inputs.values, inputs.batch, inputs.queries, model=inputs.model)
 
 
 def _streaming_llm(policy: StreamingLLM, inputs: PagedInputs) -> Tensor:

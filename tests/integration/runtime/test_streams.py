@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.hooks import answers
 from rkv_sglang.integration.runtime import runtime
@@ -64,7 +65,8 @@ def test_what_was_kept_is_read_for_a_trace_on_the_stream_that_computes_it(monkey
     )
     query_window: Any = SimpleNamespace(flush=lambda: None, release=lambda row: None, row_bytes=0)
     buffers: Any = SimpleNamespace()
-    policy.bind(Parts(scheduler=scheduler, buffers=buffers, query_window=query_window, metrics=None))
+    model = {"buffers": buffers, "query_window": query_window, "first_layer": 0, "attention": PLAIN_ATTENTION}
+    policy.bind(Parts(**model, scheduler=scheduler, metrics=None))
     kv = SimpleNamespace(req_pool_idx=0, kv_allocated_len=45, kv_committed_len=45, cache_protected_len=5)
     req = SimpleNamespace(rid="r", kv=kv, beam_group=None)
     setattr(req, STATE_ATTRIBUTE, RequestState(5, 300))

@@ -155,7 +155,7 @@ def dense_generate(
                 if num_resident_generated >= due_len and num_decoded_since_prefill >= window:
                     is_whole = False
                     num_seen = num_outputs + (is_restored and restored_in_flight and not is_in_flight)
-                    result.compactions.append(_compact(caches, num_seen, prompt_len, budget, window, score))
+                    result.compactions.append(_compact(caches, num_seen, prompt_len, budget, window, score, decoder))
                 if is_in_flight:
                     decoder.forward(result.output_ids[-1:], position, caches)
                     num_decoded_since_prefill += 1
@@ -180,7 +180,13 @@ def _append_output(result: DenseResult, logits: torch.Tensor, forced_id: int | N
 
 
 def _compact(
-    caches: list[LayerCache], num_outputs: int, prompt_len: int, budget: int, window: int, score: ScoreFunction
+    caches: list[LayerCache],
+    num_outputs: int,
+    prompt_len: int,
+    budget: int,
+    window: int,
+    score: ScoreFunction,
+    decoder: Decoder,
 ) -> Compaction:
     kept_positions, candidate_positions, candidate_scores, margins = [], [], [], []
     num_kept_candidates = budget - window
@@ -195,6 +201,7 @@ def _compact(
                 layer_cache.positions,
                 prompt_len,
                 layer_cache.memory,
+                decoder.logit_scale,
             )
         )
         ranked_scores, ranked = scores[:, prompt_len:].sort(dim=-1, descending=True, stable=True)

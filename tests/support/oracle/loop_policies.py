@@ -26,6 +26,8 @@ class OneHead:
         queries: Queries of the window by query head of the group, ``[gqa_group_size, window, head_dim]``, fp64.
         positions: Logical position of each token.
         received: Attention that the token of a position has received in all compactions before this one.
+        logit_scale, logit_cap: A logit is ``cap * tanh(scale * q . k / cap)``; no scale: 1 / sqrt(head_dim), no cap:
+            ``scale * q . k``.
     """
 
     keys: Vector
@@ -33,6 +35,12 @@ class OneHead:
     queries: Vector
     positions: list[int]
     received: dict[int, float] = field(default_factory=dict)
+    logit_scale: float | None = None
+    logit_cap: float | None = None
+
+    def logit(self, product: float) -> float:
+        scaled = product / math.sqrt(self.keys.shape[1]) if self.logit_scale is None else product * self.logit_scale
+        return scaled if self.logit_cap is None else self.logit_cap * math.tanh(scaled / self.logit_cap)
 
     @property
     def num_scored(self) -> int:
@@ -52,13 +60,13 @@ def _softmax(numbers: list[float]) -> list[float]:
 
 def _window_attention(head: OneHead) -> list[list[float]]:
     """Per window query, its attention to each token before the window."""
-    group_size, window, head_dim = head.queries.shape
+    group_size, window, _ = head.queries.shape
     rows = []
     for t in range(window):
         logits = []
         for j in range(head.num_scored):
             products = [float(head.queries[h, t] @ head.keys[j]) for h in range(group_size)]
-            logits.append(max(products) / math.sqrt(head_dim))
+            logits.append(head.logit(max(products)))
         rows.append(_softmax(logits))
     return rows
 
@@ -70,6 +78,7 @@ def _rkv(head: OneHead, *, mix_lambda: float, kernel_size: int, similarity_thres
         mix_lambda=mix_lambda,
         kernel_size=kernel_size,
         similarity_threshold=similarity_threshold,
+        logit=head.logit,
     ).scores.tolist()
 
 
@@ -115,10 +124,10 @@ def _manifoldkv(head: OneHead, *, mean_tokens: int) -> list[float]:
 
 
 def _longflow(head: OneHead) -> list[float]:
-    group_size, _, head_dim = head.queries.shape
+    group_size = len(head.queries)
     scores = [0.0] * head.num_scored
     for h in range(group_size):
-        attention = _softmax([float(head.queries[h, -1] @ key) / math.sqrt(head_dim) for key in head.keys])
+        attention = _softmax([head.logit(float(head.queries[h, -1] @ key)) for key in head.keys])
         for j in range(head.num_scored):
             scores[j] += attention[j] * sum(abs(float(number)) for number in head.values[j])
     return scores

@@ -26,7 +26,7 @@ def _window_attention(inputs: ScoreInputs) -> torch.Tensor:
     window = inputs.window_queries.shape[1]
     earlier_keys = inputs.keys[:, : resident_len - window]
     by_group = inputs.window_queries.reshape(num_kv_heads, -1, window, head_dim)
-    logits = torch.einsum("ngtd,njd->ngtj", by_group, earlier_keys) * head_dim**-0.5
+    logits = torch.einsum("ngtd,njd->ngtj", by_group, earlier_keys) * inputs.scale
     return logits.max(dim=1).values.softmax(dim=-1)
 
 
@@ -65,7 +65,7 @@ def _manifoldkv(inputs: ScoreInputs, *, mean_tokens: int = 16384) -> torch.Tenso
 def _longflow(inputs: ScoreInputs) -> torch.Tensor:
     num_kv_heads, _, head_dim = inputs.keys.shape
     newest = inputs.window_queries[:, -1].reshape(num_kv_heads, -1, head_dim)
-    logits = torch.einsum("ngd,njd->ngj", newest, inputs.keys) * head_dim**-0.5
+    logits = torch.einsum("ngd,njd->ngj", newest, inputs.keys) * inputs.scale
     contributions = logits.softmax(dim=-1).sum(dim=1) * inputs.values.norm(p=1, dim=-1)
     return contributions[:, : _num_scored(inputs)]
 

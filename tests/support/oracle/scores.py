@@ -20,6 +20,7 @@ class ScoreInputs:
         prompt_len: Leading tokens that cannot be dropped.
         memory: One number for every logical position, ``[num_kv_heads, capacity]``, fp32, 0 after a prefill. A policy
             with a memory reads and writes it; nothing else does.
+        logit_scale: Factor of the products of queries and keys; None: ``head_dim ** -0.5``.
     """
 
     keys: torch.Tensor
@@ -28,6 +29,11 @@ class ScoreInputs:
     positions: torch.Tensor
     prompt_len: int
     memory: torch.Tensor | None = None
+    logit_scale: float | None = None
+
+    @property
+    def scale(self) -> float:
+        return self.keys.shape[2] ** -0.5 if self.logit_scale is None else self.logit_scale
 
 
 # Returns a score for every token before the window, [num_kv_heads, L - window], higher = keep.
@@ -43,7 +49,7 @@ def rkv_scores(
     window = queries.shape[1]
 
     grouped_queries = queries.view(num_kv_heads, -1, window, head_dim)
-    logits = (grouped_queries @ keys.mT.unsqueeze(1)) / head_dim**0.5
+    logits = (grouped_queries @ keys.mT.unsqueeze(1)) * inputs.scale
     # The maximum over the group is taken on logits, and the window's own columns take no part in the softmax.
     attention = logits.amax(dim=1)[..., : resident_len - window].softmax(dim=-1)
     importance = F.max_pool1d(attention.mean(dim=1), kernel_size, stride=1, padding=kernel_size // 2)
