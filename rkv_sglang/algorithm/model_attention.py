@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from rkv_sglang.algorithm.query_statistics import QueryStatistics
+from rkv_sglang.algorithm.rope import Rope
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelAttention:
@@ -13,6 +16,8 @@ class ModelAttention:
     Attributes:
         logit_scale: Factor of the products of queries and keys; None: ``1 / sqrt(head_dim)``.
         logit_cap: Above 0, logits are ``logit_cap * tanh(logit / logit_cap)``; 0: they are left as they are.
+        rope: How positions turn queries and keys; None where they do not, or nobody has asked.
+        statistics: Of the model's queries; None where nobody has asked for them.
 
     Raises:
         ValueError: A value is no finite number, the scale is not above 0 or the cap is below 0.
@@ -20,6 +25,8 @@ class ModelAttention:
 
     logit_scale: float | None = None
     logit_cap: float = 0.0
+    rope: Rope | None = None
+    statistics: QueryStatistics | None = None
 
     def __post_init__(self) -> None:
         if self.logit_scale is not None and not 0.0 < self.logit_scale < math.inf:

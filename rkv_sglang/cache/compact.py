@@ -27,14 +27,14 @@ class DueRequest:
         slots: Every resident token's slot, temporal order, ``[plan.resident_len]``, int64. A snapshot: the engine may
             rewrite its index map while the compaction runs on another stream.
         logical_len: Tokens ever seen, evicted ones included.
-        kept_scores: The ``Compacted.kept_scores`` of this request's last compaction.
+        kept_state: The ``Compacted.kept_state`` of this request's last compaction.
         wants_indices: Whether ``Compacted.kept_indices`` is asked for.
     """
 
     plan: CompactionPlan
     slots: torch.Tensor
     logical_len: int
-    kept_scores: torch.Tensor | None = None
+    kept_state: torch.Tensor | None = None
     wants_indices: bool = False
 
 
@@ -45,12 +45,12 @@ class Compacted:
     Attributes:
         kept_indices: Of the generated tokens that were resident, those that stay, ascending,
             ``[num_layers, num_kv_heads, budget]``, int32, on the pool's device; None unless they were asked for.
-        kept_scores: What a stateful policy is to be given back at the request's next compaction, as
-            ``DueRequest.kept_scores``, ``[num_layers, num_kv_heads, budget - window]``, fp32; None for other policies.
+        kept_state: What a stateful policy is to be given back at the request's next compaction, as
+            ``DueRequest.kept_state``, ``[num_layers, num_kv_heads, budget - window]``, fp32; None for other policies.
     """
 
     kept_indices: torch.Tensor | None = None
-    kept_scores: torch.Tensor | None = None
+    kept_state: torch.Tensor | None = None
 
 
 def compact_requests(
@@ -117,14 +117,14 @@ def _compact_layers(
     if layers != slice(0, buffers.keys.num_layers):
         buffers = buffers.of_layers(layers)
     history = [
-        History(request.logical_len, None if request.kept_scores is None else request.kept_scores[layers])
+        History(request.logical_len, None if request.kept_state is None else request.kept_state[layers])
         for request in requests
     ]
     kept = compact_paged(buffers.keys, buffers.values, batch, queries, policy, history, model)
-    scores = kept.scores or [None] * len(requests)
+    state = kept.state or [None] * len(requests)
     return [
         # A copy: a view would hold the indices of all requests of the part until the last part is done.
-        Compacted(kept.indices[:, i, :, : request.plan.budget].clone() if request.wants_indices else None, scores[i])
+        Compacted(kept.indices[:, i, :, : request.plan.budget].clone() if request.wants_indices else None, state[i])
         for i, request in enumerate(requests)
     ]
 
@@ -134,8 +134,8 @@ def _join(of_layers: Sequence[Compacted]) -> Compacted:
     if len(of_layers) == 1:
         return of_layers[0]
     indices = [part.kept_indices for part in of_layers if part.kept_indices is not None]
-    scores = [part.kept_scores for part in of_layers if part.kept_scores is not None]
-    return Compacted(torch.cat(indices) if indices else None, torch.cat(scores) if scores else None)
+    state = [part.kept_state for part in of_layers if part.kept_state is not None]
+    return Compacted(torch.cat(indices) if indices else None, torch.cat(state) if state else None)
 
 
 def split_requests(num_tokens: Sequence[int], most_tokens: int) -> Iterator[slice]:

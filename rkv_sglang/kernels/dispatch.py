@@ -15,9 +15,9 @@ from rkv_sglang.algorithm.selection import select_kept
 from rkv_sglang.kernels.move import move_kept_paged, move_kept_torch
 from rkv_sglang.kernels.paged_batch import FP8_DTYPES, PagedBatch, PagedBuffers
 from rkv_sglang.kernels.score.config import padded_head_dim, padded_window
-from rkv_sglang.kernels.score.scorers import PAGED_SCORERS, History, PagedInputs, scores_of_kept
+from rkv_sglang.kernels.score.scorers import PAGED_SCORERS, History, PagedInputs, state_of_kept
 from rkv_sglang.kernels.select import select_kept_paged
-from rkv_sglang.policies import Policy, ScoreInputs, is_stateful, needs_values
+from rkv_sglang.policies import Policy, ScoreInputs, as_scored, is_stateful, needs_values
 from rkv_sglang.sizes.pages import pages_needed
 
 
@@ -28,11 +28,11 @@ class Kept:
     Attributes:
         indices: Of the generated tokens, ascending, then -1 past the request's budget,
             ``[num_layers, num_requests, num_kv_heads, max_budget]``, int32.
-        scores: Per request the next ``History.kept_scores``; None unless the policy is stateful.
+        state: Per request the next ``History.kept_state``; None unless the policy is stateful.
     """
 
     indices: Tensor
-    scores: tuple[Tensor, ...] | None = None
+    state: tuple[Tensor, ...] | None = None
 
 
 def runs_triton(buffers: PagedBuffers) -> bool:
@@ -43,11 +43,11 @@ def runs_triton(buffers: PagedBuffers) -> bool:
 def working_bytes_per_token(keys: PagedBuffers, window: int) -> int:
     """Return about how much memory ``compact_paged`` holds besides its arguments for each resident token of a batch.
 
-    Per layer and head: two fp32 numbers, an int64 and an index if the token is kept, and for each block of at least 32
-    tokens a row of fp32 sums of keys, two of the window and one number more.
+    Per layer and head: three fp32 numbers, an int64 and an index if the token is kept, and for each block of at least
+    32 tokens a row of fp32 sums of keys, two of the window and one number more.
     """
     block_sums = 4 * padded_head_dim(keys.head_dim) + 8 * padded_window(window) + 4
-    return keys.num_layers * keys.num_kv_heads * (20 + block_sums // 32)
+    return keys.num_layers * keys.num_kv_heads * (24 + block_sums // 32)
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def compact_paged(
         model: How the model attends.
 
     Returns:
-        What was kept of each request, and for a stateful policy its scores.
+        What was kept of each request, and for a stateful policy its state.
 
     Raises:
         ValueError: A shape, dtype or device does not fit.
@@ -90,9 +90,9 @@ def compact_paged(
     else:
         past = _nothing_evicted(batch) if history is None else history
         inputs = PagedInputs(keys=keys, values=values, batch=batch, queries=queries, history=past, model=model)
-        scores = scorer(policy, inputs)
-        indices = select_kept_paged(scores, batch)
-        kept = Kept(indices, scores_of_kept(scores, indices, batch) if is_stateful(policy) else None)
+        scored = as_scored(scorer(policy, inputs))
+        indices = select_kept_paged(scored.scores, batch)
+        kept = Kept(indices, state_of_kept(scored.state, indices, batch) if is_stateful(policy) else None)
     move_kept_paged(keys, values, batch, kept.indices)
     return kept
 
@@ -117,7 +117,7 @@ def choose_kept_torch(
     history = _nothing_evicted(batch) if history is None else history
     shape = (keys.num_layers, batch.num_requests, keys.num_kv_heads, batch.max_budget)
     kept_indices = torch.full(shape, -1, dtype=torch.int32, device=keys.device)
-    kept_scores: list[Tensor] = []
+    kept_state: list[Tensor] = []
     first_page = 0
     for request, (kv_len, prompt_len, budget) in enumerate(
         zip(batch.kv_lens_cpu, batch.prompt_lens_cpu, batch.budgets_cpu, strict=True)
@@ -125,7 +125,7 @@ def choose_kept_torch(
         num_pages = pages_needed(kv_len, batch.page_size)
         pages = batch.kv_indices[first_page : first_page + num_pages].long()
         first_page += num_pages
-        past, layer_scores = history[request], []
+        past, layer_state = history[request], []
         for layer in range(keys.num_layers):
             inputs = ScoreInputs(
                 queries=queries[layer, request],
@@ -133,15 +133,18 @@ def choose_kept_torch(
                 prompt_len=prompt_len,
                 values=_gather(values, layer, pages, kv_len) if needs_values(policy) else None,
                 logical_len=past.logical_len,
-                state=None if past.kept_scores is None else past.kept_scores[layer],
+                state=None if past.kept_state is None else past.kept_state[layer],
+                layer=keys.first_layer + layer,
+                first_kv_head=keys.first_kv_head,
+                budget=budget,
                 model=model,
             )
-            scores = policy.score(inputs)
-            kept = select_kept(scores, prompt_len, batch.window, budget)
+            scored = as_scored(policy.score(inputs))
+            kept = select_kept(scored.scores, prompt_len, batch.window, budget)
             kept_indices[layer, request, :, :budget] = kept
-            layer_scores.append(scores.gather(1, prompt_len + kept[:, : budget - batch.window]))
-        kept_scores.append(torch.stack(layer_scores))
-    return Kept(kept_indices, tuple(kept_scores) if is_stateful(policy) else None)
+            layer_state.append(scored.state.gather(1, prompt_len + kept[:, : budget - batch.window]))
+        kept_state.append(torch.stack(layer_state))
+    return Kept(kept_indices, tuple(kept_state) if is_stateful(policy) else None)
 
 
 def _gather(buffers: PagedBuffers, layer: int, pages: Tensor, num_tokens: int) -> Tensor:

@@ -1,7 +1,10 @@
 """Policies: rules that score the tokens of a request. ``registry`` has them by name."""
 
-from rkv_sglang.policies.base import Policy, ScoreInputs, is_stateful, needs_values
+from rkv_sglang.policies.base import Policy, Scored, ScoreInputs, as_scored, is_stateful, needs_statistics, needs_values
 from rkv_sglang.policies.h2o import H2O
+from rkv_sglang.policies.informed.gkv import GKV
+from rkv_sglang.policies.informed.half import Half
+from rkv_sglang.policies.informed.triattention import TriAttention
 from rkv_sglang.policies.keydiff import KeyDiff
 from rkv_sglang.policies.longflow import LongFlow
 from rkv_sglang.policies.manifoldkv import ManifoldKV
@@ -13,20 +16,26 @@ from rkv_sglang.policies.streaming_llm import StreamingLLM
 from rkv_sglang.policy_names import policy_names
 
 __all__ = [
+    "GKV",
     "H2O",
     "POLICIES",
     "RKV",
+    "Half",
     "KeyDiff",
     "LongFlow",
     "ManifoldKV",
     "Policy",
     "Random",
     "ScoreInputs",
+    "Scored",
     "SnapKV",
     "StreamingLLM",
+    "TriAttention",
+    "as_scored",
     "default_sizes",
     "is_stateful",
     "make_policy",
+    "needs_statistics",
     "needs_values",
     "policy_names",
 ]

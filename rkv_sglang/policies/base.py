@@ -1,4 +1,4 @@
-"""Interface of a policy: its inputs and its scores."""
+"""Interface of a policy: its inputs, its scores, and what it is given back at the next compaction."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,10 +19,14 @@ class ScoreInputs:
         prompt_len: Tokens of the prompt; they take part in the scores but are no candidates.
         values: Values as cached, ``[L, num_kv_heads, v_head_dim]``, floating; ``None`` unless the policy needs them.
         logical_len: Tokens ever seen, evicted ones included; ``None`` means L, so nothing was evicted.
-        state: For a stateful policy, the scores it gave at the last compaction to the tokens that are still here,
-            ``[num_kv_heads, num_scored]``, fp32: column i belongs to the resident token ``prompt_len + i``. Later
-            tokens have never been scored, and their logical positions end at ``logical_len - 1`` without a gap.
-            ``None`` before the first compaction and after the cache was computed anew.
+        layer: Number of the layer in the whole model.
+        first_kv_head: Number of the first KV head in the whole model; the others follow it.
+        state: For a stateful policy, the scores (or ``Scored.state``) that it gave at the last compaction to the tokens
+            that are still here, ``[num_kv_heads, num_scored]``, fp32: column i belongs to the resident token
+            ``prompt_len + i``. Later tokens have never been scored, and their logical positions end at
+            ``logical_len - 1`` without a gap. ``None`` before the first compaction and after the cache was computed
+            anew.
+        budget: Generated tokens that will be kept, the window included; ``None`` where nobody says.
         model: How the model attends; ``model.logits`` makes attention logits of products of queries and keys.
 
     Raises:
@@ -35,6 +39,9 @@ class ScoreInputs:
     values: Tensor | None = None
     logical_len: int | None = None
     state: Tensor | None = None
+    layer: int = 0
+    first_kv_head: int = 0
+    budget: int | None = None
     model: ModelAttention = PLAIN_ATTENTION
 
     def __post_init__(self) -> None:
@@ -66,20 +73,36 @@ class ScoreInputs:
         return 0 if self.logical_len is None else self.logical_len - self.keys.shape[0]
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What a policy returns whose state is not its scores.
+
+    Attributes:
+        scores: As ``Policy.score`` returns them alone.
+        state: What travels with the tokens in their place, of the shape of ``scores``, fp32: of those that are kept it
+            is the next ``ScoreInputs.state``.
+    """
+
+    scores: Tensor
+    state: Tensor
+
+
 class Policy(Protocol):
     """A rule that scores the tokens of one request, layer by layer.
 
     A policy is a dataclass whose fields are its parameters; it refuses bad ones in ``__post_init__``. It may set class
-    attributes: ``needs_values = True`` to be given values; ``stateful = True`` to be given back, at the next
+    attributes: ``needs_values = True`` to be given values; ``needs_statistics = True`` to be given ``model.rope`` and
+    ``model.statistics``; ``stateful = True`` to be given back, at the next
     compaction, the scores of the tokens that were kept (see ``needs_values`` and ``is_stateful``); ``default_window``
     and ``default_buffer``, tokens, for servers on which nobody sets them.
     """
 
-    def score(self, inputs: ScoreInputs) -> Tensor:
+    def score(self, inputs: ScoreInputs) -> Tensor | Scored:
         """Score the tokens before the window; reads ``inputs`` only.
 
         Returns:
-            ``[num_kv_heads, L - window]``, fp32, no NaN; higher means keep. Columns of the prompt are ignored.
+            ``[num_kv_heads, L - window]``, fp32, no NaN; higher means keep. Columns of the prompt are ignored. A
+            stateful policy that wants other numbers back than its scores returns both, a ``Scored``.
 
         Raises:
             ValueError: A shape, dtype or device of ``inputs`` does not fit.
@@ -87,9 +110,19 @@ class Policy(Protocol):
         ...
 
 
+def as_scored(result: Tensor | Scored) -> Scored:
+    """Return what ``Policy.score`` returned, with the state that it means."""
+    return result if isinstance(result, Scored) else Scored(result, result)
+
+
 def needs_values(policy: Policy) -> bool:
     """Return whether ``ScoreInputs.values`` must be filled for this policy."""
     return bool(getattr(policy, "needs_values", False))
+
+
+def needs_statistics(policy: Policy) -> bool:
+    """Return whether ``ScoreInputs.model`` must have statistics of the model's queries, and its rotary positions."""
+    return bool(getattr(policy, "needs_statistics", False))
 
 
 def is_stateful(policy: Policy) -> bool:

@@ -11,6 +11,9 @@ from typing import Any
 from rkv_sglang.config import NO_POLICY, PolicyConfig
 from rkv_sglang.policies.base import Policy
 from rkv_sglang.policies.h2o import H2O
+from rkv_sglang.policies.informed.gkv import GKV
+from rkv_sglang.policies.informed.half import Half
+from rkv_sglang.policies.informed.triattention import TriAttention
 from rkv_sglang.policies.keydiff import KeyDiff
 from rkv_sglang.policies.longflow import LongFlow
 from rkv_sglang.policies.manifoldkv import ManifoldKV
@@ -30,6 +33,9 @@ POLICIES: dict[str, type[Policy]] = {
     "manifoldkv": ManifoldKV,
     "longflow": LongFlow,
     "random": Random,
+    "gkv": GKV,
+    "half": Half,
+    "triattention": TriAttention,
 }
 # Parameters of the policies above that have a flag of their own, and so a field in the settings.
 SHARED_PARAMETERS = ("mix_lambda", "kernel_size", "similarity_threshold")

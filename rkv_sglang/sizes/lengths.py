@@ -26,7 +26,7 @@ class RequestState:
         evicted_in_all: Tokens evicted over the whole life; those computed again after a retraction may count twice.
         next_check: Forward count before which the request needs no look; ``NEVER`` if it can never be due.
         head_start: How early its first compaction comes, in tokens; None until its tokens have decided.
-        kept_scores: What a stateful policy is given back at the next compaction; a tensor that is only carried here.
+        kept_state: What a stateful policy is given back at the next compaction; a tensor that is only carried here.
         host_copy: The resident KV of a request that waits to be restored from it, a ``HostCopy``; only carried here.
     """
 
@@ -37,7 +37,7 @@ class RequestState:
     evicted_in_all: int = 0
     next_check: float = 0
     head_start: int | None = None
-    kept_scores: Any = None
+    kept_state: Any = None
     host_copy: Any = None
 
     def generated_len(self, resident_len: int) -> int:
@@ -62,7 +62,7 @@ class RequestState:
 
     def drop_tensors(self) -> None:
         """Let go of the memory that a request needs to go on; the engine may keep a finished one for long."""
-        self.kept_scores = None
+        self.kept_state = None
         self.host_copy = None
 
 

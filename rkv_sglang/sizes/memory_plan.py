@@ -34,6 +34,14 @@ class ModelShape:
         """Bytes of one token's K and V in all layers."""
         return self.num_layers * self.num_kv_heads * (self.head_dim + self.v_head_dim) * self.kv_itemsize
 
+    @property
+    def statistics_bytes(self) -> int:
+        """Bytes of statistics of the model's queries, and of as many that a compaction makes of them: fp32.
+
+        Three numbers for each pair of a query, in each layer.
+        """
+        return 2 * self.num_layers * self.num_qo_heads * (self.head_dim // 2) * 3 * 4
+
     def side_bytes(self, config: PolicyConfig, *, stateful: bool = False) -> float:
         """Bytes of the policy's own per token of the pool: the query window, and the scores a stateful policy carries.
 

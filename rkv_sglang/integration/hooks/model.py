@@ -21,7 +21,7 @@ from rkv_sglang.integration.hooks.owners import (
 )
 from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.restore import add_evicted_tokens
-from rkv_sglang.policies import is_stateful
+from rkv_sglang.policies import is_stateful, needs_statistics
 from rkv_sglang.sizes.memory_plan import ModelShape
 
 
@@ -42,6 +42,8 @@ def leave_room_for_side_buffers(profile: Callable[..., int], configurator: Any, 
     )
     runtime = get_runtime()
     side_bytes = shape.side_bytes(runtime.config, stateful=is_stateful(runtime.policy))
+    if needs_statistics(runtime.policy):
+        available_bytes -= shape.statistics_bytes
     return int(available_bytes * shape.kv_bytes / (shape.kv_bytes + side_bytes))
 
 
@@ -51,9 +53,12 @@ def bind_model_runner(_: None, model_runner: Any, *args: Any, **kwargs: Any) -> 
 
 
 def record_queries(layer: Any, q: Any, k: Any, v: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
-    """Store the queries of a decode step; they are after q/k-norm and RoPE here."""
+    """Store the queries of a decode step, or measure those of a prompt; they are after q/k-norm and RoPE here."""
+    runtime = get_runtime()
     if forward_batch.forward_mode.is_decode():
-        get_runtime().record_queries(layer.layer_id, q, forward_batch)
+        runtime.record_queries(layer.layer_id, q, forward_batch)
+    elif runtime.meter is not None:
+        runtime.meter.add(layer.layer_id, q, forward_batch.positions)
 
 
 def use_logical_positions(result: Any, _: type, batch: Any, *args: Any, **kwargs: Any) -> None:

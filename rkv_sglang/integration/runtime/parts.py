@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from rkv_sglang.algorithm.model_attention import ModelAttention
+from rkv_sglang.algorithm.query_statistics import QueryStatistics
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.query_window import QueryWindow
 from rkv_sglang.cache.step_tensors import warm_up_step
 from rkv_sglang.config import PolicyConfig
+from rkv_sglang.integration.runtime.calibration import rope_of
 from rkv_sglang.integration.runtime.metrics import PolicyMetrics
 from rkv_sglang.kernels.dispatch import runs_triton
 from rkv_sglang.kernels.warmup import warm_up
-from rkv_sglang.policies import Policy
+from rkv_sglang.policies import Policy, needs_statistics
 from rkv_sglang.sizes.query_rows import num_query_rows
 
 if TYPE_CHECKING:
@@ -58,18 +62,23 @@ def model_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy)
     Call it before CUDA graphs are captured.
     """
     from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.runtime_context import get_parallel
 
     layers = [module for module in model_runner.model.modules() if isinstance(module, RadixAttention)]
     pool: Any = model_runner.token_to_kv_pool
     layers.sort(key=lambda layer: layer.layer_id)
+    parallel = get_parallel()
     buffers = KVBuffers.from_layers(
         pool.k_buffer,
         pool.v_buffer,
         dtype=pool.dtype,
         key_scales=[layer.k_scale_float or 1.0 for layer in layers],
         value_scales=[layer.v_scale_float or 1.0 for layer in layers],
+        first_layer=pool.start_layer,
+        # Ranks that are more than the heads share them.
+        first_kv_head=parallel.tp_rank * model_runner.model_config.get_total_num_kv_heads() // parallel.tp_size,
     )
-    attention = attention_of(layers)
+    attention = attention_of(layers, model_runner.model if needs_statistics(policy) else None)
     req_to_token = model_runner.req_to_token_pool.req_to_token
     num_requests = req_to_token.shape[0]
     query_window = QueryWindow(
@@ -97,6 +106,19 @@ def model_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy)
     return ModelParts(buffers=buffers, query_window=query_window, first_layer=pool.start_layer, attention=attention)
 
 
-def attention_of(layers: Sequence[Any]) -> ModelAttention:
-    """Return how a model attends, from its attention layers; that they are alike was checked at the start."""
-    return ModelAttention(logit_scale=float(layers[0].scaling), logit_cap=float(layers[0].logit_cap or 0.0))
+def attention_of(layers: Sequence[Any], model: Any) -> ModelAttention:
+    """Return how a model attends, from its attention layers; whether they are alike is for ``refuse_runtime`` to say.
+
+    With ``model`` it has room for statistics of its queries, too.
+    """
+    attention = ModelAttention(logit_scale=float(layers[0].scaling), logit_cap=float(layers[0].logit_cap or 0.0))
+    if model is None:
+        return attention
+    rope = rope_of(model)
+    shape = (len(layers), layers[0].tp_q_head_num, rope.num_pairs)
+    device = next(model.parameters()).device
+    # What a warm-up needs; the calibration puts the numbers in.
+    nothing = QueryStatistics(
+        torch.zeros(shape, dtype=torch.complex64, device=device), torch.zeros(shape, device=device)
+    )
+    return replace(attention, rope=rope, statistics=nothing)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from rkv_sglang.cache.compact import Compacted, DueRequest, compact_requests
 from rkv_sglang.cache.step_tensors import read_slots, subtract_evicted
 from rkv_sglang.cache.trace import pack_compaction
 from rkv_sglang.config import PolicyConfig
+from rkv_sglang.integration.runtime.calibration import QueryMeter, calibrated
 from rkv_sglang.integration.runtime.metrics import metrics_for
 from rkv_sglang.integration.runtime.parts import ModelParts, Parts, model_parts
 from rkv_sglang.integration.runtime.requests import (
@@ -59,6 +60,8 @@ class Runtime:
         self.config = config
         self.policy = make_policy(config)
         self.stats = PolicyStats()
+        # Only while the model's queries are measured, before any request is served.
+        self.meter: QueryMeter | None = None
         self._model_parts: ModelParts | None = None
         self._parts: Parts | None = None
 
@@ -87,6 +90,7 @@ class Runtime:
         model = self._model_parts
         if model is None:
             raise RuntimeError("SGLang built a scheduler without a KV pool; please report this with the server's flags")
+        model = replace(model, attention=calibrated(model.attention, scheduler, self))
         query_window = model.query_window
         metrics = metrics_for(scheduler, side_bytes=query_window.num_bytes)
         self.bind(Parts(**vars(model), scheduler=scheduler, metrics=metrics))
@@ -185,7 +189,7 @@ class Runtime:
             for job in jobs:
                 logical_len = job.state.logical_len(job.plan.resident_len)
                 wants_indices = trace_of(job.req) is not None
-                requests.append(DueRequest(job.plan, job.slots, logical_len, job.state.kept_scores, wants_indices))
+                requests.append(DueRequest(job.plan, job.slots, logical_len, job.state.kept_state, wants_indices))
                 places.append((job.req.kv.req_pool_idx, logical_len))
             results = compact_requests(
                 buffers,
@@ -202,7 +206,7 @@ class Runtime:
         # Each free by itself would copy the allocator's whole list of free slots.
         allocator.free_group_begin()
         for job, result in zip(jobs, results, strict=True):
-            job.state.kept_scores = result.kept_scores
+            job.state.kept_state = result.kept_state
             self._shrink(job)
         allocator.free_group_end()
         if metrics is not None:

@@ -140,10 +140,10 @@ def dot_rows(
 @triton.jit
 def cap_logits(logits, LOGIT_CAP: tl.constexpr):
     """Return ``LOGIT_CAP * tanh(logits / LOGIT_CAP)``; a cap of 0 leaves them as they are."""
-    if LOGIT_CAP == 0.0:
-        return logits
-    # exp may overflow to infinity, whose reciprocal is the right 0.
-    return LOGIT_CAP * (1.0 - 2.0 / (tl.exp(logits * (2.0 / LOGIT_CAP)) + 1.0))
+    if LOGIT_CAP > 0.0:
+        # exp may overflow to infinity, whose reciprocal is the right 0.
+        logits = LOGIT_CAP * (1.0 - 2.0 / (tl.exp(logits * (2.0 / LOGIT_CAP)) + 1.0))
+    return logits
 
 
 @triton.jit

@@ -190,7 +190,7 @@ def _compact(
 ) -> Compaction:
     kept_positions, candidate_positions, candidate_scores, margins = [], [], [], []
     num_kept_candidates = budget - window
-    for layer_cache in caches:
+    for layer, layer_cache in enumerate(caches):
         window_start = layer_cache.length - window
         window_queries = torch.stack(tuple(layer_cache.queries), dim=1)
         scores = score(
@@ -202,6 +202,8 @@ def _compact(
                 prompt_len,
                 layer_cache.memory,
                 decoder.logit_scale,
+                budget,
+                layer,
             )
         )
         ranked_scores, ranked = scores[:, prompt_len:].sort(dim=-1, descending=True, stable=True)

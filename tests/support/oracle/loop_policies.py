@@ -3,6 +3,7 @@
 What a policy remembers is kept by logical position, so it cannot be mixed up when tokens move.
 """
 
+import cmath
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,7 +26,13 @@ class OneHead:
         values: ``[L, v_head_dim]``, fp64.
         queries: Queries of the window by query head of the group, ``[gqa_group_size, window, head_dim]``, fp64.
         positions: Logical position of each token.
-        received: Attention that the token of a position has received in all compactions before this one.
+        received: Attention that the token of a position has received in all compactions before this one, or what else
+            a policy remembers of it.
+        prompt_len: Tokens of the prompt.
+        budget: Generated tokens that are kept, the window included.
+        layer, kv_head: Their numbers in the model.
+        usual: Of the group's usual queries, before their position turns them, the mean of each pair by head and the
+            mean of its length; by how much a position turns each pair, and how much longer it becomes.
         logit_scale, logit_cap: A logit is ``cap * tanh(scale * q . k / cap)``; no scale: 1 / sqrt(head_dim), no cap:
             ``scale * q . k``.
     """
@@ -35,6 +42,11 @@ class OneHead:
     queries: Vector
     positions: list[int]
     received: dict[int, float] = field(default_factory=dict)
+    prompt_len: int = 0
+    budget: int = 0
+    layer: int = 0
+    kv_head: int = 0
+    usual: tuple[Vector, Vector, list[float], float] | None = None
     logit_scale: float | None = None
     logit_cap: float | None = None
 
@@ -48,7 +60,7 @@ class OneHead:
 
 
 def loop_scores(policy: str, head: OneHead, **parameters: Any) -> list[float]:
-    """Return the scores of the tokens before the window; ``h2o`` adds what they receive to ``head.received``."""
+    """Return the scores of the tokens before the window; ``h2o`` and ``gkv`` bring ``head.received`` up to date."""
     return _LOOPS[policy](head, **parameters)
 
 
@@ -118,9 +130,13 @@ def _keydiff(head: OneHead) -> list[float]:
 
 
 def _manifoldkv(head: OneHead, *, mean_tokens: int) -> list[float]:
-    recent = list(head.keys)[-mean_tokens:]
-    mean = sum(recent) / len(recent)
-    return [math.sqrt(float((key - mean) @ (key - mean))) for key in head.keys[: head.num_scored]]
+    scores = []
+    for j in range(head.num_scored):
+        first = j - j % mean_tokens
+        own = list(head.keys)[first : first + mean_tokens]
+        difference = head.keys[j] - sum(own) / len(own)
+        scores.append(math.sqrt(float(difference @ difference)))
+    return scores
 
 
 def _longflow(head: OneHead) -> list[float]:
@@ -133,13 +149,96 @@ def _longflow(head: OneHead) -> list[float]:
     return scores
 
 
-def _random(head: OneHead, *, seed: int) -> list[float]:
-    def mix(x: int) -> int:
-        x = ((x ^ (x >> 16)) * 0x45D9F3B) % 2**32
-        x = ((x ^ (x >> 16)) * 0x45D9F3B) % 2**32
-        return x ^ (x >> 16)
+def _gkv(
+    head: OneHead, *, importance_weight: float, decay: float, kernel_size: int, similarity_threshold: float
+) -> list[float]:
+    group_size, window, _ = head.queries.shape
+    shares = [0.0] * head.num_scored
+    for t in range(window):
+        rows = []
+        for h in range(group_size):
+            rows.append(
+                _softmax([head.logit(float(head.queries[h, t] @ head.keys[j])) for j in range(head.num_scored)])
+            )
+        for j in range(head.num_scored):
+            shares[j] += max(row[j] for row in rows) / window
+    reach = kernel_size // 2
+    pooled = [max(shares[max(0, j - reach) : j + reach + 1]) for j in range(head.num_scored)]
+    redundancy = loop_rkv_scores(
+        torch.from_numpy(head.keys),
+        torch.from_numpy(head.queries),
+        mix_lambda=0.0,
+        kernel_size=1,
+        similarity_threshold=similarity_threshold,
+    ).redundancy
+    scores = []
+    for j in range(head.num_scored):
+        fresh = pooled[j] / max(pooled)
+        position = head.positions[j]
+        # A prompt's tokens carry nothing: they are kept anyway.
+        if position in head.received and j >= head.prompt_len:
+            fresh = max(decay * head.received[position], fresh)
+        head.received[position] = fresh
+        scores.append(importance_weight * fresh - (1 - importance_weight) * redundancy[j] / max(redundancy))
+    return scores
 
-    return [math.floor(mix(mix(position) ^ seed) / 2**8) / 2**24 for position in head.positions[: head.num_scored]]
+
+def _half(head: OneHead, *, mix_lambda: float, kernel_size: int, similarity_threshold: float, seed: int) -> list[float]:
+    by_rkv = _rkv(head, mix_lambda=mix_lambda, kernel_size=kernel_size, similarity_threshold=similarity_threshold)
+    logical_len = head.positions[-1] + 1
+    scores = []
+    for j in range(head.num_scored):
+        number = _scramble(j)
+        for other in (logical_len, head.kv_head, head.layer, seed):
+            number = _scramble(number ^ other)
+        scores.append(math.floor(number / 2**8) / 2**24 if j >= head.prompt_len else 0.0)
+    candidates = sorted(range(head.prompt_len, head.num_scored), key=lambda j: (-by_rkv[j], j))
+    for j in candidates[: math.ceil((head.budget - head.queries.shape[1]) / 2)]:
+        scores[j] = 2.0
+    return scores
+
+
+def _triattention(head: OneHead, **of_the_calibration: Any) -> list[float]:
+    """As it was published: a sum over distances and pairs of what a query of so much later pays, angle by angle."""
+    del of_the_calibration
+    assert head.usual is not None
+    means, lengths, inv_freqs, factor = head.usual
+    logical_len = head.positions[-1] + 1
+    distances = [2**power for power in range(13)]
+    best = [-math.inf] * head.num_scored
+    for h in range(len(means)):
+        sums = []
+        for j in range(head.num_scored):
+            total = 0.0
+            for f, inv_freq in enumerate(inv_freqs):
+                # The cached key is turned by its position already, whichever that is.
+                key = complex(head.keys[j][f], head.keys[j][f + len(inv_freqs)])
+                mean, length = complex(means[h][f]), float(lengths[h][f])
+                for distance in distances:
+                    angle = inv_freq * (logical_len + distance) + cmath.phase(mean) - cmath.phase(key)
+                    total += factor * abs(mean) * abs(key) * math.cos(angle) / len(distances)
+                total += factor * (length - abs(mean)) * abs(key)
+            sums.append(total)
+        candidates = sums[head.prompt_len :]
+        mean_sum = sum(candidates) / len(candidates)
+        variance = sum((number - mean_sum) ** 2 for number in candidates) / len(candidates)
+        deviation = max(math.sqrt(variance), 1e-6)
+        for j in range(head.num_scored):
+            best[j] = max(best[j], (sums[j] - mean_sum) / deviation)
+    return best
+
+
+def _scramble(x: int) -> int:
+    x = ((x ^ (x >> 16)) * 0x45D9F3B) % 2**32
+    x = ((x ^ (x >> 16)) * 0x45D9F3B) % 2**32
+    return x ^ (x >> 16)
+
+
+def _random(head: OneHead, *, seed: int) -> list[float]:
+    return [
+        math.floor(_scramble(_scramble(position) ^ seed) / 2**8) / 2**24
+        for position in head.positions[: head.num_scored]
+    ]
 
 
 _LOOPS: dict[str, Callable[..., list[float]]] = {
@@ -151,4 +250,7 @@ _LOOPS: dict[str, Callable[..., list[float]]] = {
     "manifoldkv": _manifoldkv,
     "longflow": _longflow,
     "random": _random,
+    "gkv": _gkv,
+    "half": _half,
+    "triattention": _triattention,
 }

@@ -9,10 +9,14 @@ import torch
 
 @dataclass(frozen=True)
 class LoopScores:
-    """Scores of the tokens before the window, ``[L - window]``, fp64, and how near a similarity is to the threshold."""
+    """Scores of the tokens before the window, ``[L - window]``, fp64, and how near a similarity is to the threshold.
+
+    ``redundancy`` is that of all tokens, ``[L]``.
+    """
 
     scores: torch.Tensor
     threshold_distance: float
+    redundancy: list[float]
 
 
 def loop_rkv_scores(
@@ -60,7 +64,7 @@ def loop_rkv_scores(
     redundancy = _softmax([column_sum / resident_len for column_sum in column_sums])
 
     scores = [mix_lambda * importance[j] - (1 - mix_lambda) * redundancy[j] for j in range(num_scored)]
-    return LoopScores(torch.tensor(scores, dtype=torch.float64), threshold_distance)
+    return LoopScores(torch.tensor(scores, dtype=torch.float64), threshold_distance, redundancy)
 
 
 def _softmax(values: list[float]) -> list[float]:

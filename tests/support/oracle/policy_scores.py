@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
-from tests.support.oracle.scores import ScoreFunction, ScoreInputs, rkv_scores
+from tests.support.oracle.scores import ScoreFunction, ScoreInputs, redundancies, rkv_scores
 
 EPS = 1e-8
 
@@ -57,9 +59,11 @@ def _keydiff(inputs: ScoreInputs) -> torch.Tensor:
     return -cosines[:, : _num_scored(inputs)]
 
 
-def _manifoldkv(inputs: ScoreInputs, *, mean_tokens: int = 16384) -> torch.Tensor:
-    mean = inputs.keys[:, max(0, inputs.keys.shape[1] - mean_tokens) :].mean(dim=1, keepdim=True)
-    return (inputs.keys - mean).pow(2).sum(dim=-1).sqrt()[:, : _num_scored(inputs)]
+def _manifoldkv(inputs: ScoreInputs, *, mean_tokens: int = 4096) -> torch.Tensor:
+    parts = torch.arange(inputs.keys.shape[1]) // mean_tokens
+    same_part = (parts[:, None] == parts[None, :]).float()
+    means = same_part @ inputs.keys / same_part.sum(dim=1, keepdim=True)
+    return (inputs.keys - means).pow(2).sum(dim=-1).sqrt()[:, : _num_scored(inputs)]
 
 
 def _longflow(inputs: ScoreInputs) -> torch.Tensor:
@@ -70,6 +74,85 @@ def _longflow(inputs: ScoreInputs) -> torch.Tensor:
     return contributions[:, : _num_scored(inputs)]
 
 
+def _gkv(
+    inputs: ScoreInputs,
+    *,
+    importance_weight: float = 0.5,
+    decay: float = 0.8,
+    kernel_size: int = 7,
+    similarity_threshold: float = 0.5,
+) -> torch.Tensor:
+    assert inputs.memory is not None
+    num_kv_heads, _, head_dim = inputs.keys.shape
+    num_scored = _num_scored(inputs)
+    by_group = inputs.window_queries.reshape(num_kv_heads, -1, inputs.window_queries.shape[1], head_dim)
+    logits = torch.einsum("ngtd,njd->ngtj", by_group, inputs.keys[:, :num_scored]) * inputs.scale
+    received = logits.softmax(dim=-1).max(dim=1).values.mean(dim=1)
+    pooled = F.max_pool1d(received, kernel_size, stride=1, padding=kernel_size // 2)
+    remembered = pooled / pooled.max(dim=-1, keepdim=True).values
+    positions = _scored_positions(inputs)
+    old = decay * inputs.memory.gather(1, positions)
+    # Nothing is remembered of a prompt.
+    old[:, : inputs.prompt_len] = 0.0
+    remembered = torch.maximum(remembered, old)
+    inputs.memory.scatter_(1, positions, remembered)
+    redundancy = redundancies(inputs.keys, similarity_threshold)
+    shares = redundancy / redundancy.max(dim=-1, keepdim=True).values
+    return importance_weight * remembered - (1 - importance_weight) * shares[:, :num_scored]
+
+
+def _half(
+    inputs: ScoreInputs,
+    *,
+    mix_lambda: float = 0.1,
+    kernel_size: int = 7,
+    similarity_threshold: float = 0.5,
+    seed: int = 0,
+) -> torch.Tensor:
+    by_rkv = rkv_scores(
+        inputs, mix_lambda=mix_lambda, kernel_size=kernel_size, similarity_threshold=similarity_threshold
+    )
+    logical_len = int(inputs.positions.max()) + 1
+    drawn = [
+        [_hash_all(j, logical_len, head, inputs.layer, seed) for j in range(by_rkv.shape[1])]
+        for head in range(len(by_rkv))
+    ]
+    scores = torch.tensor(drawn, dtype=torch.float32)
+    scores[:, : inputs.prompt_len] = 0.0
+    num_best = -(-(inputs.budget - inputs.window_queries.shape[1]) // 2)
+    ranked = by_rkv[:, inputs.prompt_len :].sort(dim=-1, descending=True, stable=True).indices
+    return scores.scatter(1, ranked[:, :num_best] + inputs.prompt_len, 2.0)
+
+
+def _triattention(inputs: ScoreInputs, *, statistics: Path, theta: float) -> torch.Tensor:
+    """By the published sum over distances, from a file of statistics."""
+    file = load_file(statistics)
+    means = torch.view_as_complex(file["means"])[inputs.layer].to(torch.complex128)
+    lengths = file["mean_lengths"][inputs.layer].double()
+    num_kv_heads, _, head_dim = inputs.keys.shape
+    num_scored = _num_scored(inputs)
+    keys = inputs.keys[:, :num_scored].double()
+    pairs = torch.complex(keys[..., : head_dim // 2], keys[..., head_dim // 2 :])
+    inv_freqs = theta ** (-torch.arange(0, head_dim, 2).double() / head_dim)
+    logical_len = int(inputs.positions.max()) + 1
+    # [distances, query heads, pairs]
+    ahead = torch.stack([torch.exp(1j * inv_freqs * (logical_len + 2**power)) for power in range(13)])
+    queries = (ahead[:, None] * means[None]).unflatten(1, (num_kv_heads, -1))
+    products = torch.einsum("xngf,njf->xngj", queries, pairs.conj()).real.mean(dim=0)
+    spread = (lengths - means.abs()).unflatten(0, (num_kv_heads, -1))
+    products = products + torch.einsum("ngf,njf->ngj", spread, pairs.abs())
+    candidates = products[:, :, inputs.prompt_len :]
+    deviations = candidates.std(dim=-1, keepdim=True, unbiased=False).clamp(min=1e-6)
+    return ((products - candidates.mean(dim=-1, keepdim=True)) / deviations).amax(dim=1).float()
+
+
+def _hash_all(*numbers: int) -> float:
+    mixed = 0
+    for number in numbers:
+        mixed = _mix(mixed ^ number)
+    return (mixed >> 8) / 2**24
+
+
 def _random(inputs: ScoreInputs, *, seed: int = 0) -> torch.Tensor:
     return torch.tensor(
         [[_hash(position, seed) for position in row] for row in _scored_positions(inputs).tolist()],
@@ -78,12 +161,13 @@ def _random(inputs: ScoreInputs, *, seed: int = 0) -> torch.Tensor:
 
 
 def _hash(position: int, seed: int) -> float:
-    def mix(number: int) -> int:
-        for _ in range(2):
-            number = ((number >> 16) ^ number) * 0x45D9F3B % 2**32
-        return (number >> 16) ^ number
+    return (_mix(_mix(position) ^ seed) >> 8) / 2**24
 
-    return (mix(mix(position) ^ seed) >> 8) / 2**24
+
+def _mix(number: int) -> int:
+    for _ in range(2):
+        number = ((number >> 16) ^ number) * 0x45D9F3B % 2**32
+    return (number >> 16) ^ number
 
 
 def _num_scored(inputs: ScoreInputs) -> int:
@@ -103,4 +187,7 @@ _SCORES: dict[str, Callable[..., torch.Tensor]] = {
     "manifoldkv": _manifoldkv,
     "longflow": _longflow,
     "random": _random,
+    "gkv": _gkv,
+    "half": _half,
+    "triattention": _triattention,
 }

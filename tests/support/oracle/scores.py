@@ -21,6 +21,8 @@ class ScoreInputs:
         memory: One number for every logical position, ``[num_kv_heads, capacity]``, fp32, 0 after a prefill. A policy
             with a memory reads and writes it; nothing else does.
         logit_scale: Factor of the products of queries and keys; None: ``head_dim ** -0.5``.
+        budget: Generated tokens that are kept, the window included.
+        layer: Number of the layer.
     """
 
     keys: torch.Tensor
@@ -30,6 +32,8 @@ class ScoreInputs:
     prompt_len: int
     memory: torch.Tensor | None = None
     logit_scale: float | None = None
+    budget: int = 0
+    layer: int = 0
 
     @property
     def scale(self) -> float:
@@ -54,6 +58,13 @@ def rkv_scores(
     attention = logits.amax(dim=1)[..., : resident_len - window].softmax(dim=-1)
     importance = F.max_pool1d(attention.mean(dim=1), kernel_size, stride=1, padding=kernel_size // 2)
 
+    redundancy = redundancies(keys, similarity_threshold)
+    return mix_lambda * importance - (1 - mix_lambda) * redundancy[:, : resident_len - window]
+
+
+def redundancies(keys: torch.Tensor, similarity_threshold: float) -> torch.Tensor:
+    """Return how redundant each of ``keys``, ``[num_kv_heads, L, head_dim]``, is, ``[num_kv_heads, L]``, fp32."""
+    resident_len = keys.shape[1]
     unit_keys = keys / (keys.norm(dim=-1, keepdim=True) + 1e-8)
     similarity = unit_keys @ unit_keys.mT
     similarity.diagonal(dim1=-2, dim2=-1).zero_()
@@ -61,6 +72,4 @@ def rkv_scores(
     # The most recent near-duplicate of each row's token is exempt; column 0 where there is none.
     most_recent = torch.where(similarity > similarity_threshold, columns, 0).amax(dim=-1, keepdim=True)
     similarity.scatter_(-1, most_recent, 0.0)
-    redundancy = similarity.mean(dim=-2).softmax(dim=-1)
-
-    return mix_lambda * importance - (1 - mix_lambda) * redundancy[:, : resident_len - window]
+    return similarity.mean(dim=-2).softmax(dim=-1)
