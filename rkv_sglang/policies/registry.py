@@ -9,6 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from rkv_sglang.config import NO_POLICY, PolicyConfig
+from rkv_sglang.messages import one_line
 from rkv_sglang.policies.base import Policy
 from rkv_sglang.policies.h2o import H2O
 from rkv_sglang.policies.informed.gkv import GKV
@@ -62,7 +63,7 @@ def make_policy(config: PolicyConfig) -> Policy:
             parameters |= {name: getattr(settings, name) for name in shared}
         policy: Policy = policy_class(**parameters)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"--kv-policy-config does not fit --kv-policy {config.policy}: {_one_line(error)}") from None
+        raise ValueError(f"--kv-policy-config does not fit --kv-policy {config.policy}: {one_line(error)}") from None
     return policy
 
 
@@ -96,7 +97,7 @@ def _load(point: EntryPoint) -> type[Any]:
     # Whatever somebody's module raises while it is imported.
     except Exception as error:
         raise ValueError(
-            f"{source} cannot be loaded: {type(error).__name__}: {_one_line(error)}; mend or uninstall that package"
+            f"{source} cannot be loaded: {type(error).__name__}: {one_line(error)}; mend or uninstall that package"
         ) from None
     if not (isinstance(policy_class, type) and is_dataclass(policy_class) and callable(_score_of(policy_class))):
         raise ValueError(f"{source} is not a dataclass with a method score; mend or uninstall that package")
@@ -109,7 +110,3 @@ def _score_of(policy_class: type[Any]) -> Any:
 
 def _package(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else "without a name"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rkv_sglang.cache.compact import Compacted, DueRequest, compact_requests
+from rkv_sglang.cache.compact import DueRequest, compact_requests
 from rkv_sglang.cache.step_tensors import read_slots, subtract_evicted
-from rkv_sglang.cache.trace import pack_compaction
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.runtime.calibration import QueryMeter, calibrated
 from rkv_sglang.integration.runtime.metrics import metrics_for
@@ -18,6 +18,7 @@ from rkv_sglang.integration.runtime.parts import ModelParts, Parts, model_parts
 from rkv_sglang.integration.runtime.requests import (
     CONFIG_ATTRIBUTE,
     TRACE_ATTRIBUTE,
+    add_to_trace,
     config_for,
     head_start_of,
     known_state_of,
@@ -26,7 +27,9 @@ from rkv_sglang.integration.runtime.requests import (
     wants_trace,
 )
 from rkv_sglang.integration.runtime.stats import PolicyStats
+from rkv_sglang.integration.runtime.verification import checked
 from rkv_sglang.integration.startup.memory_report import report_memory
+from rkv_sglang.integration.startup.verify_switch import is_verifying
 from rkv_sglang.policies import make_policy
 from rkv_sglang.sizes.compaction_plan import CompactionPlan, plan_compaction
 from rkv_sglang.sizes.lengths import NEVER, RequestState, can_ever_compact, decodes_again, steps_until_due
@@ -54,14 +57,17 @@ class Job:
 
 
 class Runtime:
-    """One per scheduler process, made before the scheduler is built and bound to its parts as they appear."""
+    """One per scheduler process, made before the scheduler is built and bound to its parts as they appear.
+
+    Its ``meter`` is there only while the model's queries are measured, before any request is served.
+    """
 
     def __init__(self, config: PolicyConfig) -> None:
         self.config = config
         self.policy = make_policy(config)
         self.stats = PolicyStats()
-        # Only while the model's queries are measured, before any request is served.
         self.meter: QueryMeter | None = None
+        self._verifies = is_verifying()
         self._model_parts: ModelParts | None = None
         self._parts: Parts | None = None
 
@@ -179,6 +185,7 @@ class Runtime:
     def _compact(self, batch: ScheduleBatch, due: list[int]) -> None:
         """Compact the requests of ``batch.reqs`` whose indices are in ``due``, and bring every length up to it."""
         buffers, query_window, metrics = self.parts.buffers, self.parts.query_window, self.parts.metrics
+        scheduler = self.parts.scheduler
         jobs = self._jobs(batch, [batch.reqs[i] for i in due])
         with self.on_forward_stream() as stream, metrics.timed() if metrics is not None else contextlib.nullcontext():
             query_window.flush()
@@ -191,7 +198,8 @@ class Runtime:
                 wants_indices = trace_of(job.req) is not None
                 requests.append(DueRequest(job.plan, job.slots, logical_len, job.state.kept_state, wants_indices))
                 places.append((job.req.kv.req_pool_idx, logical_len))
-            results = compact_requests(
+            compact = checked(compact_requests, scheduler.tree_cache) if self._verifies else compact_requests
+            results = compact(
                 buffers,
                 requests,
                 lambda part, layers: query_window.read(places[part], layers),
@@ -201,8 +209,8 @@ class Runtime:
                 model=self.parts.attention,
             )
             for job, result in zip(jobs, results, strict=True):
-                _trace(job, result)
-        allocator = self.parts.scheduler.token_to_kv_pool_allocator
+                add_to_trace(job.req, job.plan, result.kept_indices)
+        allocator = scheduler.token_to_kv_pool_allocator
         # Each free by itself would copy the allocator's whole list of free slots.
         allocator.free_group_begin()
         for job, result in zip(jobs, results, strict=True):
@@ -265,33 +273,16 @@ class Runtime:
         job.state.record(plan)
         self.stats.count(plan, job.state)
 
-    def on_forward_stream(self) -> contextlib.AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def on_forward_stream(self) -> Iterator[Any]:
         """Enter the stream on which forward passes run, behind what the scheduler's stream has done so far."""
         scheduler = self.parts.scheduler
         if not scheduler.enable_overlap:
-            return contextlib.nullcontext()
-        scheduler.forward_stream.wait_stream(scheduler.schedule_stream)
-        return _enter(scheduler.forward_stream_ctx, scheduler.forward_stream)
-
-
-def _trace(job: Job, result: Compacted) -> None:
-    """Add to the request's trace, if it has one, what was kept; ``job.state`` has not recorded the plan yet."""
-    trace = trace_of(job.req)
-    if trace is not None and result.kept_indices is not None:
-        # Waits for the current stream, which must be the one that fills the indices; only who asks for it pays.
-        trace.append(
-            pack_compaction(
-                result.kept_indices.cpu(),
-                resident_len=job.plan.generated_len,
-                evicted_before=job.state.evicted_tokens,
-            )
-        )
-
-
-@contextlib.contextmanager
-def _enter(context: Any, stream: Any) -> Any:
-    with context:
-        yield stream
+            yield None
+        else:
+            scheduler.forward_stream.wait_stream(scheduler.schedule_stream)
+            with scheduler.forward_stream_ctx:
+                yield scheduler.forward_stream
 
 
 def _runs_under(req_pool_idx: int, owner: Any) -> bool:

@@ -14,7 +14,7 @@ from rkv_sglang.policy_names import policy_names
 
 GROUP_TITLE = "KV policy (rkv_sglang)"
 
-_PARAMETERS_FIELD = "kv_policy_config"
+PARAMETERS_FIELD = "kv_policy_config"
 # The record's fields of each setting. Those of every policy have a second one, as other ports of R-KV spell it.
 _FIELDS_OF_SETTING = {
     "budget": ("kv_budget", "rkv_budget"),
@@ -49,7 +49,7 @@ _HELP = {
     "kv_trace": "Let requests ask for a record of their compactions with custom_params {'kv_trace': true}, as "
     "`rkv-sglang view` does. The scheduler then waits for the device at each compaction of such a request; others pay "
     "nothing.",
-    _PARAMETERS_FIELD: "Parameters of the policy by name, as JSON such as '{\"mix_lambda\": 0.2}' or as the path of a "
+    PARAMETERS_FIELD: "Parameters of the policy by name, as JSON such as '{\"mix_lambda\": 0.2}' or as the path of a "
     "JSON file. They come before the flags of the same name.",
 }
 
@@ -82,7 +82,7 @@ class RKVServerArgs(sglang_args.ServerArgs, dict=True):  # type: ignore[misc, ca
     # Where SGLang publishes the fields: get_memory().kv_policy and so on.
     _NS_BY_FIELD = {  # noqa: RUF012
         **sglang_args.ServerArgs._NS_BY_FIELD,
-        **dict.fromkeys((POLICY_FIELD, *itertools.chain(*_FIELDS_OF_SETTING.values()), _PARAMETERS_FIELD), "memory"),
+        **dict.fromkeys((POLICY_FIELD, *itertools.chain(*_FIELDS_OF_SETTING.values()), PARAMETERS_FIELD), "memory"),
     }
 
     @staticmethod
@@ -94,7 +94,7 @@ class RKVServerArgs(sglang_args.ServerArgs, dict=True):  # type: ignore[misc, ca
         _add_flag(group, (POLICY_FIELD,), NO_POLICY, choices=policy_names())
         for setting, spellings in _FIELDS_OF_SETTING.items():
             _add_flag(group, spellings, _DEFAULT_OF_SETTING[setting])
-        _add_flag(group, (_PARAMETERS_FIELD,), "{}")
+        _add_flag(group, (PARAMETERS_FIELD,), "{}")
 
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace) -> Any:
@@ -187,7 +187,7 @@ def _read_config(server_args: Any) -> tuple[PolicyConfig | None, list[str]]:
     except ValueError as error:
         problems.append(str(error))
     try:
-        parameters = read_parameters(getattr(server_args, _PARAMETERS_FIELD))
+        parameters = read_parameters(getattr(server_args, PARAMETERS_FIELD))
     except ValueError as error:
         problems.append(str(error))
     values = {**_DEFAULT_OF_SETTING, "policy": policy, "parameters": parameters, **settings}

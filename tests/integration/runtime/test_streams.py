@@ -87,6 +87,7 @@ def test_a_finished_request_keeps_no_tensors(monkeypatch):
     """A session keeps the requests of all its turns."""
     state = RequestState(5, 300, compactions=2, kept_state=torch.zeros(3), host_copy=object())
     req = SimpleNamespace(rid="r", origin_input_ids=[1] * 5, output_ids=[2] * 90, finished=lambda: True)
+    req.extend_batch_idx, req.decode_batch_idx = 1, 89
     setattr(req, STATE_ATTRIBUTE, state)
     runs = SimpleNamespace(**req.__dict__)
     runs.finished = lambda: False

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from tests.support.oracle.decoder import Decoder, LayerCache, load_model, one_thread
+from tests.support.oracle.decoder import Decoder, DecodeSteps, LayerCache, load_model, one_thread
 from tests.support.oracle.scores import ScoreFunction, ScoreInputs, rkv_scores
 
 
@@ -81,10 +81,11 @@ def dense_generate(
     eos_token_ids: Collection[int] = (),
     recompute_at: Collection[int] = (),
     restore_at: Collection[int] = (),
-    restored_in_flight: bool = False,
+    restored_in_flight: bool | Collection[int] = False,
     forced_output_ids: Sequence[int] | None = None,
     score: ScoreFunction | None = None,
     early: Callable[[Sequence[int], Sequence[int]], int] | None = None,
+    guessed_output_ids: Sequence[int] = (),
 ) -> DenseResult:
     """Generate greedily, keeping ``budget`` generated tokens per layer and KV head at each compaction.
 
@@ -100,14 +101,16 @@ def dense_generate(
             prefilled again with full attention before the next token.
         restore_at: Numbers of output tokens after which the request is retracted and comes back with what it held: the
             last output is fed again to the cache as it is, and decode queries are counted anew.
-        restored_in_flight: At each of ``restore_at`` the next token was being computed, as under overlap scheduling: it
-            is forgotten and computed once more, after a compaction if one was due.
+        restored_in_flight: At each of ``restore_at``, or at these of them, the next token was being computed, as under
+            overlap scheduling: it is forgotten and computed once more, after a compaction if one was due.
         forced_output_ids: Take these as outputs instead of the greedy ones: ``logprobs`` then judges a sampled answer,
             or one that went another way at a near-tie. Generation stops when they run out.
         score: The policy, such as ``policy_scores.score_function`` makes one; R-KV with the settings above when
             ``None``.
         early: Given the prompt and the first 16 outputs, by how many tokens the first compaction after each prefill
             comes early. A request that may not outgrow budget and buffer is then never compacted.
+        guessed_output_ids: What the outputs may turn out to be, such as the answer to be judged. Right ones cost less,
+            wrong ones more; the result is the same, but for the order of summation.
 
     Raises:
         ValueError: The budget leaves no room beside the window, or the model is of another kind.
@@ -121,9 +124,12 @@ def dense_generate(
         )
     if forced_output_ids is not None:
         max_new_tokens = min(max_new_tokens, len(forced_output_ids))
+    if isinstance(restored_in_flight, bool):
+        restored_in_flight = restore_at if restored_in_flight else ()
     decoder = Decoder(model)
     prompt_len = len(prompt_ids)
     caches = decoder.new_caches(prompt_len + max_new_tokens, window)
+    steps = DecodeSteps(decoder, caches)
     result = DenseResult()
     num_decoded_since_prefill = 0
     is_whole = True
@@ -144,8 +150,9 @@ def dense_generate(
                 is_whole = True
                 continue
             is_restored = num_outputs in restore_at
+            is_dropped = is_restored and num_outputs in restored_in_flight
             position = prompt_len + num_outputs - 1
-            for is_in_flight in [True, False] if is_restored and restored_in_flight else [False]:
+            for is_in_flight in [True, False] if is_dropped else [False]:
                 num_resident_generated = caches[0].length - prompt_len
                 due_len = budget + buffer
                 if early is not None and max_new_tokens - 1 <= budget + buffer:
@@ -154,15 +161,18 @@ def dense_generate(
                     due_len -= early(prompt_ids, result.output_ids[:16])
                 if num_resident_generated >= due_len and num_decoded_since_prefill >= window:
                     is_whole = False
-                    num_seen = num_outputs + (is_restored and restored_in_flight and not is_in_flight)
+                    num_seen = num_outputs + (is_dropped and not is_in_flight)
                     result.compactions.append(_compact(caches, num_seen, prompt_len, budget, window, score, decoder))
                 if is_in_flight:
-                    decoder.forward(result.output_ids[-1:], position, caches)
+                    steps.feed(result.output_ids[-1], position)
                     num_decoded_since_prefill += 1
-            if is_restored and restored_in_flight:
+            if is_dropped:
                 for layer_cache in caches:
                     layer_cache.drop_last()
-            logits = decoder.forward(result.output_ids[-1:], position, caches)
+            # Up to the next compaction, after which nothing computed before it holds.
+            room = max(0, prompt_len + budget + buffer - caches[0].length - 1)
+            guess = guessed_output_ids[num_outputs : min(num_outputs + room, max_new_tokens)]
+            logits = steps.feed(result.output_ids[-1], position, guess)
             num_decoded_since_prefill += 1
             if is_restored:
                 num_decoded_since_prefill = 0

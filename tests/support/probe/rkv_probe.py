@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 # How many changed slots one violation lists.
@@ -41,6 +42,12 @@ def register() -> None:
 
 
 _probe: "Probe | None" = None
+
+
+def get_probe() -> "Probe":
+    """Return the probe of this scheduler process."""
+    assert _probe is not None, "the probe is off, or the scheduler is not built yet"
+    return _probe
 
 
 def _after_init(result: object, scheduler: Any, *args: object, **kwargs: object) -> None:
@@ -105,6 +112,8 @@ class Probe:
         self._step = 0
         self._is_idle = False
         self.num_retractions = 0
+        # Gets every line instead of the file, where a test's code runs in the scheduler process too.
+        self.listener: Callable[[dict[str, Any]], None] | None = None
         self._rows_at_start = self._rows.available_size()
         max_private = os.environ.get("RKV_PROBE_MAX_PRIVATE")
         self._max_private = int(max_private) if max_private else None
@@ -123,6 +132,9 @@ class Probe:
         )
 
     def _write(self, **line: Any) -> None:
+        if self.listener is not None:
+            self.listener(line)
+            return
         self._file.write(json.dumps(line) + "\n")
 
     def _violation(self, kind: str, **detail: Any) -> None:
