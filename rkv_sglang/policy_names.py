@@ -9,7 +9,7 @@ GROUP = "rkv_sglang.policies"
 # Of this package; ``policies.registry`` has their classes.
 OWN_NAMES = (
     *("rkv", "snapkv", "h2o", "streaming_llm", "keydiff", "manifoldkv", "longflow", "random"),
-    *("gkv", "half", "triattention"),
+    *("gkv", "half", "triattention", "beaconkv"),
 )
 
 

@@ -27,7 +27,7 @@ class DueRequest:
         slots: Every resident token's slot, temporal order, ``[plan.resident_len]``, int64. A snapshot: the engine may
             rewrite its index map while the compaction runs on another stream.
         logical_len: Tokens ever seen, evicted ones included.
-        kept_state: The ``Compacted.kept_state`` of this request's last compaction.
+        kept_state, memory: Those of the ``Compacted`` of this request's last compaction.
         wants_indices: Whether ``Compacted.kept_indices`` is asked for.
     """
 
@@ -35,6 +35,7 @@ class DueRequest:
     slots: torch.Tensor
     logical_len: int
     kept_state: torch.Tensor | None = None
+    memory: torch.Tensor | None = None
     wants_indices: bool = False
 
 
@@ -47,10 +48,12 @@ class Compacted:
             ``[num_layers, num_kv_heads, budget]``, int32, on the pool's device; None unless they were asked for.
         kept_state: What a stateful policy is to be given back at the request's next compaction, as
             ``DueRequest.kept_state``, ``[num_layers, num_kv_heads, budget - window]``, fp32; None for other policies.
+        memory: The same of what a policy remembers, ``[num_layers, num_kv_heads, ...]``.
     """
 
     kept_indices: torch.Tensor | None = None
     kept_state: torch.Tensor | None = None
+    memory: torch.Tensor | None = None
 
 
 def compact_requests(
@@ -116,15 +119,19 @@ def _compact_layers(
     """Compact some layers of the requests of ``batch``; what is returned has these layers only."""
     if layers != slice(0, buffers.keys.num_layers):
         buffers = buffers.of_layers(layers)
-    history = [
-        History(request.logical_len, None if request.kept_state is None else request.kept_state[layers])
-        for request in requests
-    ]
+    history = []
+    for request in requests:
+        carried = (None if own is None else own[layers] for own in (request.kept_state, request.memory))
+        history.append(History(request.logical_len, *carried))
     kept = compact_paged(buffers.keys, buffers.values, batch, queries, policy, history, model)
-    state = kept.state or [None] * len(requests)
+    nothing = [None] * len(requests)
     return [
         # A copy: a view would hold the indices of all requests of the part until the last part is done.
-        Compacted(kept.indices[:, i, :, : request.plan.budget].clone() if request.wants_indices else None, state[i])
+        Compacted(
+            kept.indices[:, i, :, : request.plan.budget].clone() if request.wants_indices else None,
+            (kept.state or nothing)[i],
+            (kept.memory or nothing)[i],
+        )
         for i, request in enumerate(requests)
     ]
 
@@ -133,9 +140,11 @@ def _join(of_layers: Sequence[Compacted]) -> Compacted:
     """Put the layers of one request together again."""
     if len(of_layers) == 1:
         return of_layers[0]
-    indices = [part.kept_indices for part in of_layers if part.kept_indices is not None]
-    state = [part.kept_state for part in of_layers if part.kept_state is not None]
-    return Compacted(torch.cat(indices) if indices else None, torch.cat(state) if state else None)
+    joined = []
+    for name in ("kept_indices", "kept_state", "memory"):
+        parts = [part for of_layer in of_layers if (part := getattr(of_layer, name)) is not None]
+        joined.append(torch.cat(parts) if parts else None)
+    return Compacted(*joined)
 
 
 def split_requests(num_tokens: Sequence[int], most_tokens: int) -> Iterator[slice]:

@@ -1,7 +1,7 @@
 """A compaction with everything about it checked: what was kept, what was moved, and what must not change.
 
-For tests and for whoever doubts a server: it reads and copies what each due request holds and waits for the device, many
-times over. A server does so with ``RKV_SGLANG_VERIFY=1``.
+For tests and for whoever doubts a server: it reads and copies what each due request holds and waits for the device,
+many times over. A server does so with ``RKV_SGLANG_VERIFY=1``.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -112,6 +112,7 @@ def _problems(
             values=_as_numbers(buffers.values, before[1], layer),
             logical_len=request.logical_len,
             state=None if request.kept_state is None else request.kept_state[layer],
+            memory=None if request.memory is None else request.memory[layer],
             layer=buffers.keys.first_layer + layer,
             first_kv_head=buffers.keys.first_kv_head,
             budget=plan.budget,

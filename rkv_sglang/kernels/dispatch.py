@@ -15,7 +15,7 @@ from rkv_sglang.algorithm.selection import select_kept
 from rkv_sglang.kernels.move import move_kept_paged, move_kept_torch
 from rkv_sglang.kernels.paged_batch import FP8_DTYPES, PagedBatch, PagedBuffers
 from rkv_sglang.kernels.score.config import padded_head_dim, padded_window
-from rkv_sglang.kernels.score.scorers import PAGED_SCORERS, History, PagedInputs, state_of_kept
+from rkv_sglang.kernels.score.scorers import PAGED_SCORERS, History, PagedInputs, PagedScored, state_of_kept
 from rkv_sglang.kernels.select import select_kept_paged
 from rkv_sglang.policies import Policy, ScoreInputs, as_scored, is_stateful, needs_values
 from rkv_sglang.sizes.pages import pages_needed
@@ -29,10 +29,12 @@ class Kept:
         indices: Of the generated tokens, ascending, then -1 past the request's budget,
             ``[num_layers, num_requests, num_kv_heads, max_budget]``, int32.
         state: Per request the next ``History.kept_state``; None unless the policy is stateful.
+        memory: Per request the next ``History.memory``; None unless the policy remembers.
     """
 
     indices: Tensor
     state: tuple[Tensor, ...] | None = None
+    memory: tuple[Tensor, ...] | None = None
 
 
 def runs_triton(buffers: PagedBuffers) -> bool:
@@ -90,9 +92,11 @@ def compact_paged(
     else:
         past = _nothing_evicted(batch) if history is None else history
         inputs = PagedInputs(keys=keys, values=values, batch=batch, queries=queries, history=past, model=model)
-        scored = as_scored(scorer(policy, inputs))
+        result = scorer(policy, inputs)
+        memory = result.memory if isinstance(result, PagedScored) else None
+        scored = as_scored(result.scores if isinstance(result, PagedScored) else result)
         indices = select_kept_paged(scored.scores, batch)
-        kept = Kept(indices, state_of_kept(scored.state, indices, batch) if is_stateful(policy) else None)
+        kept = Kept(indices, state_of_kept(scored.state, indices, batch) if is_stateful(policy) else None, memory)
     move_kept_paged(keys, values, batch, kept.indices)
     return kept
 
@@ -118,6 +122,7 @@ def choose_kept_torch(
     shape = (keys.num_layers, batch.num_requests, keys.num_kv_heads, batch.max_budget)
     kept_indices = torch.full(shape, -1, dtype=torch.int32, device=keys.device)
     kept_state: list[Tensor] = []
+    memory: list[Tensor] = []
     first_page = 0
     for request, (kv_len, prompt_len, budget) in enumerate(
         zip(batch.kv_lens_cpu, batch.prompt_lens_cpu, batch.budgets_cpu, strict=True)
@@ -125,7 +130,7 @@ def choose_kept_torch(
         num_pages = pages_needed(kv_len, batch.page_size)
         pages = batch.kv_indices[first_page : first_page + num_pages].long()
         first_page += num_pages
-        past, layer_state = history[request], []
+        past, layer_state, layer_memory = history[request], [], []
         for layer in range(keys.num_layers):
             inputs = ScoreInputs(
                 queries=queries[layer, request],
@@ -134,6 +139,7 @@ def choose_kept_torch(
                 values=_gather(values, layer, pages, kv_len) if needs_values(policy) else None,
                 logical_len=past.logical_len,
                 state=None if past.kept_state is None else past.kept_state[layer],
+                memory=None if past.memory is None else past.memory[layer],
                 layer=keys.first_layer + layer,
                 first_kv_head=keys.first_kv_head,
                 budget=budget,
@@ -142,9 +148,12 @@ def choose_kept_torch(
             scored = as_scored(policy.score(inputs))
             kept = select_kept(scored.scores, prompt_len, batch.window, budget)
             kept_indices[layer, request, :, :budget] = kept
+            if scored.memory is not None:
+                layer_memory.append(scored.memory)
             layer_state.append(scored.state.gather(1, prompt_len + kept[:, : budget - batch.window]))
         kept_state.append(torch.stack(layer_state))
-    return Kept(kept_indices, tuple(kept_state) if is_stateful(policy) else None)
+        memory += [torch.stack(layer_memory)] if layer_memory else []
+    return Kept(kept_indices, tuple(kept_state) if is_stateful(policy) else None, tuple(memory) or None)
 
 
 def _gather(buffers: PagedBuffers, layer: int, pages: Tensor, num_tokens: int) -> Tensor:

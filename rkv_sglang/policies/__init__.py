@@ -1,7 +1,18 @@
 """Policies: rules that score the tokens of a request. ``registry`` has them by name."""
 
-from rkv_sglang.policies.base import Policy, Scored, ScoreInputs, as_scored, is_stateful, needs_statistics, needs_values
+from rkv_sglang.policies.base import (
+    Policy,
+    Scored,
+    ScoreInputs,
+    as_scored,
+    is_stateful,
+    memory_numbers,
+    needs_rope,
+    needs_statistics,
+    needs_values,
+)
 from rkv_sglang.policies.h2o import H2O
+from rkv_sglang.policies.informed.beaconkv import BeaconKV
 from rkv_sglang.policies.informed.gkv import GKV
 from rkv_sglang.policies.informed.half import Half
 from rkv_sglang.policies.informed.triattention import TriAttention
@@ -20,6 +31,7 @@ __all__ = [
     "H2O",
     "POLICIES",
     "RKV",
+    "BeaconKV",
     "Half",
     "KeyDiff",
     "LongFlow",
@@ -35,6 +47,8 @@ __all__ = [
     "default_sizes",
     "is_stateful",
     "make_policy",
+    "memory_numbers",
+    "needs_rope",
     "needs_statistics",
     "needs_values",
     "policy_names",

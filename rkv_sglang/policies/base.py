@@ -26,6 +26,8 @@ class ScoreInputs:
             ``prompt_len + i``. Later tokens have never been scored, and their logical positions end at
             ``logical_len - 1`` without a gap. ``None`` before the first compaction and after the cache was computed
             anew.
+        memory: For a policy that remembers, the ``Scored.memory`` that it returned at the last compaction in this
+            layer; ``None`` when ``state`` would be.
         budget: Generated tokens that will be kept, the window included; ``None`` where nobody says.
         model: How the model attends; ``model.logits`` makes attention logits of products of queries and keys.
 
@@ -41,6 +43,7 @@ class ScoreInputs:
     state: Tensor | None = None
     layer: int = 0
     first_kv_head: int = 0
+    memory: Tensor | None = None
     budget: int | None = None
     model: ModelAttention = PLAIN_ATTENTION
 
@@ -81,10 +84,13 @@ class Scored:
         scores: As ``Policy.score`` returns them alone.
         state: What travels with the tokens in their place, of the shape of ``scores``, fp32: of those that are kept it
             is the next ``ScoreInputs.state``.
+        memory: What travels with the request whatever is kept, ``[num_kv_heads, ...]``: the next
+            ``ScoreInputs.memory``.
     """
 
     scores: Tensor
     state: Tensor
+    memory: Tensor | None = None
 
 
 class Policy(Protocol):
@@ -93,7 +99,9 @@ class Policy(Protocol):
     A policy is a dataclass whose fields are its parameters; it refuses bad ones in ``__post_init__``. It may set class
     attributes: ``needs_values = True`` to be given values; ``needs_statistics = True`` to be given ``model.rope`` and
     ``model.statistics``; ``stateful = True`` to be given back, at the next
-    compaction, the scores of the tokens that were kept (see ``needs_values`` and ``is_stateful``); ``default_window``
+    compaction, the scores of the tokens that were kept (see ``needs_values`` and ``is_stateful``); ``remembers = True``
+    to be given back ``Scored.memory``, of which a method ``memory_numbers(gqa_group_size, head_dim)`` says how many
+    numbers it has at the most for each KV head; ``needs_rope = True`` to be given ``model.rope``; ``default_window``
     and ``default_buffer``, tokens, for servers on which nobody sets them.
     """
 
@@ -123,6 +131,18 @@ def needs_values(policy: Policy) -> bool:
 def needs_statistics(policy: Policy) -> bool:
     """Return whether ``ScoreInputs.model`` must have statistics of the model's queries, and its rotary positions."""
     return bool(getattr(policy, "needs_statistics", False))
+
+
+def needs_rope(policy: Policy) -> bool:
+    """Return whether ``ScoreInputs.model`` must have the model's rotary positions."""
+    return bool(getattr(policy, "needs_rope", False)) or needs_statistics(policy)
+
+
+def memory_numbers(policy: Policy, gqa_group_size: int, head_dim: int) -> int:
+    """Return how many numbers, of the type of queries, the policy remembers of a request in each layer and KV head."""
+    if not getattr(policy, "remembers", False):
+        return 0
+    return int(policy.memory_numbers(gqa_group_size, head_dim))  # type: ignore[attr-defined]
 
 
 def is_stateful(policy: Policy) -> bool:

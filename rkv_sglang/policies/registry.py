@@ -12,6 +12,7 @@ from rkv_sglang.config import NO_POLICY, PolicyConfig
 from rkv_sglang.messages import one_line
 from rkv_sglang.policies.base import Policy
 from rkv_sglang.policies.h2o import H2O
+from rkv_sglang.policies.informed.beaconkv import BeaconKV
 from rkv_sglang.policies.informed.gkv import GKV
 from rkv_sglang.policies.informed.half import Half
 from rkv_sglang.policies.informed.triattention import TriAttention
@@ -37,6 +38,7 @@ POLICIES: dict[str, type[Policy]] = {
     "gkv": GKV,
     "half": Half,
     "triattention": TriAttention,
+    "beaconkv": BeaconKV,
 }
 # Parameters of the policies above that have a flag of their own, and so a field in the settings.
 SHARED_PARAMETERS = ("mix_lambda", "kernel_size", "similarity_threshold")

@@ -36,7 +36,10 @@ def test_tokens_equal_the_dense_oracle(policy, model_name, page_size, tmp_path):
     prompts = six_prompts()[1:5]
     flags = ["--model-path", str(model), "--page-size", str(page_size), "--kv-policy", policy]
     flags += ["--rkv-budget", str(BUDGET), "--rkv-buffer", str(BUFFER)]
+    # What the models turn queries by.
     parameters, window = {}, default_sizes(policy).get("window", 8)
+    if policy == "beaconkv":
+        parameters = {"theta": 10000.0}
     if policy == "triattention":
         flags += ["--kv-policy-config", json.dumps(CALIBRATION)]
     requests = [greedy(prompt, NUM_TOKENS) for prompt in prompts]

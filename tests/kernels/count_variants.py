@@ -21,7 +21,7 @@ from rkv_sglang.config import PolicyConfig
 from rkv_sglang.kernels import capture, dispatch, move, select, warmup
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
 from rkv_sglang.kernels.score import key_passes, mean_keys, totals, values
-from rkv_sglang.kernels.score.per_head import block_means, gkv, half, triattention
+from rkv_sglang.kernels.score.per_head import beaconkv, block_means, farthest, gkv, half, triattention
 from rkv_sglang.policies import make_policy
 from tests.policies.cases import model_with_statistics
 
@@ -45,7 +45,8 @@ class AbsentGpu:
 
 def kernel_counts() -> dict[str, int]:
     """Return how many variants of each kernel were compiled."""
-    modules = (capture, move, key_passes, mean_keys, block_means, gkv, half, triattention, totals, values, select)
+    modules = (capture, move, select, key_passes, mean_keys, totals, values)
+    modules += (beaconkv, block_means, farthest, gkv, half, triattention)
     kernels = {name: value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
     return {name: len(kernel.device_caches[0][0]) for name, kernel in kernels.items()}
 

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.kernels import dispatch
 from rkv_sglang.kernels.dispatch import choose_kept_torch, compact_paged
 from rkv_sglang.kernels.score.attention import h2o_scores_paged
 from rkv_sglang.kernels.score.mean_keys import keydiff_scores_paged
 from rkv_sglang.kernels.score.per_head.block_means import manifoldkv_scores_paged
-from rkv_sglang.kernels.score.scorers import PAGED_SCORERS, History, PagedInputs, state_of_kept
+from rkv_sglang.kernels.score.scorers import PAGED_SCORERS, History, PagedInputs, PagedScored, state_of_kept
 from rkv_sglang.kernels.score.values import longflow_scores_paged
 from rkv_sglang.kernels.select import select_kept_paged
 from rkv_sglang.policies import (
@@ -39,6 +38,8 @@ from tests.policies.cases import CASES, case_id, model_with_statistics, policy_o
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 RTOL = 2e-5
+# They have no kernels of their own.
+BY_PLACE = ("random", "streaming_llm")
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +82,7 @@ class Served:
                 layer=self.case.pool.first_layer + layer,
                 first_kv_head=self.case.pool.first_kv_head,
                 budget=self.case.batch.budgets_cpu[request],
+                memory=None if past.memory is None else past.memory[layer],
                 model=self.model,
             )
         )
@@ -101,7 +103,8 @@ def serve(rng: random.Random, *, value_dim: int = 48, **sizes: Any) -> Served:
 
 
 def score_all(policy: Policy, served: Served) -> Scored:
-    return as_scored(PAGED_SCORERS[type(policy)](policy, served.inputs()))
+    result = PAGED_SCORERS[type(policy)](policy, served.inputs())
+    return as_scored(result.scores if isinstance(result, PagedScored) else result)
 
 
 def check(served: Served, policy: Policy, result: Tensor | Scored) -> None:
@@ -151,19 +154,20 @@ def test_scores_are_the_policys_own(rng, case, kind):
     check(served, policy, score_all(policy, served))
 
 
-@pytest.mark.parametrize("name", ["rkv", "snapkv", "h2o", "longflow", "gkv", "half"])
+@pytest.mark.parametrize("name", ["rkv", "snapkv", "h2o", "longflow", "gkv", "half", "beaconkv"])
 def test_the_models_own_logits_are_scored(rng, name):
     served = serve(rng, head_dim=32, lens=[40, 26])
     served.case.queries *= 4.0
-    served.model = ModelAttention(logit_scale=rng.uniform(0.2, 0.6), logit_cap=rng.uniform(1.0, 3.0))
+    usual = served.model
+    served.model = replace(usual, logit_scale=rng.uniform(0.2, 0.6), logit_cap=rng.uniform(1.0, 3.0))
     policy = policy_of(name, {})
     scores = score_all(policy, served)
     check(served, policy, scores)
-    served.model = PLAIN_ATTENTION
+    served.model = usual
     assert not torch.allclose(score_all(policy, served).scores, scores.scores)
 
 
-@pytest.mark.parametrize("name", ["h2o", "keydiff", "manifoldkv", "longflow", "gkv", "half", "triattention"])
+@pytest.mark.parametrize("name", [name for name in POLICIES if name not in ("rkv", "snapkv", *BY_PLACE)])
 @pytest.mark.parametrize(
     ("dtype", "query_dtype", "head_dim", "group"),
     [
@@ -195,7 +199,7 @@ def test_the_sizes_of_programs_do_not_matter(rng, monkeypatch, block):
     check(served, LongFlow(), longflow_scores_paged(keys, served.value_pool, batch, case.queries, block=block))
 
 
-@pytest.mark.parametrize("name", ["keydiff", "manifoldkv", "longflow", "h2o", "gkv", "triattention"])
+@pytest.mark.parametrize("name", ["keydiff", "manifoldkv", "longflow", "h2o", "gkv", "triattention", "beaconkv"])
 def test_a_broken_token_spoils_its_own_head_only(rng, name):
     served = serve(rng, lens=[40, 30], num_layers=2)
     policy = policy_of(name, {})
@@ -239,6 +243,23 @@ def test_a_stateful_policy_goes_on_from_what_it_said(rng, name):
             assert torch.equal(best[layer], scored.state[layer].gather(1, columns[layer].long()))
 
 
+def test_beacons_are_chosen_among_the_old_and_the_new(rng):
+    """Three compactions, of requests that join at different ones: what is remembered is what the policy remembers."""
+    policy = policy_of("beaconkv", {"num_beacons": 7, "num_recent": 2})
+    served = serve(rng, lens=[40, 26, 31], num_layers=2, window=4, head_dim=32)
+    for _ in range(3):
+        result = PAGED_SCORERS[type(policy)](policy, served.inputs())
+        check(served, policy, result.scores)
+        for request, mine in enumerate(result.memory):
+            expected = [served.own_score(policy, layer, request).memory for layer in range(2)]
+            torch.testing.assert_close(mine, torch.stack(expected), rtol=RTOL, atol=1e-5)
+            assert mine.untyped_storage().nbytes() == mine.nbytes, "it keeps the queries of other requests alive"
+            if request != 1 or rng.random() < 0.5:
+                logical_len = served.history[request].logical_len + rng.randint(1, 90)
+                served.history[request] = History(logical_len, None, mine)
+        served.case.queries = torch.randn_like(served.case.queries)
+
+
 @pytest.mark.parametrize("name", list(POLICIES))
 def test_a_compaction_by_kernels_is_that_in_torch(rng, monkeypatch, name):
     """Keys and values end up alike, byte for byte, and so does what is remembered."""
@@ -255,7 +276,7 @@ def test_a_compaction_by_kernels_is_that_in_torch(rng, monkeypatch, name):
         assert kept.state is None
 
 
-@pytest.mark.parametrize("name", ["h2o", "keydiff", "manifoldkv", "longflow", "gkv", "half", "triattention"])
+@pytest.mark.parametrize("name", [name for name in POLICIES if name not in ("rkv", "snapkv", *BY_PLACE)])
 def test_launches_do_not_grow_with_layers_heads_and_requests(rng, monkeypatch, name):
     launched: list[str] = []
     run = JITFunction.run

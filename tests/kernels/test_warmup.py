@@ -24,6 +24,7 @@ RUN = {
     "gkv": (*SHARED, *QUERY_PASSES, "score_by_memory_kernel"),
     "half": (*SHARED, *QUERY_PASSES, "share_out_kernel"),
     "triattention": (*SHARED, "expect_attention_kernel"),
+    "beaconkv": (*SHARED, "choose_farthest_kernel", "attend_from_beacons_kernel"),
     "longflow": (*SHARED, *QUERY_PASSES, "weigh_by_values_kernel"),
 }
 

@@ -30,6 +30,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("half", {"mix_lambda": 0.6, "kernel_size": 1, "similarity_threshold": 0.5, "seed": 2**32 - 1}),
     ("gkv", {"importance_weight": 0.5, "decay": 0.8, "kernel_size": 7, "similarity_threshold": 0.5}),
     ("gkv", {"importance_weight": 0.9, "decay": 1.0, "kernel_size": 1, "similarity_threshold": 0.5}),
+    ("beaconkv", {"num_recent": 4, "num_beacons": 28}),
+    ("beaconkv", {"num_recent": 1, "num_beacons": 3}),
     ("triattention", {"statistics": "", "questions": 32, "answer_tokens": 2048}),
     ("random", {"seed": 0}),
     ("random", {"seed": 2**32 - 1}),

@@ -65,7 +65,7 @@ def replay(
     """Decode ``tokens`` and compact whenever ``budget + buffer`` generated ones are resident."""
     num_kv_heads = tokens.keys.shape[1]
     positions = torch.arange(prompt_len).expand(num_kv_heads, -1)
-    state = None
+    state = memory = None
     for logical_len in range(prompt_len + 1, len(tokens.keys) + 1):
         positions = torch.cat([positions, torch.full((num_kv_heads, 1), logical_len - 1)], dim=1)
         if positions.shape[1] < prompt_len + budget + buffer:
@@ -79,10 +79,11 @@ def replay(
             logical_len=logical_len,
             state=state,
             budget=budget,
+            memory=memory,
             model=model,
         )
         scored = as_scored(policy.score(inputs))
-        scores = scored.scores
+        scores, memory = scored.scores, scored.memory
         kept_indices = select_kept(scores, prompt_len, window, budget)
         if is_stateful(policy):
             # The window is last in every row and has no scores yet.

@@ -28,6 +28,7 @@ BUILT_IN = (
     "gkv",
     "half",
     "triattention",
+    "beaconkv",
 )
 
 
@@ -112,6 +113,10 @@ def test_snapkv_is_rkv_without_redundancy() -> None:
         ("rkv", {"mix_lambda": float("nan")}, "mix_lambda must be float, got nan"),
         ("rkv", {"mix_lambda": 1.5}, "--rkv-mix-lambda 1.5 is not a number in [0, 1]"),
         ("half", {"seed": 2**32}, "seed must be in [0, 2^32), got 4294967296"),
+        ("beaconkv", {"num_recent": 0}, "num_recent must be at least 1, got 0"),
+        ("beaconkv", {"num_beacons": 61}, "num_recent 4 and num_beacons 61 are together more than 64"),
+        ("triattention", {"questions": 33}, "questions must be at most 32, got 33"),
+        ("triattention", {"answer_tokens": 0}, "answer_tokens must be at least 1, got 0"),
         ("gkv", {"decay": 1.1}, "decay must be in [0, 1], got 1.1"),
         ("gkv", {"importance_weight": -1}, "importance_weight must be in [0, 1], got -1"),
         ("gkv", {"kernel_size": 4}, "--rkv-kernel-size 4 is even"),

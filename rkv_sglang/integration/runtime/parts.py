@@ -18,8 +18,11 @@ from rkv_sglang.integration.runtime.calibration import rope_of
 from rkv_sglang.integration.runtime.metrics import PolicyMetrics
 from rkv_sglang.kernels.dispatch import runs_triton
 from rkv_sglang.kernels.warmup import warm_up
-from rkv_sglang.policies import Policy, needs_statistics
+from rkv_sglang.policies import Policy, memory_numbers, needs_rope, needs_statistics
 from rkv_sglang.sizes.query_rows import num_query_rows
+
+# How much more than what a policy remembers a compaction holds meanwhile.
+MEMORY_COPIES = 8
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
@@ -35,12 +38,14 @@ class ModelParts:
         query_window: The last queries of the requests that are about to be compacted.
         first_layer: The model's number of the pool's first layer.
         attention: How the model attends.
+        memory_bytes: What compacting a request takes besides, for a policy that remembers.
     """
 
     buffers: KVBuffers
     query_window: QueryWindow
     first_layer: int
     attention: ModelAttention
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +83,7 @@ def model_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy)
         # Ranks that are more than the heads share them.
         first_kv_head=parallel.tp_rank * model_runner.model_config.get_total_num_kv_heads() // parallel.tp_size,
     )
-    attention = attention_of(layers, model_runner.model if needs_statistics(policy) else None)
+    attention = attention_of(layers, model_runner.model, policy)
     req_to_token = model_runner.req_to_token_pool.req_to_token
     num_requests = req_to_token.shape[0]
     query_window = QueryWindow(
@@ -103,18 +108,29 @@ def model_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy)
     )
     if runs_triton(buffers.keys):
         warm_up_step(query_window, req_to_token)
-    return ModelParts(buffers=buffers, query_window=query_window, first_layer=pool.start_layer, attention=attention)
+    group_size = layers[0].tp_q_head_num // layers[0].tp_k_head_num
+    numbers = memory_numbers(policy, group_size, layers[0].qk_head_dim) * len(layers) * layers[0].tp_k_head_num
+    return ModelParts(
+        buffers=buffers,
+        query_window=query_window,
+        first_layer=pool.start_layer,
+        attention=attention,
+        # What is remembered, in fp32, and some copies of it and of the window's queries, turned and not.
+        memory_bytes=MEMORY_COPIES * 4 * numbers,
+    )
 
 
-def attention_of(layers: Sequence[Any], model: Any) -> ModelAttention:
+def attention_of(layers: Sequence[Any], model: Any, policy: Policy) -> ModelAttention:
     """Return how a model attends, from its attention layers; whether they are alike is for ``refuse_runtime`` to say.
 
-    With ``model`` it has room for statistics of its queries, too.
+    What only some policies need is there for those only; of statistics of the queries, the room for them.
     """
     attention = ModelAttention(logit_scale=float(layers[0].scaling), logit_cap=float(layers[0].logit_cap or 0.0))
-    if model is None:
+    if not needs_rope(policy):
         return attention
     rope = rope_of(model)
+    if not needs_statistics(policy):
+        return replace(attention, rope=rope)
     shape = (len(layers), layers[0].tp_q_head_num, rope.num_pairs)
     device = next(model.parameters()).device
     # What a warm-up needs; the calibration puts the numbers in.

@@ -196,16 +196,21 @@ class Runtime:
             for job in jobs:
                 logical_len = job.state.logical_len(job.plan.resident_len)
                 wants_indices = trace_of(job.req) is not None
-                requests.append(DueRequest(job.plan, job.slots, logical_len, job.state.kept_state, wants_indices))
+                own = (job.state.kept_state, job.state.memory)
+                requests.append(DueRequest(job.plan, job.slots, logical_len, *own, wants_indices))
                 places.append((job.req.kv.req_pool_idx, logical_len))
+
+            def read_queries(part: slice, layers: slice) -> torch.Tensor:
+                return query_window.read(places[part], layers)
+
             compact = checked(compact_requests, scheduler.tree_cache) if self._verifies else compact_requests
             results = compact(
                 buffers,
                 requests,
-                lambda part, layers: query_window.read(places[part], layers),
+                read_queries,
                 self.policy,
                 self.config.window,
-                query_bytes=query_window.row_bytes,
+                query_bytes=query_window.row_bytes + self.parts.memory_bytes,
                 model=self.parts.attention,
             )
             for job, result in zip(jobs, results, strict=True):
@@ -214,7 +219,7 @@ class Runtime:
         # Each free by itself would copy the allocator's whole list of free slots.
         allocator.free_group_begin()
         for job, result in zip(jobs, results, strict=True):
-            job.state.kept_state = result.kept_state
+            job.state.kept_state, job.state.memory = result.kept_state, result.memory
             self._shrink(job)
         allocator.free_group_end()
         if metrics is not None:

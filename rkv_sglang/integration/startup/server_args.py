@@ -32,7 +32,8 @@ _HELP = {
     "other policy keeps the prompt and at most --kv-budget plus --kv-buffer generated tokens per layer and KV head, "
     "and chooses them in its own way: R-KV (arXiv 2505.24133), SnapKV (2404.14469), H2O (2306.14048), StreamingLLM "
     "(2309.17453), KeyDiff (2504.15364), ManifoldKV (2602.08343), LongFlow (2603.11504), G-KV (2512.00504), "
-    "TriAttention (2604.04921), at random, half by R-KV and half at random, or as an installed package does.",
+    "TriAttention (2604.04921), BeaconKV (2609.04971), at random, half by R-KV and half at "
+    "random, or as an installed package does.",
     "kv_budget": "Generated tokens kept per layer and KV head after a compaction, the window included. More keeps "
     "more of the reasoning and takes more memory. Unit: tokens.",
     "kv_buffer": "Generated tokens that may gather above the budget before the next compaction. Fewer take less "

@@ -11,6 +11,7 @@ from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
 from rkv_sglang.kernels.score.attention import h2o_scores_paged, rkv_scores_paged, snapkv_scores_paged
 from rkv_sglang.kernels.score.mean_keys import keydiff_scores_paged
+from rkv_sglang.kernels.score.per_head.beaconkv import beaconkv_scores_paged
 from rkv_sglang.kernels.score.per_head.block_means import manifoldkv_scores_paged
 from rkv_sglang.kernels.score.per_head.gkv import gkv_scores_paged
 from rkv_sglang.kernels.score.per_head.half import half_scores_paged
@@ -21,6 +22,7 @@ from rkv_sglang.policies import (
     GKV,
     H2O,
     RKV,
+    BeaconKV,
     Half,
     KeyDiff,
     LongFlow,
@@ -41,10 +43,12 @@ class History:
         logical_len: Tokens ever seen, evicted ones included.
         kept_state: The state that the last compaction gave to the tokens kept for their score,
             ``[num_layers, num_kv_heads, budget - window]``, fp32; None before the first.
+        memory: What the policy remembers from it, ``[num_layers, num_kv_heads, ...]``; None before the first.
     """
 
     logical_len: int
     kept_state: Tensor | None = None
+    memory: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +76,21 @@ class PagedInputs:
         return pairs
 
 
+@dataclass(frozen=True)
+class PagedScored:
+    """Scores of a whole batch by a policy that remembers.
+
+    Attributes:
+        scores: ``[num_layers, num_kv_heads, num_tokens]``.
+        memory: Of each request ``[num_layers, num_kv_heads, ...]``.
+    """
+
+    scores: Tensor
+    memory: tuple[Tensor, ...]
+
+
 # The fields of a ``Scored`` have the scores' shape, ``[num_layers, num_kv_heads, num_tokens]``.
-PagedScorer = Callable[[Any, PagedInputs], Tensor | Scored]
+PagedScorer = Callable[[Any, PagedInputs], Tensor | Scored | PagedScored]
 
 
 def _rkv(policy: RKV, inputs: PagedInputs) -> Tensor:
@@ -176,6 +193,23 @@ def _triattention(policy: TriAttention, inputs: PagedInputs) -> Tensor:
     )
 
 
+def _beaconkv(policy: BeaconKV, inputs: PagedInputs) -> PagedScored:
+    if inputs.model.rope is None:
+        raise ValueError("policy beaconkv needs the model's rotary positions")
+    scores, beacons = beaconkv_scores_paged(
+        inputs.keys,
+        inputs.batch,
+        inputs.queries,
+        [past.memory for past in inputs.history],
+        rope=inputs.model.rope,
+        logical_lens=[past.logical_len for past in inputs.history],
+        num_recent=policy.num_recent,
+        num_beacons=policy.num_beacons,
+        model=inputs.model,
+    )
+    return PagedScored(scores, beacons)
+
+
 # By exact class: what a subclass overrides, a kernel would not know.
 PAGED_SCORERS: dict[type, PagedScorer] = {
     RKV: _rkv,
@@ -189,6 +223,7 @@ PAGED_SCORERS: dict[type, PagedScorer] = {
     GKV: _gkv,
     Half: _half,
     TriAttention: _triattention,
+    BeaconKV: _beaconkv,
 }
 
 

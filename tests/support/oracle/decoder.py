@@ -27,7 +27,8 @@ class LayerCache:
 
     The buffers are ``[num_kv_heads, capacity, head_dim]`` and ``[num_kv_heads, capacity]``; the first ``length``
     entries are valid. ``queries`` holds the last ``window`` decode queries, each ``[num_qo_heads, head_dim]``;
-    ``memory`` one number for every logical position, ``[num_kv_heads, capacity]``, for policies that have a memory.
+    ``memory`` one number for every logical position, ``[num_kv_heads, capacity]``, and ``beacons`` old queries, for
+    policies that have a memory.
     """
 
     def __init__(self, num_kv_heads: int, head_dim: int, capacity: int, window: int) -> None:
@@ -35,6 +36,7 @@ class LayerCache:
         self._values = torch.full((num_kv_heads, capacity, head_dim), float("nan"))
         self._positions = torch.full((num_kv_heads, capacity), -1, dtype=torch.int64)
         self.memory = torch.zeros(num_kv_heads, capacity)
+        self.beacons: list[torch.Tensor] = []
         self.length = 0
         self.queries: deque[torch.Tensor] = deque(maxlen=window)
 
@@ -53,6 +55,7 @@ class LayerCache:
     def clear(self) -> None:
         """Forget all tokens and queries, and what was remembered of them."""
         self.memory.zero_()
+        self.beacons.clear()
         self.length = 0
         self.queries.clear()
 

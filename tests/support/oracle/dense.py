@@ -214,6 +214,7 @@ def _compact(
                 decoder.logit_scale,
                 budget,
                 layer,
+                layer_cache.beacons,
             )
         )
         ranked_scores, ranked = scores[:, prompt_len:].sort(dim=-1, descending=True, stable=True)

@@ -33,6 +33,8 @@ class OneHead:
         layer, kv_head: Their numbers in the model.
         usual: Of the group's usual queries, before their position turns them, the mean of each pair by head and the
             mean of its length; by how much a position turns each pair, and how much longer it becomes.
+        beacons: Old queries of ``beaconkv`` by head of the group, before their position turned them; it brings them up
+            to date.
         logit_scale, logit_cap: A logit is ``cap * tanh(scale * q . k / cap)``; no scale: 1 / sqrt(head_dim), no cap:
             ``scale * q . k``.
     """
@@ -47,6 +49,7 @@ class OneHead:
     layer: int = 0
     kv_head: int = 0
     usual: tuple[Vector, Vector, list[float], float] | None = None
+    beacons: list[list[Any]] = field(default_factory=list)
     logit_scale: float | None = None
     logit_cap: float | None = None
 
@@ -228,6 +231,43 @@ def _triattention(head: OneHead, **of_the_calibration: Any) -> list[float]:
     return best
 
 
+def _beaconkv(head: OneHead, *, num_recent: int, num_beacons: int) -> list[float]:
+    group_size, window, head_dim = head.queries.shape
+    assert head.usual is not None
+    _, _, inv_freqs, _ = head.usual
+    logical_len = head.positions[-1] + 1
+
+    def turn(vector: Vector, position: int) -> list[float]:
+        turned = [float(number) for number in vector]
+        pairs = len(inv_freqs)
+        for f, inv_freq in enumerate(inv_freqs):
+            pair = complex(turned[f], turned[f + pairs]) * cmath.exp(1j * inv_freq * position)
+            turned[f], turned[f + pairs] = pair.real, pair.imag
+        return turned
+
+    for t in range(window):
+        position = logical_len - window + t
+        head.beacons.append([turn(head.queries[h, t], -position) for h in range(group_size)])
+    points = [[number for query in point for number in query] for point in head.beacons]
+    mean = [sum(column) / len(points) for column in zip(*points, strict=True)]
+    chosen = [max(range(len(points)), key=lambda i: math.dist(points[i], mean))]
+    while len(chosen) < min(num_beacons, len(points)):
+        left = [i for i in range(len(points)) if i not in chosen]
+        chosen.append(max(left, key=lambda i: min(math.dist(points[i], points[c]) for c in chosen)))
+    head.beacons[:] = [head.beacons[i] for i in sorted(chosen)]
+    asking = [[turn(query, logical_len) for query in beacon] for beacon in head.beacons]
+    asking += [[list(head.queries[h, t]) for h in range(group_size)] for t in range(window)][-num_recent:]
+    best = [0.0] * head.num_scored
+    for queries in asking:
+        for query in queries:
+            products = [
+                sum(q * float(k) for q, k in zip(query, head.keys[j], strict=True)) for j in range(head.num_scored)
+            ]
+            attention = _softmax([head.logit(product) for product in products])
+            best = [max(pair) for pair in zip(best, attention, strict=True)]
+    return best
+
+
 def _scramble(x: int) -> int:
     x = ((x ^ (x >> 16)) * 0x45D9F3B) % 2**32
     x = ((x ^ (x >> 16)) * 0x45D9F3B) % 2**32
@@ -252,5 +292,6 @@ _LOOPS: dict[str, Callable[..., list[float]]] = {
     "random": _random,
     "gkv": _gkv,
     "half": _half,
+    "beaconkv": _beaconkv,
     "triattention": _triattention,
 }

@@ -146,6 +146,42 @@ def _triattention(inputs: ScoreInputs, *, statistics: Path, theta: float) -> tor
     return ((products - candidates.mean(dim=-1, keepdim=True)) / deviations).amax(dim=1).float()
 
 
+def _beaconkv(inputs: ScoreInputs, *, num_recent: int = 4, num_beacons: int = 28, theta: float) -> torch.Tensor:
+    num_kv_heads, _, head_dim = inputs.keys.shape
+    num_qo_heads, window, _ = inputs.window_queries.shape
+    logical_len = int(inputs.positions.max()) + 1
+    inv_freqs = theta ** (-torch.arange(0, head_dim, 2).double() / head_dim)
+
+    def turn(vectors: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """``[heads, steps, head_dim]`` by the positions of the steps, in fp64."""
+        cos, sin = ((function(positions[:, None] * inv_freqs)) for function in (torch.cos, torch.sin))
+        first, second = vectors.double().chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+    still = turn(inputs.window_queries, -torch.arange(logical_len - window, logical_len).double())
+    known = torch.cat([*inputs.beacons, still], dim=1)
+    # [num_kv_heads, steps, all numbers of the group]
+    points = known.unflatten(0, (num_kv_heads, -1)).transpose(1, 2).flatten(2)
+    beacons = []
+    for head in range(num_kv_heads):
+        apart = torch.cdist(points[head], points[head], compute_mode="donot_use_mm_for_euclid_dist")
+        chosen = [int((points[head] - points[head].mean(dim=0)).norm(dim=1).argmax())]
+        for _ in range(min(num_beacons, len(apart)) - 1):
+            nearest = apart[chosen].min(dim=0).values
+            nearest[chosen] = -1.0
+            chosen.append(int(nearest.argmax()))
+        beacons.append(known.unflatten(0, (num_kv_heads, -1))[head][:, sorted(chosen)])
+    kept = torch.cat(beacons)
+    inputs.beacons[:] = [kept]
+    ahead = turn(kept, torch.full((kept.shape[1],), logical_len).double())
+    asking = torch.cat([ahead, inputs.window_queries[:, -num_recent:].double()], dim=1)
+    logits = torch.einsum(
+        "ngtd,njd->ngtj", asking.unflatten(0, (num_kv_heads, -1)), inputs.keys[:, : _num_scored(inputs)].double()
+    )
+    assert num_qo_heads % num_kv_heads == 0
+    return (logits * inputs.scale).softmax(dim=-1).amax(dim=(1, 2)).float()
+
+
 def _hash_all(*numbers: int) -> float:
     mixed = 0
     for number in numbers:
@@ -190,4 +226,5 @@ _SCORES: dict[str, Callable[..., torch.Tensor]] = {
     "gkv": _gkv,
     "half": _half,
     "triattention": _triattention,
+    "beaconkv": _beaconkv,
 }

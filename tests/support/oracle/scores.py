@@ -1,7 +1,7 @@
 """The R-KV score (arXiv 2505.24133), with the similarity matrix written out in full."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ class ScoreInputs:
         logit_scale: Factor of the products of queries and keys; None: ``head_dim ** -0.5``.
         budget: Generated tokens that are kept, the window included.
         layer: Number of the layer.
+        beacons: What ``beaconkv`` remembers of this layer, at the most one tensor; it brings it up to date.
     """
 
     keys: torch.Tensor
@@ -34,6 +35,7 @@ class ScoreInputs:
     logit_scale: float | None = None
     budget: int = 0
     layer: int = 0
+    beacons: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def scale(self) -> float:

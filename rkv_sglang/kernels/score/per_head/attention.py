@@ -164,7 +164,7 @@ def query_alignment(queries: Tensor) -> int:
 
 def num_warps(config: ScoreConfig, factor_dtype: torch.dtype, window: int) -> int:
     """Return the warps of a program: 4 have too few registers for factors of fp32, or for a long window."""
-    return 8 if factor_dtype == torch.float32 or window > 32 else config.num_warps
+    return 8 if factor_dtype == torch.float32 or window > 16 else config.num_warps
 
 
 def head_constants(
