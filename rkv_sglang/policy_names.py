@@ -8,7 +8,7 @@ from rkv_sglang.config import NO_POLICY
 GROUP = "rkv_sglang.policies"
 # Of this package; ``policies.registry`` has their classes.
 OWN_NAMES = (
-    *("rkv", "snapkv", "h2o", "streaming_llm", "keydiff", "manifoldkv", "longflow", "random"),
+    *("rkv", "snapkv", "h2o", "streaming_llm", "keydiff", "manifoldkv", "longflow", "random", "random_attention"),
     *("gkv", "half", "triattention", "beaconkv"),
 )
 

@@ -101,7 +101,9 @@ BENCHMARKS = (
     Benchmark("memory", "benchmarks.memory", (Plot("benchmarks.memory:plot", (MEMORY,)),)),
     # What is searched is the tests' own; here by name, as all of them.
     Benchmark("fuzz", "tests.fuzz", (Plot("tests.fuzz.report:plot_schedules", (FUZZ,)),)),
-    Benchmark("pool_machine", "tests.fuzz.pool_machine", (Plot("tests.fuzz.report:plot_pool_machine", (POOL_MACHINE,)),)),
+    Benchmark(
+        "pool_machine", "tests.fuzz.pool_machine", (Plot("tests.fuzz.report:plot_pool_machine", (POOL_MACHINE,)),)
+    ),
     Benchmark("serving", "benchmarks.serving", (Plot("benchmarks.serving.report:plot", (SERVING,)),)),
     Benchmark(
         "serve_check",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from rkv_sglang.config import NO_POLICY, PolicyConfig
-from rkv_sglang.policies import default_sizes, make_policy
+from rkv_sglang.policies import default_settings, make_policy
 from rkv_sglang.policies.registry import SHARED_PARAMETERS
 
 # SGLang as published: no plugin is loaded, because none has this name.
@@ -73,7 +73,7 @@ def policy_setting(
     given = {key: value for key, value in further.items() if key in _FLAGS}
     parameters = {key: value for key, value in further.items() if key not in _FLAGS}
     sizes = {"budget": budget, "buffer": buffer}
-    config = PolicyConfig(**{**default_sizes(policy), **sizes, **given, "policy": policy, "parameters": parameters})
+    config = PolicyConfig(**{**default_settings(policy), **sizes, **given, "policy": policy, "parameters": parameters})
     make_policy(config)
     return Setting(name or f"{policy}:{budget}:{buffer}", config)
 
@@ -104,7 +104,7 @@ def parse_setting(text: str) -> Setting:
 _FLAGS = {
     field.name: f"--{'rkv' if field.name in SHARED_PARAMETERS else 'kv'}-{field.name.replace('_', '-')}"
     for field in fields(PolicyConfig)
-    if field.name not in ("policy", "budget", "buffer", "parameters")
+    if field.name not in ("policy", "budget", "buffer", "block", "parameters")
 }
 
 
@@ -120,7 +120,7 @@ def _pair(word: str) -> tuple[str, Any]:
 
 def _further_flags(config: PolicyConfig) -> Iterator[str]:
     """Yield the flags of what is not as a server has it where nobody names it."""
-    usual = PolicyConfig(**{**default_sizes(config.policy), "policy": config.policy})
+    usual = PolicyConfig(**{**default_settings(config.policy), "policy": config.policy})
     for name, flag in _FLAGS.items():
         value = getattr(config, name)
         if value != getattr(usual, name):

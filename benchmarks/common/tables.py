@@ -365,10 +365,24 @@ POOL_MACHINE = Table(
         Column("seconds", float, "s", "of the world, all steps and checks together"),
     ),
 )
+MUTATIONS = Table(
+    "mutations",
+    "one fault planted in a copy of the package",
+    (
+        Column("fault", str, "", "what is wrong"),
+        Column("file", str, "", "below rkv_sglang/"),
+        Column("test", str, "", "arguments of pytest: the test named for it"),
+        Column("test_fails", int, "", "1: that test fails, as it should; 0: it passes, or was left out"),
+        Column("schedules", int, "", "schedules that the fuzzer needed; 0: not found within the bound"),
+        Column("problem", str, "", "what the fuzzer said"),
+        Column("pool_machine", int, "", "1: the pool machine found it"),
+        Column("pool_problem", str, "", "what the pool machine said"),
+    ),
+)
 
 TABLES: tuple[Table, ...] = (
     *(MEMORY, IDLE_COST, FIRST_TOKEN, SCORING, SCORING_RANDOM, KERNELS, SERVE_CHECK, RACES, THROUGHPUT),
     *(QUALITY_FORCED, QUALITY_POSITION, QUALITY_FREE, QUALITY_RECALL),
     *(ACCURACY, FRONTEND, SERVING),
-    *(FUZZ, POOL_MACHINE),
+    *(FUZZ, POOL_MACHINE, MUTATIONS),
 )

@@ -51,12 +51,6 @@ def check_mix_lambda(mix_lambda: float) -> None:
         raise ValueError(f"mix_lambda must be in [0, 1], got {mix_lambda}")
 
 
-def check_seed(seed: int) -> None:
-    """Raise ``ValueError`` unless ``seed`` is a number of 32 bits."""
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be in [0, 2^32), got {seed}")
-
-
 def check_selection(scores: Tensor, prompt_len: int, window: int, budget: int) -> None:
     """Raise ``ValueError`` unless ``budget`` tokens can be kept from ``scores`` ``[num_kv_heads, L - window]``."""
     if scores.dim() != 2 or scores.shape[0] == 0:

@@ -16,6 +16,7 @@ from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import Compacted, DueRequest
 from rkv_sglang.kernels.paged_batch import FP8_DTYPES, PagedBuffers
 from rkv_sglang.policies import RKV, Policy, ScoreInputs, as_scored
+from rkv_sglang.sizes.compaction_plan import GatherPlan
 
 # Of the spread of a head's scores: below this, which of two tokens is kept is a matter of the order of summation.
 SCORE_TOLERANCE = 1e-4
@@ -32,7 +33,7 @@ def compact_and_verify(
     compact: Callable[..., list[Compacted]],
     shared_slots: Tensor,
     buffers: KVBuffers,
-    requests: Sequence[DueRequest],
+    requests: Sequence[DueRequest[GatherPlan]],
     read_queries: Callable[[slice, slice], Tensor],
     policy: Policy,
     window: int,
@@ -75,7 +76,7 @@ def compact_and_verify(
 
 def _problems(
     buffers: KVBuffers,
-    request: DueRequest,
+    request: DueRequest[GatherPlan],
     result: Compacted,
     before: tuple[Tensor, Tensor],
     queries: Tensor,

@@ -11,7 +11,7 @@ from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.kernels.dispatch import compact_paged
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
 from rkv_sglang.kernels.transfer import to_device
-from rkv_sglang.policies import RKV, Policy, is_stateful
+from rkv_sglang.policies import RKV, Policy, is_stateful, memory_numbers
 from rkv_sglang.sizes.pages import pages_needed
 
 
@@ -95,7 +95,7 @@ def compact_paged_kv(
         True
     """
     policy = RKV() if policy is None else policy
-    if is_stateful(policy):
+    if is_stateful(policy) or memory_numbers(policy, 1, 1):
         raise ValueError(f"policy {type(policy).__name__} needs what it scored before, which nothing carries here")
     if not paged_kv_cache or any(tensor.dim() != 4 for layer in paged_kv_cache for tensor in layer):
         raise ValueError("paged_kv_cache must hold keys and values of [num_pages, page_size, num_kv_heads, head_dim]")

@@ -4,7 +4,8 @@ On a GPU, this package's policies take a constant number of launches for all lay
 score in torch, layer by layer, and share the move. On a CPU everything is torch.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,9 @@ from rkv_sglang.algorithm.selection import select_kept
 from rkv_sglang.kernels.move import move_kept_paged, move_kept_torch
 from rkv_sglang.kernels.paged_batch import FP8_DTYPES, PagedBatch, PagedBuffers
 from rkv_sglang.kernels.score.config import padded_head_dim, padded_window
-from rkv_sglang.kernels.score.scorers import PAGED_SCORERS, History, PagedInputs, PagedScored, state_of_kept
+from rkv_sglang.kernels.score.scorers import PAGED_SCORERS, History, PagedInputs, scored_paged, state_of_kept
 from rkv_sglang.kernels.select import select_kept_paged
-from rkv_sglang.policies import Policy, ScoreInputs, as_scored, is_stateful, needs_values
+from rkv_sglang.policies import Policy, Scored, ScoreInputs, as_scored, is_stateful, needs_values
 from rkv_sglang.sizes.pages import pages_needed
 
 
@@ -92,13 +93,39 @@ def compact_paged(
     else:
         past = _nothing_evicted(batch) if history is None else history
         inputs = PagedInputs(keys=keys, values=values, batch=batch, queries=queries, history=past, model=model)
-        result = scorer(policy, inputs)
-        memory = result.memory if isinstance(result, PagedScored) else None
-        scored = as_scored(result.scores if isinstance(result, PagedScored) else result)
+        scored = scored_paged(scorer(policy, inputs))
         indices = select_kept_paged(scored.scores, batch)
-        kept = Kept(indices, state_of_kept(scored.state, indices, batch) if is_stateful(policy) else None, memory)
+        state = state_of_kept(scored.state, indices, batch) if is_stateful(policy) else None
+        kept = Kept(indices, state, scored.memory)
     move_kept_paged(keys, values, batch, kept.indices)
     return kept
+
+
+@torch.no_grad()
+def score_paged(
+    keys: PagedBuffers,
+    values: PagedBuffers,
+    batch: PagedBatch,
+    queries: Tensor,
+    policy: Policy,
+    history: Sequence[History],
+    model: ModelAttention = PLAIN_ATTENTION,
+) -> Tensor:
+    """Score only; arguments as in ``compact_paged``, and the pool is only read.
+
+    Returns:
+        ``[num_layers, num_kv_heads, num_tokens]``, fp32, columns as ``batch.token_indptr`` has them; those of windows
+        are no scores.
+    """
+    scorer = PAGED_SCORERS.get(type(policy)) if runs_triton(keys) else None
+    if scorer is not None:
+        inputs = PagedInputs(keys=keys, values=values, batch=batch, queries=queries, history=history, model=model)
+        return scored_paged(scorer(policy, inputs)).scores
+    scores = torch.full((keys.num_layers, keys.num_kv_heads, batch.num_tokens), -torch.inf, device=keys.device)
+    starts = [0, *itertools.accumulate(batch.kv_lens_cpu)]
+    for request, layer, own in _scores_torch(keys, values, batch, queries, policy, history, model):
+        scores[layer, :, starts[request] : starts[request] + own.scores.shape[1]] = own.scores
+    return scores
 
 
 def _nothing_evicted(batch: PagedBatch) -> list[History]:
@@ -115,22 +142,43 @@ def choose_kept_torch(
     model: ModelAttention = PLAIN_ATTENTION,
 ) -> Kept:
     """Choose as ``compact_paged`` does, by the policy's own score, request by request and layer by layer."""
-    wanted = [keys.num_layers, batch.num_requests, batch.window]
-    if queries.dim() != 5 or list(queries.shape[:3]) != wanted:
-        raise ValueError(f"queries must be [*{wanted}, num_qo_heads, head_dim], got {list(queries.shape)}")
     history = _nothing_evicted(batch) if history is None else history
     shape = (keys.num_layers, batch.num_requests, keys.num_kv_heads, batch.max_budget)
     kept_indices = torch.full(shape, -1, dtype=torch.int32, device=keys.device)
-    kept_state: list[Tensor] = []
-    memory: list[Tensor] = []
+    kept_state: list[list[Tensor]] = [[] for _ in batch.kv_lens_cpu]
+    memory: list[list[Tensor]] = [[] for _ in batch.kv_lens_cpu]
+    for request, layer, scored in _scores_torch(keys, values, batch, queries, policy, history, model):
+        prompt_len, budget = batch.prompt_lens_cpu[request], batch.budgets_cpu[request]
+        kept = select_kept(scored.scores, prompt_len, batch.window, budget)
+        kept_indices[layer, request, :, :budget] = kept
+        kept_state[request].append(scored.state.gather(1, prompt_len + kept[:, : budget - batch.window]))
+        memory[request] += [] if scored.memory is None else [scored.memory]
+    return Kept(
+        kept_indices,
+        tuple(map(torch.stack, kept_state)) if is_stateful(policy) else None,
+        tuple(map(torch.stack, memory)) if memory[0] else None,
+    )
+
+
+def _scores_torch(
+    keys: PagedBuffers,
+    values: PagedBuffers,
+    batch: PagedBatch,
+    queries: Tensor,
+    policy: Policy,
+    history: Sequence[History],
+    model: ModelAttention,
+) -> Iterator[tuple[int, int, Scored]]:
+    """Yield each request's number, each layer's and what the policy itself scores there."""
+    wanted = [keys.num_layers, batch.num_requests, batch.window]
+    if queries.dim() != 5 or list(queries.shape[:3]) != wanted:
+        raise ValueError(f"queries must be [*{wanted}, num_qo_heads, head_dim], got {list(queries.shape)}")
     first_page = 0
-    for request, (kv_len, prompt_len, budget) in enumerate(
-        zip(batch.kv_lens_cpu, batch.prompt_lens_cpu, batch.budgets_cpu, strict=True)
-    ):
+    for request, (kv_len, prompt_len) in enumerate(zip(batch.kv_lens_cpu, batch.prompt_lens_cpu, strict=True)):
         num_pages = pages_needed(kv_len, batch.page_size)
         pages = batch.kv_indices[first_page : first_page + num_pages].long()
         first_page += num_pages
-        past, layer_state, layer_memory = history[request], [], []
+        past = history[request]
         for layer in range(keys.num_layers):
             inputs = ScoreInputs(
                 queries=queries[layer, request],
@@ -142,18 +190,10 @@ def choose_kept_torch(
                 memory=None if past.memory is None else past.memory[layer],
                 layer=keys.first_layer + layer,
                 first_kv_head=keys.first_kv_head,
-                budget=budget,
+                budget=batch.budgets_cpu[request],
                 model=model,
             )
-            scored = as_scored(policy.score(inputs))
-            kept = select_kept(scored.scores, prompt_len, batch.window, budget)
-            kept_indices[layer, request, :, :budget] = kept
-            if scored.memory is not None:
-                layer_memory.append(scored.memory)
-            layer_state.append(scored.state.gather(1, prompt_len + kept[:, : budget - batch.window]))
-        kept_state.append(torch.stack(layer_state))
-        memory += [torch.stack(layer_memory)] if layer_memory else []
-    return Kept(kept_indices, tuple(kept_state) if is_stateful(policy) else None, tuple(memory) or None)
+            yield request, layer, as_scored(policy.score(inputs))
 
 
 def _gather(buffers: PagedBuffers, layer: int, pages: Tensor, num_tokens: int) -> Tensor:

@@ -1,10 +1,13 @@
 """Policies: rules that score the tokens of a request. ``registry`` has them by name."""
 
 from rkv_sglang.policies.base import (
+    Places,
     Policy,
     Scored,
     ScoreInputs,
     as_scored,
+    granularities_of,
+    is_blind,
     is_stateful,
     memory_numbers,
     needs_rope,
@@ -20,7 +23,8 @@ from rkv_sglang.policies.keydiff import KeyDiff
 from rkv_sglang.policies.longflow import LongFlow
 from rkv_sglang.policies.manifoldkv import ManifoldKV
 from rkv_sglang.policies.random import Random
-from rkv_sglang.policies.registry import POLICIES, default_sizes, make_policy
+from rkv_sglang.policies.random_attention import RandomAttention
+from rkv_sglang.policies.registry import POLICIES, default_settings, make_policy
 from rkv_sglang.policies.rkv import RKV
 from rkv_sglang.policies.snapkv import SnapKV
 from rkv_sglang.policies.streaming_llm import StreamingLLM
@@ -36,15 +40,19 @@ __all__ = [
     "KeyDiff",
     "LongFlow",
     "ManifoldKV",
+    "Places",
     "Policy",
     "Random",
+    "RandomAttention",
     "ScoreInputs",
     "Scored",
     "SnapKV",
     "StreamingLLM",
     "TriAttention",
     "as_scored",
-    "default_sizes",
+    "default_settings",
+    "granularities_of",
+    "is_blind",
     "is_stateful",
     "make_policy",
     "memory_numbers",

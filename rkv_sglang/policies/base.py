@@ -1,11 +1,12 @@
 """Interface of a policy: its inputs, its scores, and what it is given back at the next compaction."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
+from rkv_sglang.config import HEAD
 
 
 @dataclass(frozen=True)
@@ -93,16 +94,35 @@ class Scored:
     memory: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where tokens of one or more requests lie: all that a policy needs which looks at nothing else.
+
+    Attributes:
+        indices: Index of each among the resident tokens of its request, ``[num_tokens]``, int64.
+        kv_lens: Resident tokens of its request, the same shape.
+        logical_lens: Tokens ever seen of its request, the same shape.
+    """
+
+    indices: Tensor
+    kv_lens: Tensor
+    logical_lens: Tensor
+
+
 class Policy(Protocol):
     """A rule that scores the tokens of one request, layer by layer.
 
     A policy is a dataclass whose fields are its parameters; it refuses bad ones in ``__post_init__``. It may set class
-    attributes: ``needs_values = True`` to be given values; ``needs_statistics = True`` to be given ``model.rope`` and
-    ``model.statistics``; ``stateful = True`` to be given back, at the next
+    attributes: ``needs_values = True`` to be given values; ``needs_rope = True`` to be given ``model.rope``,
+    ``needs_statistics = True`` to be given ``model.statistics``, too; ``stateful = True`` to be given back, at the next
     compaction, the scores of the tokens that were kept (see ``needs_values`` and ``is_stateful``); ``remembers = True``
     to be given back ``Scored.memory``, of which a method ``memory_numbers(gqa_group_size, head_dim)`` says how many
-    numbers it has at the most for each KV head; ``needs_rope = True`` to be given ``model.rope``; ``default_window``
-    and ``default_buffer``, tokens, for servers on which nobody sets them.
+    numbers it has at the most for each KV head; ``default_window`` and ``default_buffer``, tokens, for servers on which
+    nobody sets them; ``granularities``, where its choice can be made, the default first (``("head",)`` where it sets
+    none).
+
+    One whose scores depend on nothing but the places of tokens has a method ``score_places(places)`` too, which returns
+    the scores of tokens with one choice for a whole request, ``[num_tokens]``, fp32 (see ``is_blind``).
     """
 
     def score(self, inputs: ScoreInputs) -> Tensor | Scored:
@@ -148,3 +168,13 @@ def memory_numbers(policy: Policy, gqa_group_size: int, head_dim: int) -> int:
 def is_stateful(policy: Policy) -> bool:
     """Return whether the scores of kept tokens must come back as ``ScoreInputs.state``."""
     return bool(getattr(policy, "stateful", False))
+
+
+def granularities_of(policy: Policy | type[Any]) -> tuple[str, ...]:
+    """Return where the policy's choice can be made, the default first."""
+    return tuple(getattr(policy, "granularities", (HEAD,)))
+
+
+def is_blind(policy: Policy | type[Any]) -> bool:
+    """Return whether one choice for a whole request needs no queries, keys or values."""
+    return hasattr(policy, "score_places")

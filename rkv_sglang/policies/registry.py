@@ -10,7 +10,7 @@ from typing import Any
 
 from rkv_sglang.config import NO_POLICY, PolicyConfig
 from rkv_sglang.messages import one_line
-from rkv_sglang.policies.base import Policy
+from rkv_sglang.policies.base import Policy, granularities_of
 from rkv_sglang.policies.h2o import H2O
 from rkv_sglang.policies.informed.beaconkv import BeaconKV
 from rkv_sglang.policies.informed.gkv import GKV
@@ -21,6 +21,7 @@ from rkv_sglang.policies.longflow import LongFlow
 from rkv_sglang.policies.manifoldkv import ManifoldKV
 from rkv_sglang.policies.parameters import check_parameters, parameter_types
 from rkv_sglang.policies.random import Random
+from rkv_sglang.policies.random_attention import RandomAttention
 from rkv_sglang.policies.rkv import RKV
 from rkv_sglang.policies.snapkv import SnapKV
 from rkv_sglang.policies.streaming_llm import StreamingLLM
@@ -35,6 +36,7 @@ POLICIES: dict[str, type[Policy]] = {
     "manifoldkv": ManifoldKV,
     "longflow": LongFlow,
     "random": Random,
+    "random_attention": RandomAttention,
     "gkv": GKV,
     "half": Half,
     "triattention": TriAttention,
@@ -51,10 +53,16 @@ def make_policy(config: PolicyConfig) -> Policy:
     ``config.parameters`` has them.
 
     Raises:
-        ValueError: The name is ``"none"`` or unknown, its package cannot be used, or a parameter does not fit; one line
-            that names the flag.
+        ValueError: The name is ``"none"`` or unknown, its package cannot be used, or the granularity or a parameter
+            does not fit; one line that names the flag.
     """
     policy_class = _find(config.policy)
+    granularities = granularities_of(policy_class)
+    if config.granularity not in granularities:
+        raise ValueError(
+            f"--kv-granularity {config.granularity} does not go with --kv-policy {config.policy}: it has not been "
+            f"shown right with it; set --kv-granularity {granularities[0]}"
+        )
     parameters = dict(config.parameters)
     try:
         check_parameters(policy_class, parameters)
@@ -69,15 +77,16 @@ def make_policy(config: PolicyConfig) -> Policy:
     return policy
 
 
-def default_sizes(name: str) -> dict[str, int]:
-    """Return which of ``window`` and ``buffer`` the policy of that name chooses itself where the user does not.
+def default_settings(name: str) -> dict[str, Any]:
+    """Return which of ``granularity``, ``window`` and ``buffer`` that policy chooses itself where the user does not.
 
     Raises:
         ValueError: The name is unknown, or its package cannot be used.
     """
     policy_class = _find(name)
     own = {size: getattr(policy_class, f"default_{size}", None) for size in ("window", "buffer")}
-    return {size: value for size, value in own.items() if value is not None}
+    own["granularity"] = granularities_of(policy_class)[0]
+    return {setting: value for setting, value in own.items() if value is not None}
 
 
 def _find(name: str) -> type[Any]:

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from devtools.tiny_models import tiny_model_path
-from rkv_sglang.integration.runtime.calibration_prompts import PROMPTS
-from rkv_sglang.policies.registry import POLICIES, default_sizes
+from rkv_sglang.integration.startup.calibration_prompts import PROMPTS
+from rkv_sglang.policies.registry import POLICIES, default_settings
 from tests.e2e.workload import assert_same_tokens, greedy, outputs_at_retractions, retracting, six_prompts
 from tests.support.harness.environment import PROBE_DIR, PROJECT_ROOT
 from tests.support.harness.scheduler import SchedulerFailed, run_scheduler
@@ -37,7 +37,7 @@ def test_tokens_equal_the_dense_oracle(policy, model_name, page_size, tmp_path):
     flags = ["--model-path", str(model), "--page-size", str(page_size), "--kv-policy", policy]
     flags += ["--rkv-budget", str(BUDGET), "--rkv-buffer", str(BUFFER)]
     # What the models turn queries by.
-    parameters, window = {}, default_sizes(policy).get("window", 8)
+    parameters, window = {}, default_settings(policy).get("window", 8)
     if policy == "beaconkv":
         parameters = {"theta": 10000.0}
     if policy == "triattention":

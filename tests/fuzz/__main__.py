@@ -1,22 +1,23 @@
 """Search for schedules under which the policy gives a wrong token, loses memory or miscounts.
 
-    python -m tests.fuzz [--schedules 2000] [--first 0] [--out FOLDER] [--smoke]
+    python -m tests.fuzz [--schedules 2000] [--first 0] [--go-on] [--out FOLDER] [--smoke]
     python -m tests.fuzz --replay SEED | --file FILE   run one schedule again
     python -m tests.fuzz --replay SEED --block         with those that ran in its process before it
     python -m tests.fuzz --shrink SEED                 make a failing one smaller and write it to .cache/fuzz
 
 A schedule comes from one integer (``generate.py``): a server's settings, requests, and what is done to them. The real
-scheduler runs it with tiny models in fp32, SGLang's strict checks and ``RKV_SGLANG_VERIFY=1`` (``driver.py``); then every
-answer is compared with the dense oracle, or with that of the same request alone (``check.py``). Writes ``fuzz.csv``,
-``fuzz.json`` and ``fuzz.png``. A failing seed is printed, and made smaller.
+scheduler runs it with tiny models in fp32, SGLang's strict checks and ``RKV_SGLANG_VERIFY=1`` (``driver.py``); then
+every answer is compared with the dense oracle, or with that of the same request alone (``check.py``). Writes
+``fuzz.csv``, ``fuzz.json`` and ``fuzz.png``. A failing seed is printed, and made smaller.
 """
 
+import json
 import sys
 import time
 from pathlib import Path
 
 from benchmarks.common.arguments import benchmark_parser
-from benchmarks.common.schema import Row, hardware_folder, run_info, write_table
+from benchmarks.common.schema import Row, hardware_folder, read_table, run_info, write_table
 from benchmarks.common.tables import FUZZ
 from tests.fuzz.campaign import Outcome, run_and_check
 from tests.fuzz.generate import BLOCK, schedule_of
@@ -28,13 +29,16 @@ FOLDER = Path(".cache/fuzz")
 SMOKE = {"schedules": 2, "first": 17}
 
 
-def record(first: int, count: int, out: Path) -> int:
-    """Run schedules and keep a row of each; return how many failed."""
-    rows: list[Row] = []
+def record(first: int, count: int, out: Path, rows: list[Row]) -> int:
+    """Run schedules and keep a row of each; return how many failed.
+
+    Args:
+        rows: Of the schedules that ran before, with the same code; they are not run again.
+    """
     failed: list[Outcome] = []
-    start = time.monotonic()
-    seeds = range(first, first + count)
-    for number, outcome in enumerate(run_and_check([schedule_of(seed) for seed in seeds]), start=1):
+    start = time.monotonic() - 60 * _minutes_before(out, rows)
+    seeds = range(first + len(rows), first + count)
+    for number, outcome in enumerate(run_and_check([schedule_of(seed) for seed in seeds]), start=len(rows) + 1):
         rows.append(row_of(outcome))
         if outcome.verdict.problems:
             failed.append(outcome)
@@ -45,7 +49,7 @@ def record(first: int, count: int, out: Path) -> int:
             info = run_info(
                 first=first,
                 minutes=round(minutes, 1),
-                failed_seeds=[bad.schedule.seed for bad in failed],
+                failed_seeds=[row["seed"] for row in rows if row["violations"]],
                 totals=totals(rows),
                 shares=shares(rows),
             )
@@ -54,6 +58,13 @@ def record(first: int, count: int, out: Path) -> int:
     for outcome in failed[:3]:
         make_smaller(outcome.schedule)
     return len(failed)
+
+
+def _minutes_before(out: Path, rows: list[Row]) -> float:
+    if not rows:
+        return 0.0
+    info = json.loads((out / f"{FUZZ.name}.json").read_text())
+    return float(info["settings"]["minutes"])
 
 
 def tell_failure(outcome: Outcome) -> None:
@@ -88,6 +99,7 @@ def main() -> int:
     parser = benchmark_parser(__doc__, smoke="two schedules; into .cache/fuzz unless told otherwise")
     parser.add_argument("--schedules", type=int, default=2000)
     parser.add_argument("--first", type=int, default=0, help="first seed")
+    parser.add_argument("--go-on", action="store_true", help="after the schedules that the folder's fuzz.csv has")
     parser.add_argument("--replay", type=int, metavar="SEED")
     parser.add_argument("--block", action="store_true", help="with --replay: all schedules of its server up to it")
     parser.add_argument("--file", type=Path, metavar="FILE")
@@ -103,7 +115,9 @@ def main() -> int:
         return 0
     if options.smoke:
         vars(options).update(SMOKE, out=options.out or FOLDER)
-    return min(record(options.first, options.schedules, options.out or hardware_folder()), 1)
+    out = options.out or hardware_folder()
+    rows = read_table(out, FUZZ) if options.go_on and (out / f"{FUZZ.name}.csv").exists() else []
+    return min(record(options.first, options.schedules, out, rows), 1)
 
 
 if __name__ == "__main__":

@@ -47,8 +47,20 @@ def check(schedule: Schedule, record: dict[str, Any], alone: dict[int, dict[str,
             continue
         problems = _check_request(schedule, index, request, record, (alone or {}).get(index), verdict.counts)
         verdict.problems += [f"request {index}: {problem}" for problem in problems]
-    verdict.problems += _check_counters(schedule, record)
+    verdict.problems += _check_counters(record)
+    if record["retractions"] and not _may_preempt(schedule):
+        verdict.problems.append(f"requests ran out of memory that was reserved for them: {record['retractions']}")
     return verdict
+
+
+def _may_preempt(schedule: Schedule) -> bool:
+    """Return whether a request may lose its slots: what those under a policy need is reserved."""
+    kinds = {event.kind for event in schedule.events}
+    return (
+        schedule.server.priority
+        or bool(kinds & {"retract", "pause_retract"})
+        or any(request.no_policy for request in schedule.requests)
+    )
 
 
 def _check_request(
@@ -81,7 +93,8 @@ def _check_request(
     elif request.needs_itself_alone:
         problems += _compare_alone(tokens, end, retractions, alone, counts)
     else:
-        problems += _compare_oracle(schedule.server, request, record["prompts"][rid], output, retractions, counts)
+        answer = output | {"info": info, "prompt": record["prompts"][rid]}
+        problems += _compare_oracle(schedule.server, request, answer, retractions, counts)
     if info is not None:
         problems += _check_info(schedule.server, request, record, rid, info)
     elif rid not in record["answered_in_queue"]:
@@ -106,7 +119,7 @@ def _compare_alone(
     alone: dict[str, Any] | None,
     counts: Counter[str],
 ) -> list[str]:
-    if alone is None or "outputs" not in alone or any(place > 0 for place, _, _ in retractions):
+    if alone is None or "outputs" not in alone or any(place["outputs"] > 0 for place in retractions):
         # Computed again with full attention, it may go another way, and the oracle does not know these settings.
         counts["not compared"] += 1
         return []
@@ -125,23 +138,22 @@ def _compare_alone(
 def _compare_oracle(
     server: ServerConfig,
     request: FuzzRequest,
-    prompt: list[int],
     output: dict[str, Any],
     retractions: list[Any],
     counts: Counter[str],
 ) -> list[str]:
-    tokens, end = output["output_ids"], output["finish_reason"]
+    tokens, end, info = output["output_ids"], output["finish_reason"], output["info"]
     if not tokens:
         return []
     limit = len(tokens) if end["type"] == "abort" else request.max_new_tokens
-    expected = expected_of(server, request, prompt, limit, retractions)
+    expected = expected_of(server, request, output["prompt"], limit, retractions)
     counts["compared with the oracle"] += 1
     counts["compared after a preemption"] += bool(retractions)
     counts["compactions compared"] += len(expected.compactions)
     certain = expected.num_certain_outputs()
     right = expected.output_ids
     differing = next((i for i, pair in enumerate(zip(tokens, right, strict=False)) if pair[0] != pair[1]), None)
-    if differing is None and len(tokens) != len(right) and min(len(tokens), len(right)) < certain:
+    if differing is None and len(tokens) != len(right):
         return [f"it has {len(tokens)} tokens instead of {len(right)}"]
     if differing is not None:
         if differing >= certain:
@@ -152,6 +164,9 @@ def _compare_oracle(
         expected.logprobs[: len(tokens)], abs=LOGPROB_TOLERANCE
     ):
         return [f"log-probabilities {output['output_logprobs']} instead of {expected.logprobs}"]
+    is_whole = end["type"] == "length" and not retractions and info is not None
+    if is_whole and info["kv_compactions"] != len(expected.compactions):
+        return [f"it was compacted {info['kv_compactions']} times instead of {len(expected.compactions)}"]
     return []
 
 
@@ -162,8 +177,8 @@ def expected_of(
     setting = Setting(
         budget=request.budget or server.budget, buffer=request.buffer or server.buffer, window=server.window
     )
-    recomputed = {place for place, _, is_copied in retractions if not is_copied and place > 0}
-    restored = {place for place, _, is_copied in retractions if is_copied} - recomputed
+    recomputed = {place["outputs"] for place in retractions if not place["copied"]} - {0}
+    restored = [place for place in retractions if place["copied"] and place["outputs"] not in recomputed]
     may_stagger = server.stagger and request.max_new_tokens - 1 > setting.budget + setting.buffer
     return dense_generate(
         tiny_model_path(server.model),
@@ -173,10 +188,12 @@ def expected_of(
         buffer=setting.buffer,
         window=setting.window,
         score=score_function(server.policy),
-        eos_token_ids=set(request.params.get("stop_token_ids", ())) | (set() if request.ignore_eos else {EOS_ID}),
+        # SGLang takes either as an end, or neither.
+        eos_token_ids=set() if request.ignore_eos else {EOS_ID, *request.params.get("stop_token_ids", ())},
         recompute_at=recomputed,
-        restore_at=restored,
-        restored_in_flight={place for place, in_flight, is_copied in retractions if is_copied and in_flight},
+        restore_at={place["outputs"] for place in restored},
+        restored_in_flight={place["outputs"] for place in restored if place["in_flight"]},
+        evicted_at_restore={place["outputs"]: place["evicted"] for place in restored},
         early=setting.early if may_stagger and not request.no_policy else None,
     )
 
@@ -201,7 +218,7 @@ def _check_info(
     return problems
 
 
-def _check_counters(schedule: Schedule, record: dict[str, Any]) -> list[str]:
+def _check_counters(record: dict[str, Any]) -> list[str]:
     stats, infos = record["stats"], record["infos"]
     problems = []
     totals = {
@@ -217,7 +234,7 @@ def _check_counters(schedule: Schedule, record: dict[str, Any]) -> list[str]:
     seen = len(record["compactions"])
     if stats["compactions"] < seen or (not record["retractions"] and stats["compactions"] != seen):
         problems.append(f"{stats['compactions']} compactions were counted and {seen} seen")
-    restored = sum(is_copied for places in record["retractions"].values() for _, _, is_copied in places)
+    restored = sum(place["copied"] for places in record["retractions"].values() for place in places)
     if stats["requests_restored"] > restored:
         problems.append(f"{stats['requests_restored']} restores were counted, {restored} requests were copied")
     return problems

@@ -32,6 +32,15 @@ def register(job: dict[str, Any], tp_rank: int) -> None:
     Driver(job["schedules"], os.path.join(job["folder"], "records"), tp_rank).register()
 
 
+def _spare_time() -> None:
+    """Leave out what takes seconds and means nothing here: compiling one function, and Python's garbage at a flush."""
+    import torch._dynamo
+    from sglang.srt.platforms import current_platform
+
+    torch._dynamo.config.disable = True
+    type(current_platform).empty_cache = lambda self: None
+
+
 class Driver:
     """Feeds the scheduler of this process."""
 
@@ -52,6 +61,7 @@ class Driver:
         components = "sglang.srt.managers.scheduler_components"
         receiver = f"{components}.request_receiver.SchedulerRequestReceiver"
         batch = "sglang.srt.managers.schedule_batch"
+        _spare_time()
         for target, function, kind in (
             ("sglang.srt.managers.scheduler.Scheduler.__init__", self._after_init, HookType.AFTER),
             (f"{receiver}._pull_raw_reqs", self._after_pull, HookType.AFTER),
@@ -165,16 +175,17 @@ class Driver:
         state = known_state_of(req)
         evicted = 0 if state is None else state.evicted_tokens
         seen = len(req.origin_input_ids) + len(req.output_ids)
-        self._held_at_release = (req.rid, req.kv.kv_allocated_len + evicted - (seen - 1))
+        self._held_at_release = (req.rid, req.kv.kv_allocated_len + evicted - (seen - 1), evicted)
 
     def _after_retract(self, result: object, req: Any, *args: object) -> None:
         from rkv_sglang.integration.runtime.requests import known_state_of
 
-        rid, num_dropped = self._held_at_release
+        rid, num_dropped, evicted = self._held_at_release
         if self._run is not None and rid == req.rid:
             state = known_state_of(req)
             is_copied = state is not None and state.host_copy is not None
-            self._run.retractions.setdefault(rid, []).append([len(req.output_ids), num_dropped == 1, is_copied])
+            place = {"outputs": len(req.output_ids), "in_flight": num_dropped == 1, "copied": is_copied}
+            self._run.retractions.setdefault(rid, []).append({**place, "evicted": evicted})
 
     # The end of a schedule.
 
@@ -230,7 +241,7 @@ class _Run:
         self.infos: dict[str, dict[str, Any]] = {}
         self.prompts: dict[str, list[int]] = {}
         self.answered_in_queue: set[str] = set()
-        self.retractions: dict[str, list[list[Any]]] = {}
+        self.retractions: dict[str, list[dict[str, Any]]] = {}
         self._schedule = schedule
         self._server = schedule.server
         self._to_send = list(range(len(schedule.requests)))

@@ -9,7 +9,7 @@ from tests.fuzz.schedule import Event, FuzzRequest, Schedule, ServerConfig
 
 # Schedules of one server.
 BLOCK = 25
-MOST_NEW_TOKENS = 90
+MOST_NEW_TOKENS = 80
 # Tokens that greedy answers of the tiny models often have, so that one of them ends an answer.
 COMMON_TOKENS = tuple(range(3, VOCAB_SIZE, 7))
 
@@ -90,7 +90,7 @@ def _request(rng: random.Random, server: ServerConfig, before: list[FuzzRequest]
         fields["garbage"] = True
     capacity = budget + buffer
     lengths = [1, 2, capacity - 1, capacity, capacity + 1, capacity + 2, capacity + buffer + 1, capacity + 2 * buffer]
-    longest = 150 if tight and rng.random() < 0.3 else MOST_NEW_TOKENS
+    longest = 130 if tight and rng.random() < 0.3 else MOST_NEW_TOKENS
     lengths += [rng.randint(1, longest) for _ in range(5)] + [longest]
     max_new_tokens = min(max(rng.choice(lengths), 1), longest)
     prompt = _prompt(rng, server, before)
@@ -109,15 +109,16 @@ def _request(rng: random.Random, server: ServerConfig, before: list[FuzzRequest]
         fields["abort_at"] = rng.randrange(0, 70)
     elif fate < 0.16:
         fields["abort_after"] = rng.randrange(0, max_new_tokens + 1)
+    params = _params(rng, server)
     if server.priority:
         fields["priority"] = rng.choice([1, 1, 2, 9])
     return FuzzRequest(
         prompt=tuple(prompt),
         max_new_tokens=max_new_tokens,
-        at_pass=rng.choice([0, 0, rng.randrange(0, 60)]),
-        ignore_eos=rng.random() < 0.8,
+        at_pass=rng.choice([0, 0, rng.randrange(0, 45)]),
+        ignore_eos=rng.random() < 0.8 and "stop_token_ids" not in params,
         logprobs=rng.random() < 0.12,
-        params=_params(rng, server),
+        params=params,
         **fields,
     )
 

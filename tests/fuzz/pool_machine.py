@@ -3,8 +3,8 @@
     python -m tests.fuzz.pool_machine [--steps 1000000] [--first 0] [--out FOLDER] [--smoke]
 
 Plan, move, free, insert, evict, match, copy and restore run on real pools, allocators and radix tree, without a server
-(``pool_world.py``). Writes ``pool_machine.csv``, ``pool_machine.json`` and ``pool_machine.png``; a failing seed is printed,
-and ``--replay SEED`` repeats it.
+(``pool_world.py``). Writes ``pool_machine.csv``, ``pool_machine.json`` and ``pool_machine.png``; a failing seed is
+printed, and ``--replay SEED`` repeats it.
 """
 
 import random
@@ -27,8 +27,15 @@ from tests.support.harness.scheduler import run_job
 
 # Name of a step and how often it is tried against the others.
 STEPS = {
-    **{"decode": 60, "admit": 8, "finish": 4, "abort": 2, "retract": 4, "readmit": 12},
-    **{"evict": 3, "match": 5, "flush": 1},
+    "decode": 60,
+    "admit": 8,
+    "finish": 4,
+    "abort": 2,
+    "retract": 4,
+    "readmit": 12,
+    "evict": 3,
+    "match": 5,
+    "flush": 1,
 }
 STEPS_PER_WORLD = 2000
 # All pages are counted, and every request looked at, once in so many steps.
@@ -122,7 +129,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def search(job: dict[str, Any]) -> dict[str, Any]:
-    """Have hypothesis choose the steps, which makes a failing sequence short; ``job`` has ``examples`` and ``steps``."""
+    """Have hypothesis choose the steps, so that a failing sequence is short; ``job`` has ``examples`` and ``steps``."""
     from hypothesis import HealthCheck, settings
     from hypothesis import strategies as st
     from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
@@ -134,6 +141,7 @@ def search(job: dict[str, Any]) -> dict[str, Any]:
         @initialize(seed=st.integers(0, 2**20))
         def start(self, seed: int) -> None:
             self.world = make_world(seed)
+            taken["admit"] += self.world.admit() + self.world.admit()
 
         def teardown(self) -> None:
             self.world.check_all()

@@ -1,9 +1,9 @@
-"""SGLang's pools, allocator and radix tree with the policy's runtime on them, and no server: what the pool machine drives.
+"""SGLang's pools, allocator and radix tree with the policy's runtime on them, and no server, for the pool machine.
 
 There is no model. What would be the KV of a token is a number of its own: of a token that full attention computed, the
-number of all tokens up to it, so that equal prefixes hold equal numbers and may be shared; of one that was computed over
-a compacted cache, a new one. Which numbers a request must hold is kept beside it, so a slot that was moved wrongly,
-freed too early or written by somebody else shows.
+number of all tokens up to it, so that equal prefixes hold equal numbers and may be shared; of one that was computed
+over a compacted cache, a new one. Which numbers a request must hold is kept beside it, so a slot that was moved
+wrongly, freed too early or written by somebody else shows.
 """
 
 import array
@@ -120,9 +120,7 @@ class World:
         if self.page_size == 1:
             self.allocator = TokenToKVPoolAllocator(size, torch.float32, "cpu", self.pool, False)
         else:
-            self.allocator = PagedTokenToKVPoolAllocator(
-                size, self.page_size, torch.float32, "cpu", self.pool, False
-            )
+            self.allocator = PagedTokenToKVPoolAllocator(size, self.page_size, torch.float32, "cpu", self.pool, False)
         self.tree = UnifiedRadixCache(
             CacheInitParams(
                 disable=not self.radix,

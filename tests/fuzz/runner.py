@@ -72,8 +72,11 @@ def _read(path: Path) -> Iterable[Record]:
 
 
 def _tail(log: str) -> list[str]:
-    """Return the lines of a log that tell why a process ended: the last traceback, without SGLang's own farewell."""
+    """Return the lines of a log that tell why a process ended: the end of its last traceback."""
     lines = [line for line in log.splitlines() if line.strip()]
-    errors = [i for i, line in enumerate(lines) if line.startswith("Traceback")]
-    end = next((i for i in range(errors[-1], len(lines)) if "Error" in lines[i]), len(lines) - 1) if errors else None
-    return lines[-LOG_LINES:] if end is None else lines[max(end - LOG_LINES + 1, 0) : end + 1]
+    start = max((i for i, line in enumerate(lines) if "Traceback (most recent call last)" in line), default=None)
+    if start is None:
+        return lines[-LOG_LINES:]
+    # What was raised stands in the first line that is not indented.
+    end = next((i for i in range(start + 1, len(lines)) if not lines[i].startswith(" ")), len(lines) - 1)
+    return [lines[end], *lines[max(start, end - LOG_LINES) : end]]

@@ -202,5 +202,5 @@ class Schedule:
 
 
 def rid_of(number: int, index: int) -> str:
-    """Return the id of a request of the ``number``-th schedule of a process; equally long, for SGLang aborts by prefix."""
+    """Return the id of a request of a process's ``number``-th schedule. Equally long: SGLang aborts by prefix."""
     return f"s{number:05d}r{index:03d}"

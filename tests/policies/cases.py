@@ -35,6 +35,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("triattention", {"statistics": "", "questions": 32, "answer_tokens": 2048}),
     ("random", {"seed": 0}),
     ("random", {"seed": 2**32 - 1}),
+    ("random_attention", {"seed": 0}),
+    ("random_attention", {"seed": 2**32 - 1}),
 ]
 
 

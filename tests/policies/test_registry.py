@@ -10,25 +10,26 @@ import pytest
 import torch
 
 from rkv_sglang.config import PolicyConfig
-from rkv_sglang.policies import POLICIES, RKV, ScoreInputs, SnapKV, is_stateful, make_policy, needs_values, policy_names
+from rkv_sglang.policies import (
+    POLICIES,
+    RKV,
+    ScoreInputs,
+    SnapKV,
+    granularities_of,
+    is_blind,
+    is_stateful,
+    make_policy,
+    needs_values,
+    policy_names,
+)
 from rkv_sglang.policies.parameters import check_parameters
 from tests.policies.cases import CASES, policy_of
 from tests.support.harness.environment import PROJECT_ROOT
 
 THIRD_PARTY_DIR = PROJECT_ROOT / "tests" / "policies" / "third_party"
 BUILT_IN = (
-    "rkv",
-    "snapkv",
-    "h2o",
-    "streaming_llm",
-    "keydiff",
-    "manifoldkv",
-    "longflow",
-    "random",
-    "gkv",
-    "half",
-    "triattention",
-    "beaconkv",
+    *("rkv", "snapkv", "h2o", "streaming_llm", "keydiff", "manifoldkv", "longflow", "random", "random_attention"),
+    *("gkv", "half", "triattention", "beaconkv"),
 )
 
 
@@ -73,6 +74,30 @@ def test_what_compaction_must_hand_over() -> None:
     policies = {name: policy_of(name, parameters) for name, parameters in CASES}
     assert {name for name, policy in policies.items() if needs_values(policy)} == {"longflow"}
     assert {name for name, policy in policies.items() if is_stateful(policy)} == {"h2o", "random", "gkv"}
+    assert {name for name, policy in policies.items() if is_blind(policy)} == {
+        "streaming_llm",
+        "random",
+        "random_attention",
+    }
+
+
+def test_where_each_choice_can_be_made() -> None:
+    class OfAnotherPackage:
+        """Says nothing of it."""
+
+    granularities = {name: granularities_of(policy) for name, policy in POLICIES.items()}
+    assert granularities == {
+        **dict.fromkeys(BUILT_IN, ("head", "request")),
+        **dict.fromkeys(("manifoldkv", "longflow", "gkv", "half", "triattention", "beaconkv"), ("head",)),
+        "random_attention": ("request", "head"),
+    }
+    assert granularities_of(OfAnotherPackage) == ("head",)
+    for name, own in granularities.items():
+        for granularity in {"head", "request"} - {*own}:
+            with pytest.raises(
+                ValueError, match=f"^--kv-granularity {granularity} does not go with --kv-policy {name}:"
+            ):
+                make_policy(PolicyConfig(policy=name, granularity=granularity))
 
 
 def test_settings_with_a_flag_reach_the_policies_that_have_them() -> None:
@@ -112,7 +137,7 @@ def test_snapkv_is_rkv_without_redundancy() -> None:
         ("rkv", {"mix_lambda": "0.1"}, "mix_lambda must be float, got '0.1': its parameters are mix_lambda (float), k"),
         ("rkv", {"mix_lambda": float("nan")}, "mix_lambda must be float, got nan"),
         ("rkv", {"mix_lambda": 1.5}, "--rkv-mix-lambda 1.5 is not a number in [0, 1]"),
-        ("half", {"seed": 2**32}, "seed must be in [0, 2^32), got 4294967296"),
+        ("half", {"seed": 2**32}, "seed must be below 2^32, got 4294967296"),
         ("beaconkv", {"num_recent": 0}, "num_recent must be at least 1, got 0"),
         ("beaconkv", {"num_beacons": 61}, "num_recent 4 and num_beacons 61 are together more than 64"),
         ("triattention", {"questions": 33}, "questions must be at most 32, got 33"),

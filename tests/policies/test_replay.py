@@ -56,7 +56,7 @@ def test_the_top_scorers_the_window_and_the_prompt_are_kept(
                     beacons=beacons[head],
                     prompt_len=prompt_len,
                     budget=budget,
-                    kv_head=head,
+                    head=head,
                     usual=usual_queries(MODEL, 0, slice(head * GROUP, (head + 1) * GROUP)),
                 ),
                 **case[1],

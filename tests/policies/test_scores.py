@@ -30,7 +30,7 @@ def one_head(inputs: ScoreInputs, head: int, values: Tensor, positions: list[int
         prompt_len=inputs.prompt_len,
         budget=inputs.budget or 0,
         layer=inputs.layer,
-        kv_head=inputs.first_kv_head + head,
+        head=inputs.first_kv_head + head,
         logit_scale=inputs.model.logit_scale,
         logit_cap=inputs.model.logit_cap or None,
         usual=usual_queries(inputs.model, inputs.layer, slice(head * GROUP, (head + 1) * GROUP)),

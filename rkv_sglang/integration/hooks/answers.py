@@ -28,7 +28,8 @@ def answer_info(req: Any) -> dict[str, Any]:
     ``kv_resident_tokens`` are those held at the end, the last token not among them (its KV is never computed), and 0 of
     one that ended while it waited; ``kv_evicted_tokens`` are counted over the whole life, so a token evicted again
     after a retraction counts twice.
-    ``kv_trace`` is there if the request asked for it; with tensor parallelism it knows the first rank's heads.
+    ``kv_trace`` is there if the request asked for it; with tensor parallelism it knows the first rank's heads, and
+    where all heads keep the same it has one row for all.
     """
     runtime = get_runtime()
     config = runtime.config_of(req)
@@ -42,8 +43,8 @@ def answer_info(req: Any) -> dict[str, Any]:
     }
     trace = trace_of(req)
     if trace is not None:
-        keys = runtime.parts.buffers.keys
-        info[TRACE_KEY] = {"num_layers": keys.num_layers, "num_kv_heads": keys.num_kv_heads, "compactions": trace}
+        num_layers, num_kv_heads = runtime.trace_shape
+        info[TRACE_KEY] = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "compactions": trace}
     return info
 
 

@@ -45,7 +45,7 @@ def start_scheduler(init: Callable[..., None], scheduler: Any, server_args: Any,
     from rkv_sglang.integration.hooks.admission import ADMISSION_HOOKS
     from rkv_sglang.integration.hooks.answers import STREAMER_HOOKS
     from rkv_sglang.integration.hooks.metrics import METRICS_HOOKS
-    from rkv_sglang.integration.hooks.model import MODEL_HOOKS
+    from rkv_sglang.integration.hooks.model import CAPTURE_HOOKS, MODEL_HOOKS
     from rkv_sglang.integration.hooks.restore import RESTORE_HOOKS
     from rkv_sglang.integration.hooks.scheduler import SCHEDULER_HOOKS
     from rkv_sglang.integration.runtime.current import set_runtime
@@ -54,7 +54,9 @@ def start_scheduler(init: Callable[..., None], scheduler: Any, server_args: Any,
 
     runtime = Runtime(config_from_args(resolving_view(server_args)))
     set_runtime(runtime)
-    install(MODEL_HOOKS + ADMISSION_HOOKS + RESTORE_HOOKS + SCHEDULER_HOOKS + STREAMER_HOOKS + METRICS_HOOKS)
+    capture_hooks = () if runtime.looks_at_nothing else CAPTURE_HOOKS
+    install(MODEL_HOOKS + capture_hooks + ADMISSION_HOOKS + RESTORE_HOOKS)
+    install(SCHEDULER_HOOKS + STREAMER_HOOKS + METRICS_HOOKS)
     init(scheduler, server_args, *args, **kwargs)
     refuse_runtime(scheduler)
     runtime.bind_scheduler(scheduler)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rkv_sglang.algorithm.model_attention import ModelAttention
+from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.algorithm.query_statistics import QueryStatistics
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.query_window import QueryWindow
 from rkv_sglang.cache.step_tensors import warm_up_step
-from rkv_sglang.config import PolicyConfig
-from rkv_sglang.integration.runtime.calibration import rope_of
+from rkv_sglang.config import REQUEST, PolicyConfig
 from rkv_sglang.integration.runtime.metrics import PolicyMetrics
+from rkv_sglang.integration.startup.calibration import rope_of
 from rkv_sglang.kernels.dispatch import runs_triton
 from rkv_sglang.kernels.warmup import warm_up
-from rkv_sglang.policies import Policy, memory_numbers, needs_rope, needs_statistics
+from rkv_sglang.policies import Policy, is_blind, memory_numbers, needs_rope, needs_statistics
 from rkv_sglang.sizes.query_rows import num_query_rows
 
 # How much more than what a policy remembers a compaction holds meanwhile.
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelParts:
-    """Parts on the model's side, there once its KV pool is.
+class Scored:
+    """What scores are made of; there once the KV pool is, and only where the policy looks at keys or queries.
 
     Attributes:
         buffers: The KV pool, all layers of this rank.
@@ -44,24 +45,40 @@ class ModelParts:
     buffers: KVBuffers
     query_window: QueryWindow
     first_layer: int
-    attention: ModelAttention
+    attention: ModelAttention = PLAIN_ATTENTION
     memory_bytes: int = 0
+
+    @property
+    def request_bytes(self) -> int:
+        """Bytes that compacting a request takes besides what its tokens do."""
+        return self.query_window.row_bytes + self.memory_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts(ModelParts):
+class Parts:
     """All that the policy works on, there once the scheduler is built.
 
     Attributes:
         scheduler: SGLang's.
+        scored: None where nothing is looked at: no query is recorded then.
         metrics: None where the scheduler reports none.
     """
 
     scheduler: Scheduler
+    scored: Scored | None
     metrics: PolicyMetrics | None
 
+    def timed(self) -> contextlib.AbstractContextManager[None]:
+        """Observe how long the work within takes, if the scheduler reports metrics."""
+        return contextlib.nullcontext() if self.metrics is None else self.metrics.timed()
 
-def model_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy) -> ModelParts:
+
+def looks_at_nothing(config: PolicyConfig, policy: Policy) -> bool:
+    """Return whether the policy, as it is set, needs no queries, keys or values."""
+    return config.granularity == REQUEST and is_blind(policy)
+
+
+def scored_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy) -> Scored:
     """Take the KV pool, allocate the query window, and compile what will run on them.
 
     Call it before CUDA graphs are captured.
@@ -110,7 +127,7 @@ def model_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy)
         warm_up_step(query_window, req_to_token)
     group_size = layers[0].tp_q_head_num // layers[0].tp_k_head_num
     numbers = memory_numbers(policy, group_size, layers[0].qk_head_dim) * len(layers) * layers[0].tp_k_head_num
-    return ModelParts(
+    return Scored(
         buffers=buffers,
         query_window=query_window,
         first_layer=pool.start_layer,

@@ -6,13 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
-from rkv_sglang.cache.trace import pack_compaction
 from rkv_sglang.config import NO_POLICY, POLICY_FIELD, PolicyConfig
 from rkv_sglang.messages import shown
-from rkv_sglang.sizes.compaction_plan import CompactionPlan
 from rkv_sglang.sizes.lengths import RequestState
+from rkv_sglang.sizes.pages import ceil_to_page
 from rkv_sglang.sizes.stagger import head_start
 
 BUDGET_FIELD, BUFFER_FIELD = "kv_budget", "kv_buffer"
@@ -75,19 +72,6 @@ def end_request(scheduler: Any, req: Any, reason: Any) -> None:
     scheduler.output_streamer.stream_output([req], req.return_logprob)
 
 
-def add_to_trace(req: Any, plan: CompactionPlan, kept_indices: Tensor | None) -> None:
-    """Add to the request's trace, if it has one, what was kept; its state has not recorded the plan yet.
-
-    Waits for the current stream, which must be the one that fills the indices; only who asks for it pays.
-    """
-    trace = trace_of(req)
-    if trace is not None and kept_indices is not None:
-        evicted_before = state_of(req).evicted_tokens
-        trace.append(
-            pack_compaction(kept_indices.cpu(), resident_len=plan.generated_len, evicted_before=evicted_before)
-        )
-
-
 def _refuse_strange_fields(custom_params: Any) -> None:
     """Refuse what would pass for settings of the policy and be none."""
     if not isinstance(custom_params, Mapping):
@@ -128,11 +112,16 @@ def config_for(custom_params: Any, server: PolicyConfig, pool_size: int) -> Poli
             raise ValueError(f"{POLICY_FIELD} {NO_POLICY!r} has no {' or '.join(asked)}: leave one of them out")
         return None
     for name, value in asked.items():
-        least = server.window + 1 if name == BUDGET_FIELD else 1
+        least = server.least_budget if name == BUDGET_FIELD else server.block
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             why = f" (the window of {server.window} is kept inside it)" if name == BUDGET_FIELD else ""
             raise ValueError(
                 f"{name} {shown(value)} is not an integer of at least {least}{why}: set it to {least} or more"
+            )
+        if name == BUFFER_FIELD and value % server.block != 0:
+            raise ValueError(
+                f"{name} {value} is no multiple of the {server.block} tokens that this server drops together: set it "
+                f"to {ceil_to_page(value, server.block)}"
             )
     config = replace(
         server, budget=asked.get(BUDGET_FIELD, server.budget), buffer=asked.get(BUFFER_FIELD, server.buffer)

@@ -79,8 +79,7 @@ def save_if_too_long(req: Any) -> None:
         return
     state.host_copy = _save(runtime, req, saved_len)
     # Else a request that ends while it waits would be kept, with its copy, until its row is needed.
-    if runtime.parts.query_window.has_row(req.kv.req_pool_idx, req):
-        runtime.parts.query_window.release(req.kv.req_pool_idx)
+    runtime.forget_queries(req)
 
 
 def _save(runtime: Runtime, req: Any, saved_len: int) -> HostCopy | None:

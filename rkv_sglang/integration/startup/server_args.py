@@ -9,14 +9,17 @@ from typing import Any
 
 from sglang.srt import server_args as sglang_args
 
-from rkv_sglang.config import NO_POLICY, POLICY_FIELD, PolicyConfig, value_problems
+from rkv_sglang.config import GRANULARITIES, NO_POLICY, POLICY_FIELD, REQUEST, PolicyConfig, value_problems
 from rkv_sglang.policy_names import policy_names
+from rkv_sglang.sizes.compaction_plan import block_of_pages
+from rkv_sglang.sizes.pages import ceil_to_page
 
 GROUP_TITLE = "KV policy (rkv_sglang)"
 
 PARAMETERS_FIELD = "kv_policy_config"
 # The record's fields of each setting. Those of every policy have a second one, as other ports of R-KV spell it.
 _FIELDS_OF_SETTING = {
+    "granularity": ("kv_granularity", "rkv_granularity"),
     "budget": ("kv_budget", "rkv_budget"),
     "buffer": ("kv_buffer", "rkv_buffer"),
     "window": ("kv_window", "rkv_window"),
@@ -32,8 +35,11 @@ _HELP = {
     "other policy keeps the prompt and at most --kv-budget plus --kv-buffer generated tokens per layer and KV head, "
     "and chooses them in its own way: R-KV (arXiv 2505.24133), SnapKV (2404.14469), H2O (2306.14048), StreamingLLM "
     "(2309.17453), KeyDiff (2504.15364), ManifoldKV (2602.08343), LongFlow (2603.11504), G-KV (2512.00504), "
-    "TriAttention (2604.04921), BeaconKV (2609.04971), at random, half by R-KV and half at "
-    "random, or as an installed package does.",
+    "TriAttention (2604.04921), BeaconKV (2609.04971), at random, anew at every compaction (2609.03430) or once, half "
+    "by R-KV and half at random, or as an installed package does.",
+    "kv_granularity": "Where the choice of what stays is made. 'head': every layer and KV head keeps tokens of its "
+    "own. 'request': all of them keep the same, in blocks of 16 tokens, or of a page where it is larger; nothing is "
+    "moved in the cache then, only its map is rewritten. A policy may have a default of its own.",
     "kv_budget": "Generated tokens kept per layer and KV head after a compaction, the window included. More keeps "
     "more of the reasoning and takes more memory. Unit: tokens.",
     "kv_buffer": "Generated tokens that may gather above the budget before the next compaction. Fewer take less "
@@ -64,6 +70,7 @@ class RKVServerArgs(sglang_args.ServerArgs, dict=True):  # type: ignore[misc, ca
 
     kv_policy: str = NO_POLICY
     # None: not named, so the policy's own default holds, or else that of PolicyConfig.
+    kv_granularity: str | None = None
     kv_budget: int | None = None
     kv_buffer: int | None = None
     kv_window: int | None = None
@@ -74,6 +81,7 @@ class RKVServerArgs(sglang_args.ServerArgs, dict=True):  # type: ignore[misc, ca
     kv_trace: bool = PolicyConfig.trace
     kv_policy_config: str | dict[str, Any] = "{}"
     # Second spellings.
+    rkv_granularity: str | None = None
     rkv_budget: int | None = None
     rkv_buffer: int | None = None
     rkv_window: int | None = None
@@ -94,7 +102,8 @@ class RKVServerArgs(sglang_args.ServerArgs, dict=True):  # type: ignore[misc, ca
         group = parser.add_argument_group(GROUP_TITLE)
         _add_flag(group, (POLICY_FIELD,), NO_POLICY, choices=policy_names())
         for setting, spellings in _FIELDS_OF_SETTING.items():
-            _add_flag(group, spellings, _DEFAULT_OF_SETTING[setting])
+            options = {"choices": GRANULARITIES} if setting == "granularity" else {}
+            _add_flag(group, spellings, _DEFAULT_OF_SETTING[setting], **options)
         _add_flag(group, (PARAMETERS_FIELD,), "{}")
 
     @classmethod
@@ -173,10 +182,11 @@ def _read_config(server_args: Any) -> tuple[PolicyConfig | None, list[str]]:
         return PolicyConfig(policy=NO_POLICY), []
     # Here, so that processes without a policy load neither policies nor torch for them.
     from rkv_sglang.integration.startup.policy_parameters import read_parameters
-    from rkv_sglang.policies import default_sizes, make_policy
+    from rkv_sglang.policies import default_settings, make_policy
 
     policy, problems = server_args.kv_policy, []
     settings: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
     parameters: dict[str, Any] = {}
     for setting in _FIELDS_OF_SETTING:
         given, problem = _given(server_args, setting)
@@ -184,14 +194,19 @@ def _read_config(server_args: Any) -> tuple[PolicyConfig | None, list[str]]:
         problems += [problem] if problem else []
     try:
         if isinstance(policy, str) and policy:
-            settings = {**default_sizes(policy), **settings}
+            defaults = default_settings(policy)
     except ValueError as error:
         problems.append(str(error))
     try:
         parameters = read_parameters(getattr(server_args, PARAMETERS_FIELD))
     except ValueError as error:
         problems.append(str(error))
-    values = {**_DEFAULT_OF_SETTING, "policy": policy, "parameters": parameters, **settings}
+    values = {**_DEFAULT_OF_SETTING, "policy": policy, "parameters": parameters, **defaults, **settings}
+    if values["granularity"] == REQUEST:
+        # Unknown until SGLang has decided it, and then this is asked again.
+        block = values["block"] = block_of_pages(getattr(server_args, "page_size", None) or 1)
+        if "buffer" not in settings:
+            values["buffer"] = ceil_to_page(values["buffer"], block)
     problems += value_problems(SimpleNamespace(**values))
     if problems:
         return None, problems

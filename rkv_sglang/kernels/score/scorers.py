@@ -28,10 +28,11 @@ from rkv_sglang.policies import (
     LongFlow,
     ManifoldKV,
     Random,
-    Scored,
+    RandomAttention,
     SnapKV,
     StreamingLLM,
     TriAttention,
+    is_stateful,
 )
 
 
@@ -78,19 +79,25 @@ class PagedInputs:
 
 @dataclass(frozen=True)
 class PagedScored:
-    """Scores of a whole batch by a policy that remembers.
+    """What a scorer returns whose policy is given back more than its scores.
 
     Attributes:
         scores: ``[num_layers, num_kv_heads, num_tokens]``.
-        memory: Of each request ``[num_layers, num_kv_heads, ...]``.
+        state: What travels with the tokens in their place, the same shape.
+        memory: Of each request ``[num_layers, num_kv_heads, ...]``; None where nothing is remembered.
     """
 
     scores: Tensor
-    memory: tuple[Tensor, ...]
+    state: Tensor
+    memory: tuple[Tensor, ...] | None = None
 
 
-# The fields of a ``Scored`` have the scores' shape, ``[num_layers, num_kv_heads, num_tokens]``.
-PagedScorer = Callable[[Any, PagedInputs], Tensor | Scored | PagedScored]
+def scored_paged(result: Tensor | PagedScored) -> PagedScored:
+    """Return what a scorer returned, with the state that it means."""
+    return result if isinstance(result, PagedScored) else PagedScored(result, result)
+
+
+PagedScorer = Callable[[Any, PagedInputs], Tensor | PagedScored]
 
 
 def _rkv(policy: RKV, inputs: PagedInputs) -> Tensor:
@@ -130,23 +137,16 @@ def _longflow(policy: LongFlow, inputs: PagedInputs) -> Tensor:
     return longflow_scores_paged(inputs.keys, inputs.values, inputs.batch, inputs.queries, model=inputs.model)
 
 
-def _streaming_llm(policy: StreamingLLM, inputs: PagedInputs) -> Tensor:
-    places = places_of(inputs.batch, [0] * inputs.batch.num_requests)
-    scores = policy.of_places(places.tokens, places.kv_lens)
-    return spread(scores, places, inputs.keys, inputs.batch.window)
-
-
-def _random(policy: Random, inputs: PagedInputs) -> Tensor:
-    evicted = [past.logical_len - n for past, n in zip(inputs.history, inputs.batch.kv_lens_cpu, strict=True)]
-    places = places_of(inputs.batch, evicted)
-    scores = policy.of_positions(places.tokens + places.shifts)
-    scores = spread(scores, places, inputs.keys, inputs.batch.window)
-    for scored, before in inputs.kept_before(scores):
+def _by_place(policy: StreamingLLM | Random, inputs: PagedInputs) -> Tensor:
+    """Score for a policy that gives all layers and heads the same."""
+    places = places_of(inputs.batch, [past.logical_len for past in inputs.history])
+    scores = spread(policy.score_places(places), places, inputs.keys, inputs.batch.window)
+    for scored, before in inputs.kept_before(scores) if is_stateful(policy) else ():
         scored.copy_(before)
     return scores
 
 
-def _gkv(policy: GKV, inputs: PagedInputs) -> Scored:
+def _gkv(policy: GKV, inputs: PagedInputs) -> PagedScored:
     batch, keys = inputs.batch, inputs.keys
     shape = (keys.num_layers, keys.num_kv_heads, batch.num_tokens)
     state = torch.full(shape, -torch.inf, dtype=torch.float32, device=keys.device)
@@ -163,7 +163,7 @@ def _gkv(policy: GKV, inputs: PagedInputs) -> Scored:
         similarity_threshold=policy.similarity_threshold,
         model=inputs.model,
     )
-    return Scored(scores, state)
+    return PagedScored(scores, state)
 
 
 def _half(policy: Half, inputs: PagedInputs) -> Tensor:
@@ -207,7 +207,18 @@ def _beaconkv(policy: BeaconKV, inputs: PagedInputs) -> PagedScored:
         num_beacons=policy.num_beacons,
         model=inputs.model,
     )
-    return PagedScored(scores, beacons)
+    return PagedScored(scores, scores, beacons)
+
+
+def _random_attention(policy: RandomAttention, inputs: PagedInputs) -> Tensor:
+    keys = inputs.keys
+    places = places_of(inputs.batch, [past.logical_len for past in inputs.history])
+    layers, heads = (
+        torch.arange(first, first + count, device=keys.device)
+        for first, count in ((keys.first_layer, keys.num_layers), (keys.first_kv_head, keys.num_kv_heads))
+    )
+    hashed = policy.of_tokens(places).repeat(keys.num_layers, keys.num_kv_heads, 1)
+    return spread(policy.of_heads(hashed, layers, heads), places, keys, inputs.batch.window)
 
 
 # By exact class: what a subclass overrides, a kernel would not know.
@@ -215,11 +226,12 @@ PAGED_SCORERS: dict[type, PagedScorer] = {
     RKV: _rkv,
     SnapKV: _snapkv,
     H2O: _h2o,
-    StreamingLLM: _streaming_llm,
+    StreamingLLM: _by_place,
     KeyDiff: _keydiff,
     ManifoldKV: _manifoldkv,
     LongFlow: _longflow,
-    Random: _random,
+    Random: _by_place,
+    RandomAttention: _random_attention,
     GKV: _gkv,
     Half: _half,
     TriAttention: _triattention,

@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from rkv_sglang.algorithm.draw import draw_tokens
 from rkv_sglang.algorithm.scoring import rkv_scores
 from rkv_sglang.algorithm.selection import select_kept
-from rkv_sglang.algorithm.validation import check_seed
 from rkv_sglang.policies.base import ScoreInputs
+from rkv_sglang.policies.random import check_seed
+from rkv_sglang.policies.random_attention import RandomAttention
 
 # Above every number that is drawn.
 CHOSEN = 2.0
@@ -21,8 +20,8 @@ class Half:
 
     R-KV keeps what is said once, a random draw keeps a line of reasoning. Of the ``n = budget - window`` tokens to keep
     ``(n + 1) // 2`` are those with the best scores of R-KV, the rest is drawn from the others: ``score_j = 2`` for the
-    former, and for the others the number in [0, 1) of ``draw_tokens``, which is another one at every compaction, layer
-    and KV head.
+    former, and for the others the number in [0, 1) of ``RandomAttention``, which is another one at every compaction,
+    layer and KV head.
 
     Attributes:
         mix_lambda: As in ``RKV``, and so the next two.
@@ -43,7 +42,7 @@ class Half:
         """See ``Policy.score``."""
         if inputs.budget is None:
             raise ValueError("policy half shares out a budget, and the inputs name none")
-        window, num_kv_heads = len(inputs.queries), inputs.keys.shape[1]
+        window = len(inputs.queries)
         scores = rkv_scores(
             inputs.queries,
             inputs.keys,
@@ -52,13 +51,7 @@ class Half:
             similarity_threshold=self.similarity_threshold,
             model=inputs.model,
         )
-        drawn = draw_tokens(
-            scores.shape[1],
-            logical_len=len(inputs.keys) + inputs.evicted_tokens,
-            kv_heads=torch.arange(num_kv_heads, device=scores.device) + inputs.first_kv_head,
-            layer=inputs.layer,
-            seed=self.seed,
-        )
+        drawn = RandomAttention(seed=self.seed).score(inputs)
         # Of the prompt nothing is drawn.
         drawn[:, : inputs.prompt_len] = 0.0
         by_score = chosen_by_score(inputs.budget, window)

@@ -30,7 +30,7 @@ class OneHead:
             a policy remembers of it.
         prompt_len: Tokens of the prompt.
         budget: Generated tokens that are kept, the window included.
-        layer, kv_head: Their numbers in the model.
+        layer, head: Their numbers in the model.
         usual: Of the group's usual queries, before their position turns them, the mean of each pair by head and the
             mean of its length; by how much a position turns each pair, and how much longer it becomes.
         beacons: Old queries of ``beaconkv`` by head of the group, before their position turned them; it brings them up
@@ -47,7 +47,7 @@ class OneHead:
     prompt_len: int = 0
     budget: int = 0
     layer: int = 0
-    kv_head: int = 0
+    head: int = 0
     usual: tuple[Vector, Vector, list[float], float] | None = None
     beacons: list[list[Any]] = field(default_factory=list)
     logit_scale: float | None = None
@@ -121,7 +121,7 @@ def _streaming_llm(head: OneHead, *, num_sinks: int) -> list[float]:
     scores = []
     for j in range(head.num_scored):
         is_sink = head.positions[j] < num_sinks
-        scores.append(2.0 * len(head.keys) - j if is_sink else float(j))
+        scores.append(2.0**24 - j if is_sink else float(j))
     return scores
 
 
@@ -191,9 +191,9 @@ def _half(head: OneHead, *, mix_lambda: float, kernel_size: int, similarity_thre
     logical_len = head.positions[-1] + 1
     scores = []
     for j in range(head.num_scored):
-        number = _scramble(j)
-        for other in (logical_len, head.kv_head, head.layer, seed):
-            number = _scramble(number ^ other)
+        number = _mix(j)
+        for other in (logical_len, head.head, head.layer, seed):
+            number = _mix(number ^ other)
         scores.append(math.floor(number / 2**8) / 2**24 if j >= head.prompt_len else 0.0)
     candidates = sorted(range(head.prompt_len, head.num_scored), key=lambda j: (-by_rkv[j], j))
     for j in candidates[: math.ceil((head.budget - head.queries.shape[1]) / 2)]:
@@ -268,17 +268,20 @@ def _beaconkv(head: OneHead, *, num_recent: int, num_beacons: int) -> list[float
     return best
 
 
-def _scramble(x: int) -> int:
+def _mix(x: int) -> int:
     x = ((x ^ (x >> 16)) * 0x45D9F3B) % 2**32
     x = ((x ^ (x >> 16)) * 0x45D9F3B) % 2**32
     return x ^ (x >> 16)
 
 
 def _random(head: OneHead, *, seed: int) -> list[float]:
-    return [
-        math.floor(_scramble(_scramble(position) ^ seed) / 2**8) / 2**24
-        for position in head.positions[: head.num_scored]
-    ]
+    return [math.floor(_mix(_mix(position) ^ seed) / 2**8) / 2**24 for position in head.positions[: head.num_scored]]
+
+
+def _random_attention(head: OneHead, *, seed: int) -> list[float]:
+    num_seen = head.positions[-1] + 1
+    draws = [_mix(_mix(j) ^ num_seen) for j in range(head.num_scored)]
+    return [math.floor(_mix(_mix(_mix(m ^ head.head) ^ head.layer) ^ seed) / 2**8) / 2**24 for m in draws]
 
 
 _LOOPS: dict[str, Callable[..., list[float]]] = {
@@ -294,4 +297,5 @@ _LOOPS: dict[str, Callable[..., list[float]]] = {
     "half": _half,
     "beaconkv": _beaconkv,
     "triattention": _triattention,
+    "random_attention": _random_attention,
 }

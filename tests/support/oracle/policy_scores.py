@@ -1,7 +1,7 @@
 """The scores of all policies for the dense oracle, from their definitions, with everything written out in full."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,7 @@ def _half(
     )
     logical_len = int(inputs.positions.max()) + 1
     drawn = [
-        [_hash_all(j, logical_len, head, inputs.layer, seed) for j in range(by_rkv.shape[1])]
-        for head in range(len(by_rkv))
+        [_hash(j, logical_len, head, inputs.layer, seed) for j in range(by_rkv.shape[1])] for head in range(len(by_rkv))
     ]
     scores = torch.tensor(drawn, dtype=torch.float32)
     scores[:, : inputs.prompt_len] = 0.0
@@ -182,13 +181,6 @@ def _beaconkv(inputs: ScoreInputs, *, num_recent: int = 4, num_beacons: int = 28
     return (logits * inputs.scale).softmax(dim=-1).amax(dim=(1, 2)).float()
 
 
-def _hash_all(*numbers: int) -> float:
-    mixed = 0
-    for number in numbers:
-        mixed = _mix(mixed ^ number)
-    return (mixed >> 8) / 2**24
-
-
 def _random(inputs: ScoreInputs, *, seed: int = 0) -> torch.Tensor:
     return torch.tensor(
         [[_hash(position, seed) for position in row] for row in _scored_positions(inputs).tolist()],
@@ -196,14 +188,23 @@ def _random(inputs: ScoreInputs, *, seed: int = 0) -> torch.Tensor:
     )
 
 
-def _hash(position: int, seed: int) -> float:
-    return (_mix(_mix(position) ^ seed) >> 8) / 2**24
+def _random_attention(inputs: ScoreInputs, *, seed: int = 0, whole_request: bool = False) -> torch.Tensor:
+    num_seen = (inputs.positions[:, -1] + 1).tolist()
+    of_head = [(num, seed) if whole_request else (num, head, inputs.layer, seed) for head, num in enumerate(num_seen)]
+    return torch.tensor(
+        [[_hash(index, *others) for index in range(_num_scored(inputs))] for others in of_head], dtype=torch.float32
+    )
 
 
-def _mix(number: int) -> int:
-    for _ in range(2):
-        number = ((number >> 16) ^ number) * 0x45D9F3B % 2**32
-    return (number >> 16) ^ number
+@cache
+def _hash(*numbers: int) -> float:
+    mixed = 0
+    for number in numbers:
+        mixed ^= number
+        for _ in range(2):
+            mixed = ((mixed >> 16) ^ mixed) * 0x45D9F3B % 2**32
+        mixed = (mixed >> 16) ^ mixed
+    return (mixed >> 8) / 2**24
 
 
 def _num_scored(inputs: ScoreInputs) -> int:
@@ -227,4 +228,5 @@ _SCORES: dict[str, Callable[..., torch.Tensor]] = {
     "half": _half,
     "triattention": _triattention,
     "beaconkv": _beaconkv,
+    "random_attention": _random_attention,
 }

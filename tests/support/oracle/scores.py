@@ -20,9 +20,9 @@ class ScoreInputs:
         prompt_len: Leading tokens that cannot be dropped.
         memory: One number for every logical position, ``[num_kv_heads, capacity]``, fp32, 0 after a prefill. A policy
             with a memory reads and writes it; nothing else does.
+        layer: Number of the layer.
         logit_scale: Factor of the products of queries and keys; None: ``head_dim ** -0.5``.
         budget: Generated tokens that are kept, the window included.
-        layer: Number of the layer.
         beacons: What ``beaconkv`` remembers of this layer, at the most one tensor; it brings it up to date.
     """
 
@@ -32,9 +32,9 @@ class ScoreInputs:
     positions: torch.Tensor
     prompt_len: int
     memory: torch.Tensor | None = None
+    layer: int = 0
     logit_scale: float | None = None
     budget: int = 0
-    layer: int = 0
     beacons: list[torch.Tensor] = field(default_factory=list)
 
     @property

@@ -56,7 +56,7 @@ def test_matches_loops(name: str, parameters: dict[str, Any], attempt: int) -> N
             prompt_len=3,
             budget=window + 6,
             layer=4,
-            kv_head=head,
+            head=head,
         )
         expected = torch.tensor(loop_scores(name, one_head, **parameters)).double()
         if name == "streaming_llm":

@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rkv_sglang.algorithm import draw
 from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
-from rkv_sglang.algorithm.validation import check_kernel_size, check_mix_lambda, check_seed, check_threshold
+from rkv_sglang.algorithm.validation import check_kernel_size, check_mix_lambda, check_threshold
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
 from rkv_sglang.kernels.score.attention import run_key_passes
 from rkv_sglang.kernels.score.checks import check_score_inputs
@@ -25,9 +24,10 @@ from rkv_sglang.kernels.score.per_head.attention import pool_neighbours
 from rkv_sglang.kernels.score.pool_pass import POINTER_TYPES
 from rkv_sglang.kernels.select import beats_cut, find_cut
 from rkv_sglang.kernels.transfer import to_device
+from rkv_sglang.policies import random
 from rkv_sglang.policies.informed.half import CHOSEN
 
-MULTIPLIER = tl.constexpr(draw.MULTIPLIER)
+MULTIPLIER = tl.constexpr(random.MULTIPLIER)
 BEST = tl.constexpr(CHOSEN)
 # Scores that a program reads at a time.
 BLOCK = 1024
@@ -146,7 +146,7 @@ def half_scores_paged(
     check_mix_lambda(mix_lambda)
     check_kernel_size(kernel_size)
     check_threshold(similarity_threshold)
-    check_seed(seed)
+    random.check_seed(seed)
     check_score_inputs(keys, batch, queries)
     passes = run_key_passes(
         keys, batch, queries, threshold=similarity_threshold, num_unscored=batch.window, model=model, config=config

@@ -22,7 +22,7 @@ from rkv_sglang.algorithm.model_attention import ModelAttention
 from rkv_sglang.algorithm.query_statistics import QueryStatistics
 from rkv_sglang.algorithm.rope import Rope
 from rkv_sglang.cache.statistics_file import load_statistics, save_statistics
-from rkv_sglang.integration.runtime.calibration_prompts import PROMPTS
+from rkv_sglang.integration.startup.calibration_prompts import PROMPTS
 from rkv_sglang.integration.startup.errors import RefusedError
 
 if TYPE_CHECKING:
