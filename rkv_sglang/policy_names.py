@@ -11,6 +11,8 @@ OWN_NAMES = (
     *("rkv", "snapkv", "h2o", "streaming_llm", "keydiff", "manifoldkv", "longflow", "random", "random_attention"),
     *("gkv", "half", "triattention", "beaconkv"),
 )
+# Of these, those that look at places alone where one choice is made for a whole request.
+BLIND_NAMES = ("streaming_llm", "random", "random_attention")
 
 
 def policy_names() -> tuple[str, ...]:

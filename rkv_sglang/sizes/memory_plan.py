@@ -55,9 +55,19 @@ class ModelShape:
         return queries + self.num_layers * self.num_kv_heads * carried / config.capacity
 
 
-def pool_tokens(shape: ModelShape, num_bytes: int, config: PolicyConfig | None, page_size: int = 1) -> int:
-    """Return how many tokens the pool holds when it shares ``num_bytes`` with the policy's side buffers."""
-    per_token = shape.kv_bytes + (shape.side_bytes(config) if config is not None else 0.0)
+def pool_tokens(
+    shape: ModelShape,
+    num_bytes: int,
+    config: PolicyConfig | None,
+    page_size: int = 1,
+    *,
+    looks_at_nothing: bool = False,
+) -> int:
+    """Return how many tokens the pool holds when it shares ``num_bytes`` with the policy's side buffers.
+
+    A policy that looks at no queries, keys or values has none.
+    """
+    per_token = shape.kv_bytes + (0.0 if config is None or looks_at_nothing else shape.side_bytes(config))
     return int(num_bytes / per_token) // page_size * page_size
 
 

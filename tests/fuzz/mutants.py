@@ -253,15 +253,15 @@ MUTANTS = (
     Mutant(
         "a counter counts compactions for requests",
         "integration/runtime/stats.py",
-        "self.requests_compressed += state.compactions == 1",
+        "self.requests_compressed += state.compactions + state.discarded_compactions == 1",
         "self.requests_compressed += 1",
         ("tests/e2e/test_request_settings.py", "-k", "sums_of_meta_info"),
     ),
     Mutant(
         "an answer says that nothing was evicted",
         "integration/hooks/answers.py",
-        "RESIDENT_KEY: seen - state.evicted_tokens,",
-        "RESIDENT_KEY: seen,",
+        "len(req.output_ids) - 1 - state.evicted_tokens",
+        "len(req.output_ids) - 1",
         ("tests/e2e/test_request_settings.py", "-k", "what_was_compressed"),
     ),
 )

@@ -3,8 +3,9 @@
     python -m tests.fuzz.mutations [--only WORDS] [--schedules 60] [--steps 4000] [--no-tests] [--out FOLDER]
 
 For each fault of ``mutants.py``: does the test named for it fail, after how many schedules does the fuzzer find it, and
-after how many steps the pool machine? Everything runs in a copy of the checkout; the checkout itself is never changed.
-Writes ``mutations.csv`` and ``mutations.json`` and prints a table. Status 1 if a fault is found by nothing.
+does the pool machine? Everything runs in a copy of the checkout; the checkout itself is never changed.
+Writes ``mutations.csv``, ``mutations.json`` and ``mutations.png`` and prints a table. Status 1 if a fault is found by
+nothing.
 """
 
 import json
@@ -22,6 +23,7 @@ from benchmarks.common.arguments import benchmark_parser
 from benchmarks.common.schema import Row, hardware_folder, run_info, write_table
 from benchmarks.common.tables import MUTATIONS
 from tests.fuzz.mutants import MUTANTS, Mutant
+from tests.fuzz.report import plot_mutations
 from tests.support.harness.environment import PROJECT_ROOT
 
 COPIED = ("rkv_sglang", "tests", "devtools", "benchmarks", "docs", "pyproject.toml", "README.md", "CHANGELOG.md")
@@ -175,6 +177,7 @@ def main() -> int:
                 print(f"{mutant.name}: its test {'fails' if row['test_fails'] else 'PASSES'}", flush=True)
     out = options.out or hardware_folder()
     write_table(out, MUTATIONS, rows, run_info(most_schedules=options.schedules, steps=options.steps))
+    plot_mutations(out)
     missed = [row["fault"] for row in rows if not (row["schedules"] or row["pool_machine"] or row["test_fails"])]
     print(f"{len(rows) - len(missed)} of {len(rows)} faults found; missed: {missed}")
     return min(len(missed), 1)

@@ -23,6 +23,7 @@ from rkv_sglang.policies import (
     policy_names,
 )
 from rkv_sglang.policies.parameters import check_parameters
+from rkv_sglang.policy_names import BLIND_NAMES
 from tests.policies.cases import CASES, policy_of
 from tests.support.harness.environment import PROJECT_ROOT
 
@@ -74,11 +75,7 @@ def test_what_compaction_must_hand_over() -> None:
     policies = {name: policy_of(name, parameters) for name, parameters in CASES}
     assert {name for name, policy in policies.items() if needs_values(policy)} == {"longflow"}
     assert {name for name, policy in policies.items() if is_stateful(policy)} == {"h2o", "random", "gkv"}
-    assert {name for name, policy in policies.items() if is_blind(policy)} == {
-        "streaming_llm",
-        "random",
-        "random_attention",
-    }
+    assert {name for name, policy in policies.items() if is_blind(policy)} == {*BLIND_NAMES}
 
 
 def test_where_each_choice_can_be_made() -> None:

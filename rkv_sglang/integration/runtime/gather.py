@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from rkv_sglang.cache.compact import DueRequest, compact_requests
+from rkv_sglang.cache.compact import Compacted, DueRequest, compact_requests
 from rkv_sglang.cache.step_tensors import read_slots
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.runtime.jobs import Job, on_forward_stream
 from rkv_sglang.integration.runtime.parts import Parts
-from rkv_sglang.integration.runtime.verification import checked
 from rkv_sglang.integration.startup.verify_switch import is_verifying
 from rkv_sglang.policies import Policy
 from rkv_sglang.sizes.compaction_plan import GatherPlan, plan_compaction
@@ -51,8 +51,7 @@ def compact(parts: Parts, policy: Policy, window: int, batch: ScheduleBatch, job
         def read_queries(part: slice, layers: slice) -> Tensor:
             return query_window.read(places[part], layers)
 
-        compact_kv = checked(compact_requests, scheduler.tree_cache) if is_verifying() else compact_requests
-        results = compact_kv(
+        results = _compacting(scheduler.tree_cache)(
             scored.buffers,
             [
                 DueRequest(job.plan, own, job.logical_len, job.state.kept_state, job.state.memory, job.wants_trace)
@@ -75,3 +74,13 @@ def compact(parts: Parts, policy: Policy, window: int, batch: ScheduleBatch, job
         if job.plan.freed_start < job.plan.freed_end:
             scheduler.tree_cache.free_kv_row(job.req.kv, [(job.plan.freed_start, job.plan.freed_end)])
     allocator.free_group_end()
+
+
+def _compacting(tree_cache: Any) -> Callable[..., list[Compacted]]:
+    """Return what compacts, with all that it does checked if a server was started so, the radix tree's slots too."""
+    if not is_verifying():
+        return compact_requests
+    # Here, so that other servers do not load it.
+    from rkv_sglang.cache.verify import compact_and_verify
+
+    return partial(compact_and_verify, compact_requests, tree_cache.all_values_flatten().long())

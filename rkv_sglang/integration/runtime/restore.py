@@ -96,7 +96,7 @@ def _save(runtime: Runtime, req: Any, saved_len: int) -> HostCopy | None:
         torch.distributed.all_reduce(is_saved, torch.distributed.ReduceOp.MIN, group=scheduler.tp_cpu_group)
         copy = copy if is_saved.item() else None
     if copy is None:
-        logger.warning("The host has no memory for the %d cached tokens of request %s.", saved_len, req.rid)
+        logger.warning("No memory is left for a copy of the %d cached tokens of request %s.", saved_len, req.rid)
     return copy
 
 

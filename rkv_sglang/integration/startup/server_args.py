@@ -10,6 +10,7 @@ from typing import Any
 from sglang.srt import server_args as sglang_args
 
 from rkv_sglang.config import GRANULARITIES, NO_POLICY, POLICY_FIELD, REQUEST, PolicyConfig, value_problems
+from rkv_sglang.messages import shown
 from rkv_sglang.policy_names import policy_names
 from rkv_sglang.sizes.compaction_plan import block_of_pages
 from rkv_sglang.sizes.pages import ceil_to_page
@@ -152,7 +153,9 @@ def _names_a_policy(path: str) -> bool:
 
 def policy_name(server_args: Any) -> str:
     """Return the policy asked for, ``"none"`` for a record of SGLang's own class."""
-    return str(getattr(server_args, POLICY_FIELD, NO_POLICY))
+    name = getattr(server_args, POLICY_FIELD, NO_POLICY)
+    # Callers in Python may give anything; it is refused later, by this name.
+    return name if isinstance(name, str) else shown(name)
 
 
 def config_from_args(server_args: Any) -> PolicyConfig:
@@ -234,7 +237,7 @@ def _given(server_args: Any, setting: str) -> tuple[dict[str, Any], str | None]:
         (first, value), (second, other) = values.items()
         if value != other:
             problem = (
-                f"{_flag(first)} {value!r} and {_flag(second)} {other!r} are two spellings of one setting: "
+                f"{_flag(first)} {shown(value)} and {_flag(second)} {shown(other)} are two spellings of one setting: "
                 f"set {_flag(first)} only"
             )
     return {setting: next(iter(values.values()))} if values else {}, problem

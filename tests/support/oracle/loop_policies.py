@@ -232,7 +232,7 @@ def _triattention(head: OneHead, **of_the_calibration: Any) -> list[float]:
 
 
 def _beaconkv(head: OneHead, *, num_recent: int, num_beacons: int) -> list[float]:
-    group_size, window, head_dim = head.queries.shape
+    group_size, window, _ = head.queries.shape
     assert head.usual is not None
     _, _, inv_freqs, _ = head.usual
     logical_len = head.positions[-1] + 1
