@@ -2,7 +2,8 @@
 
     python -m benchmarks.quality --model .cache/models/SmolLM2-135M-Instruct
         [--policies rkv,random] [--budgets 64,128,256] [--num-prompts 32] [--num-tokens 336]
-        [--parts forced,free,recall] [--recall-form mixed|early] [--batch-size 32] [--num-servers 1] [--prompts FILE] [--smoke] [--fresh]
+        [--parts forced,free,recall] [--recall-form mixed|early] [--batch-size 32] [--num-servers 1] [--prompts FILE]
+        [--smoke] [--fresh]
     python -m benchmarks.quality --plot-only FOLDER
 
 Real servers with the plugin generate every token, one server a policy; each request asks for its own budget (the
