@@ -215,7 +215,7 @@ ACCURACY = Table(
     "one setting: a server's KV policy with its budget and buffer, or none",
     (
         Column("dataset", str, "", "file or data set of the problems"),
-        Column("setting", str, "", "none or POLICY:BUDGET:BUFFER"),
+        Column("setting", str, "", "none or POLICY:BUDGET:BUFFER, with NAME=VALUE behind it"),
         *_POLICY,
         Column("problems", int, "", "problems asked"),
         Column("samples", int, "", "answers sampled for every problem"),
@@ -317,7 +317,7 @@ SOAK = Table(
     (
         Column("seconds", float, "s", "since the load began"),
         Column("phase", str, "", "load, or idle: nothing asked and the prefix cache emptied"),
-        Column("pss_main_mib", float, "MiB", "proportional set size of the process with the HTTP server"),
+        Column("pss_main_mib", float, "MiB", "PSS, without files, of the process with the HTTP server"),
         Column("pss_scheduler_mib", float, "MiB", "of the schedulers"),
         Column("pss_detokenizer_mib", float, "MiB", "of the detokenizers"),
         Column("pss_other_mib", float, "MiB", "of all other processes of the server"),

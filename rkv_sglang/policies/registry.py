@@ -12,6 +12,10 @@ from rkv_sglang.config import GRANULARITIES, NO_POLICY, PolicyConfig
 from rkv_sglang.messages import one_line, shown
 from rkv_sglang.policies.base import Policy, granularities_of
 from rkv_sglang.policies.h2o import H2O
+from rkv_sglang.policies.informed.beaconkv import BeaconKV
+from rkv_sglang.policies.informed.gkv import GKV
+from rkv_sglang.policies.informed.half import Half
+from rkv_sglang.policies.informed.triattention import TriAttention
 from rkv_sglang.policies.keydiff import KeyDiff
 from rkv_sglang.policies.longflow import LongFlow
 from rkv_sglang.policies.manifoldkv import ManifoldKV
@@ -33,6 +37,10 @@ POLICIES: dict[str, type[Policy]] = {
     "longflow": LongFlow,
     "random": Random,
     "random_attention": RandomAttention,
+    "gkv": GKV,
+    "half": Half,
+    "triattention": TriAttention,
+    "beaconkv": BeaconKV,
 }
 # Parameters of the policies above that have a flag of their own, and so a field in the settings.
 SHARED_PARAMETERS = ("mix_lambda", "kernel_size", "similarity_threshold")
@@ -88,7 +96,7 @@ def default_settings(name: str) -> dict[str, Any]:
         granularities = granularities_of(policy_class)
     except TypeError:
         granularities = ()
-    if not granularities or not set(granularities) <= set(GRANULARITIES):
+    if not granularities or any(granularity not in GRANULARITIES for granularity in granularities):
         raise ValueError(
             f"--kv-policy {name!r} has the granularities {shown(getattr(policy_class, 'granularities', None))}, which "
             f"are not some of {', '.join(GRANULARITIES)}: mend or uninstall its package"

@@ -159,6 +159,10 @@ def _layer_problem(scheduler: Any) -> str | None:
             return f"attention layer {layer.layer_id} has a sliding window or chunk, counted in tokens still cached"
         if layer.xai_temperature_len > 0:
             return f"attention layer {layer.layer_id} scales by length, counted in tokens still cached"
+        if (layer.scaling, layer.logit_cap) != (layers[0].scaling, layers[0].logit_cap):
+            return f"attention layers 0 and {layer.layer_id} scale or cap their logits in different ways"
+        if layer.logit_cap and layer.logit_capping_method != "tanh":
+            return f"attention layer {layer.layer_id} caps its logits by {layer.logit_capping_method}, not by tanh"
         if layer.is_cross_attention or layer.attn_type != AttentionType.DECODER:
             return f"attention layer {layer.layer_id} is not causal self-attention"
     if sorted(layer.layer_id for layer in layers) != list(range(pool.start_layer, pool.start_layer + pool.layer_num)):
