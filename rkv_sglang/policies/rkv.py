@@ -1,10 +1,12 @@
 """R-KV: keep what the window attends to, drop what repeats."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from rkv_sglang.algorithm.scoring import rkv_scores
+from rkv_sglang.config import GRANULARITIES
 from rkv_sglang.policies.base import ScoreInputs
 
 
@@ -22,6 +24,8 @@ class RKV:
         similarity_threshold: Cosine above which two keys are near-duplicates.
     """
 
+    granularities: ClassVar[tuple[str, ...]] = GRANULARITIES
+
     mix_lambda: float = 0.1
     kernel_size: int = 7
     similarity_threshold: float = 0.5
@@ -34,4 +38,5 @@ class RKV:
             mix_lambda=self.mix_lambda,
             kernel_size=self.kernel_size,
             similarity_threshold=self.similarity_threshold,
+            model=inputs.model,
         )

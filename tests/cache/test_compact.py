@@ -76,7 +76,7 @@ def test_every_head_holds_its_own_kept_tokens_in_order_and_nothing_else_changes(
     torch.manual_seed(seed)
     # Alone, as on a CPU, or with others, as on a GPU; or in runs of layers, as a long one there.
     most_tokens = rng.choice([0, 15, 60, 1000])
-    monkeypatch.setattr(compact, "_most_tokens", lambda *_: most_tokens)
+    monkeypatch.setattr(compact, "most_tokens_together", lambda *_: most_tokens)
     num_layers, num_kv_heads, group_size, head_dim = rng.randint(1, 3), rng.randint(1, 4), rng.randint(1, 3), 8
     window, num_requests = rng.randint(1, 4), rng.randint(1, 3)
     buffers = make_pool(num_layers, 200, num_kv_heads, head_dim, dtype)
@@ -97,7 +97,7 @@ def test_every_head_holds_its_own_kept_tokens_in_order_and_nothing_else_changes(
 
     compacted = compact_requests(buffers, requests, lambda part, layers: queries[layers, part], policy, window)
 
-    assert [result.kept_scores for result in compacted] == [None] * num_requests
+    assert [result.kept_state for result in compacted] == [None] * num_requests
     untouched = torch.ones(200, dtype=torch.bool)
     for request in requests:
         untouched[request.slots[request.plan.prompt_len : request.plan.kept_len]] = False
@@ -146,13 +146,13 @@ def test_attention_over_the_compacted_cache_is_attention_with_the_dropped_tokens
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def kept_scores(*arguments) -> list[torch.Tensor | None]:
-    return [result.kept_scores for result in compact_requests(*arguments)]
+def kept_state(*arguments) -> list[torch.Tensor | None]:
+    return [result.kept_state for result in compact_requests(*arguments)]
 
 
 @pytest.mark.parametrize("most_tokens", [0, 8])
 def test_what_a_stateful_policy_scored_comes_back_with_the_tokens_that_it_kept(most_tokens, monkeypatch):
-    monkeypatch.setattr(compact, "_most_tokens", lambda *_: most_tokens)
+    monkeypatch.setattr(compact, "most_tokens_together", lambda *_: most_tokens)
     window, budget, num_kv_heads, prompt_len = 2, 6, 2, 3
     buffers = make_pool(2, 32, num_kv_heads, 4, torch.float32)
     slots, policy = torch.arange(1, 20), CountingPolicy()
@@ -161,15 +161,15 @@ def test_what_a_stateful_policy_scored_comes_back_with_the_tokens_that_it_kept(m
     def read_queries(part: slice, layers: slice) -> torch.Tensor:
         return torch.randn(2, 1, window, num_kv_heads, 4)[layers]
 
-    (first,) = kept_scores(buffers, [DueRequest(plan, slots[:13], 13)], read_queries, policy, window)
+    (first,) = kept_state(buffers, [DueRequest(plan, slots[:13], 13)], read_queries, policy, window)
     # Of the generated tokens 3 to 12 the newest stay: 7 to 10 for their score, 11 and 12 as the window.
     assert first.tolist() == [[[7, 8, 9, 10]] * num_kv_heads] * 2
     plan = plan_compaction(prompt_len=prompt_len, resident_len=12, budget=budget, page_size=1)
-    (second,) = kept_scores(buffers, [DueRequest(plan, slots[:12], 16, first)], read_queries, policy, window)
+    (second,) = kept_state(buffers, [DueRequest(plan, slots[:12], 16, first)], read_queries, policy, window)
     # Tokens scored before now outrank all others; there are as many as are kept.
     assert second.tolist() == [[[1007, 1008, 1009, 1010]] * num_kv_heads] * 2
     plan = plan_compaction(prompt_len=prompt_len, resident_len=12, budget=budget + 1, page_size=1)
-    (third,) = kept_scores(buffers, [DueRequest(plan, slots[:12], 19, second)], read_queries, policy, window)
+    (third,) = kept_state(buffers, [DueRequest(plan, slots[:12], 19, second)], read_queries, policy, window)
     # One more is kept: the newest candidate, at logical position 16, which was never scored.
     assert third.tolist() == [[[2007, 2008, 2009, 2010, 16]] * num_kv_heads] * 2
 
@@ -198,7 +198,7 @@ def test_layers_are_taken_together_in_order_and_never_more_than_fit(_round, rng)
 def test_what_queries_take_counts_as_tokens(monkeypatch):
     """Room for two requests of 13 tokens: with queries worth 14 tokens each, every request is a run of its own."""
     most_tokens, plan = 26, plan_compaction(prompt_len=0, resident_len=13, budget=9, page_size=1)
-    monkeypatch.setattr(compact, "_most_tokens", lambda *_: most_tokens)
+    monkeypatch.setattr(compact, "most_tokens_together", lambda *_: most_tokens)
     buffers = make_pool(1, 60, 1, 4, torch.float32)
     token_bytes = compact.working_bytes_per_token(buffers.keys, 8)
     requests = [DueRequest(plan, torch.arange(13) + 13 * i, 13) for i in range(4)]
@@ -218,7 +218,7 @@ def test_what_queries_take_counts_as_tokens(monkeypatch):
 def test_no_indices_stay_but_those_asked_for(monkeypatch):
     """Three parts of two requests, of which the third request is traced: nothing else outlives its part."""
     window, budget, plan = 2, 6, plan_compaction(prompt_len=0, resident_len=13, budget=6, page_size=1)
-    monkeypatch.setattr(compact, "_most_tokens", lambda *_: 26)
+    monkeypatch.setattr(compact, "most_tokens_together", lambda *_: 26)
     buffers, of_parts, living = make_pool(2, 90, 2, 4, torch.float32), [], []
 
     def compact_and_watch(*arguments: object) -> object:

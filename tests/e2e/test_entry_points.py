@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from devtools.tiny_models import tiny_model_path
+from tests.docs.pages import fences, page
 from tests.e2e.workload import Setting, assert_same_tokens, greedy, oracle, six_prompts
 from tests.support.harness.environment import PROBE_DIR, PROJECT_ROOT, child_environment, device_flags
 from tests.support.harness.scheduler import run_scheduler
 from tests.support.harness.server import Server
+from tests.support.once import served_once
 from tests.support.oracle.dense import dense_generate
 from tests.support.oracle.scores import ScoreInputs
 
@@ -29,7 +31,9 @@ import json, sys
 import sglang
 
 if __name__ == "__main__":
-    model, prompt, device_options = json.loads(sys.argv[1])
+    model, prompt, device_options, documented = json.loads(sys.argv[1])
+    names = {}
+    exec(documented, names)
     engine = sglang.Engine(
         model_path=model, kv_policy="rkv", rkv_budget=21, rkv_buffer=12, max_total_tokens=4096,
         max_running_requests=8, **device_options
@@ -38,19 +42,24 @@ if __name__ == "__main__":
     answer = engine.generate(input_ids=prompt, sampling_params=params)
     info = engine.get_server_info()
     engine.shutdown()
-    print("RESULT" + json.dumps([answer["output_ids"], info["internal_states"][0]["kv_policy_stats"]]))
+    documented = [names["args"].kv_policy, names["args"].kv_budget]
+    print("RESULT" + json.dumps([answer["output_ids"], info["internal_states"][0]["kv_policy_stats"], documented]))
 """
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """``sglang serve``, which finds in a file that another package's policy compacts."""
-    config = tmp_path_factory.mktemp("config") / "server.yaml"
-    policy = """kv-policy: every_nth\nkv-policy-config: '{"stride": 3}'\n"""
+    """``sglang serve``, which finds in a file that another package's policy compacts, its parameters in a FIFO."""
+    folder = tmp_path_factory.mktemp("config")
+    config, parameters = folder / "server.yaml", folder / "parameters"
+    policy = f"kv-policy: every_nth\nkv-policy-config: {parameters}\n"
     config.write_text(f"{policy}rkv-budget: {SETTING.budget}\nrkv-buffer: {SETTING.buffer}\n")
     command = [str(Path(sys.executable).parent / "sglang"), "serve"]
     env = {"PYTHONPATH": f"{THIRD_PARTY_DIR}:{PROBE_DIR}:{PROJECT_ROOT}"}
-    with Server(["--model-path", str(MODEL), "--config", str(config)], command=command, env=env) as server:
+    with (
+        served_once(parameters, b'\xef\xbb\xbf{"stride": 3}'),
+        Server(["--model-path", str(MODEL), "--config", str(config)], command=command, env=env) as server,
+    ):
         yield server
 
 
@@ -70,9 +79,10 @@ def assert_every_third_stays(server: Server, prompt: tuple[int, ...], num_tokens
 
 
 @pytest.mark.server
-def test_sglang_serve_with_a_config_file(served):
+def test_sglang_serve_with_a_config_file_and_parameters_that_can_be_read_once(served):
     assert_every_third_stays(served, PROMPT, NUM_TOKENS)
     info = served.server_info()
+    assert info["kv_policy_config"] == {"stride": 3}
     assert (info["kv_policy"], info["rkv_budget"], info["rkv_buffer"]) == ("every_nth", 21, 12)
 
 
@@ -82,14 +92,15 @@ def test_a_policy_of_another_package_serves(served):
 
 
 @pytest.mark.server
-def test_engine_with_keyword_arguments(tmp_path):
+def test_engine_with_keyword_arguments_and_server_args_as_documented(tmp_path):
     script = tmp_path / "engine.py"
     script.write_text(ENGINE_SCRIPT)
     flags = device_flags()
     options = {
         name.removeprefix("--").replace("-", "_"): value for name, value in zip(flags[::2], flags[1::2], strict=True)
     }
-    argument = json.dumps([str(MODEL), list(PROMPT), options])
+    (documented,) = [code for code in fences(page("docs/configuration.md"), "python") if "load_plugins" in code]
+    argument = json.dumps([str(MODEL), list(PROMPT), options, documented])
     run = subprocess.run(
         [sys.executable, str(script), argument],
         env=child_environment(),
@@ -101,10 +112,11 @@ def test_engine_with_keyword_arguments(tmp_path):
     )
     assert run.returncode == 0, run.stderr[-4000:]
     result = next(line for line in run.stdout.splitlines() if line.startswith("RESULT"))
-    output_ids, stats = json.loads(result.removeprefix("RESULT"))
+    output_ids, stats, settings = json.loads(result.removeprefix("RESULT"))
     expected = oracle(MODEL, PROMPT, NUM_TOKENS, SETTING)
     assert_same_tokens(output_ids, expected, "engine")
     assert stats["compactions"] == len(expected.compactions)
+    assert settings == ["rkv", 1024]
 
 
 @pytest.mark.server

@@ -21,7 +21,7 @@ from rkv_sglang.integration.hooks.owners import (
 )
 from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.restore import add_evicted_tokens
-from rkv_sglang.policies import is_stateful
+from rkv_sglang.policies import is_stateful, memory_numbers, needs_statistics
 from rkv_sglang.sizes.memory_plan import ModelShape
 
 
@@ -30,6 +30,9 @@ def leave_room_for_side_buffers(profile: Callable[..., int], configurator: Any, 
     from sglang.srt.runtime_context import get_parallel
 
     available_bytes = profile(configurator, pre_model_load_memory)
+    runtime = get_runtime()
+    if runtime.looks_at_nothing:
+        return available_bytes
     model, tp_size = configurator.model_config, get_parallel().tp_size
     shape = ModelShape(
         num_layers=model.num_hidden_layers,
@@ -40,8 +43,10 @@ def leave_room_for_side_buffers(profile: Callable[..., int], configurator: Any, 
         kv_itemsize=torch.empty(0, dtype=configurator.kv_cache_dtype).element_size(),
         query_itemsize=model.dtype.itemsize,
     )
-    runtime = get_runtime()
-    side_bytes = shape.side_bytes(runtime.config, stateful=is_stateful(runtime.policy))
+    numbers = memory_numbers(runtime.policy, shape.num_qo_heads // shape.num_kv_heads, shape.head_dim)
+    side_bytes = shape.side_bytes(runtime.config, stateful=is_stateful(runtime.policy), memory_numbers=numbers)
+    if needs_statistics(runtime.policy):
+        available_bytes -= shape.statistics_bytes
     return int(available_bytes * shape.kv_bytes / (shape.kv_bytes + side_bytes))
 
 
@@ -51,9 +56,12 @@ def bind_model_runner(_: None, model_runner: Any, *args: Any, **kwargs: Any) -> 
 
 
 def record_queries(layer: Any, q: Any, k: Any, v: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
-    """Store the queries of a decode step; they are after q/k-norm and RoPE here."""
+    """Store the queries of a decode step, or measure those of a prompt; they are after q/k-norm and RoPE here."""
+    runtime = get_runtime()
     if forward_batch.forward_mode.is_decode():
-        get_runtime().record_queries(layer.layer_id, q, forward_batch)
+        runtime.record_queries(layer.layer_id, q, forward_batch)
+    elif runtime.meter is not None:
+        runtime.meter.add(layer.layer_id, q, forward_batch.positions)
 
 
 def use_logical_positions(result: Any, _: type, batch: Any, *args: Any, **kwargs: Any) -> None:
@@ -89,23 +97,12 @@ MODEL_HOOKS: tuple[Hook, ...] = (
         why="The query window must exist, at a fixed address, before decode CUDA graphs are captured.",
         upstream="A `kv_policy` object that ModelRunner builds together with its memory pools.",
         uses=(
-            *names(MODEL_RUNNER, "model token_to_kv_pool req_to_token_pool dtype device"),
-            *names(ATTENTION, "layer_id k_scale_float v_scale_float tp_q_head_num qk_head_dim"),
+            *names(MODEL_RUNNER, "model model_config token_to_kv_pool req_to_token_pool dtype device"),
+            f"{MODEL_CONFIG}.get_total_num_kv_heads",
+            *names(ATTENTION, "layer_id k_scale_float v_scale_float tp_k_head_num tp_q_head_num qk_head_dim"),
+            *names(ATTENTION, "scaling logit_cap"),
             *names(KV_POOL, "k_buffer v_buffer dtype size start_layer"),
             f"{ROWS}.req_to_token",
-        ),
-    ),
-    Hook(
-        target="sglang.srt.layers.radix_attention.RadixAttention.forward",
-        kind="BEFORE",
-        function=record_queries,
-        signature="(self, q, k, v, forward_batch, save_kv_cache=True, key_value_num_tokens=None, **kwargs)",
-        why="The score needs the queries of the last tokens, and no later place sees them for every attention backend.",
-        upstream="A call `forward_batch.kv_policy.observe(layer, q)` in RadixAttention.forward.",
-        uses=(
-            f"{ATTENTION}.layer_id",
-            *names(FORWARD_BATCH, "forward_mode req_pool_indices positions"),
-            f"{FORWARD_MODE}.is_decode",
         ),
     ),
     Hook(
@@ -123,6 +120,23 @@ MODEL_HOOKS: tuple[Hook, ...] = (
             *names(FORWARD_MODE, "is_decode is_extend"),
             *names(BATCH, "reqs orig_seq_lens seq_lens extend_lens"),
             "sglang.srt.model_executor.forward_batch_info.clamp_position",
+        ),
+    ),
+)
+
+# Only where the policy looks at queries.
+CAPTURE_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="sglang.srt.layers.radix_attention.RadixAttention.forward",
+        kind="BEFORE",
+        function=record_queries,
+        signature="(self, q, k, v, forward_batch, save_kv_cache=True, key_value_num_tokens=None, **kwargs)",
+        why="The score needs the queries of the last tokens, and no later place sees them for every attention backend.",
+        upstream="A call `forward_batch.kv_policy.observe(layer, q)` in RadixAttention.forward.",
+        uses=(
+            f"{ATTENTION}.layer_id",
+            *names(FORWARD_BATCH, "forward_mode req_pool_indices positions"),
+            f"{FORWARD_MODE}.is_decode",
         ),
     ),
 )

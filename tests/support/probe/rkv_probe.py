@@ -5,6 +5,7 @@ a scheduler process, and only when ``RKV_PROBE_FILE`` names the file to append t
 other tensor-parallel ranks). Further settings, all optional:
 
 ``RKV_PROBE_MAX_PRIVATE``  most slots a request may hold past its prompt
+``RKV_PROBE_MOVES_NOTHING``  if set, a compaction must not change the bytes of any slot that stays with its request
 ``RKV_PROBE_FAULT``        a fault to inject on purpose, so that tests can see it found: ``flip_tree@N``,
                            ``flip_private@N`` or ``leak@N``, at the first scheduler step >= N where it is possible
 
@@ -15,6 +16,7 @@ import json
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 # How many changed slots one violation lists.
@@ -41,6 +43,12 @@ def register() -> None:
 
 
 _probe: "Probe | None" = None
+
+
+def get_probe() -> "Probe":
+    """Return the probe of this scheduler process."""
+    assert _probe is not None, "the probe is off, or the scheduler is not built yet"
+    return _probe
 
 
 def _after_init(result: object, scheduler: Any, *args: object, **kwargs: object) -> None:
@@ -97,7 +105,8 @@ class Probe:
         self._total: int = self._allocator.size
         kv_pool = self._allocator.get_kvcache()
         self._device = torch.device(kv_pool.device)
-        self._shadow = PoolShadow([*kv_pool.k_buffer, *kv_pool.v_buffer])
+        self._moves_nothing = "RKV_PROBE_MOVES_NOTHING" in os.environ
+        self._shadow = PoolShadow([*kv_pool.k_buffer, *kv_pool.v_buffer], self._moves_nothing)
         self._num_slots: int = kv_pool.k_buffer[0].shape[0]
         # id(req) -> the request itself too, so that the id stays its own.
         self._held: dict[int, tuple[Any, _Held]] = {}
@@ -105,12 +114,12 @@ class Probe:
         self._step = 0
         self._is_idle = False
         self.num_retractions = 0
+        # Gets every line instead of the file, where a test's code runs in the scheduler process too.
+        self.listener: Callable[[dict[str, Any]], None] | None = None
         self._rows_at_start = self._rows.available_size()
-        max_private = os.environ.get("RKV_PROBE_MAX_PRIVATE")
-        self._max_private = int(max_private) if max_private else None
+        self._max_private = int(os.environ.get("RKV_PROBE_MAX_PRIVATE") or 2**31)
         self._fault = Fault.from_environment()
-        rank = get_parallel().tp_rank
-        path = os.environ["RKV_PROBE_FILE"] + (f".rank{rank}" if rank else "")
+        path = os.environ["RKV_PROBE_FILE"] + (f".rank{rank}" if (rank := get_parallel().tp_rank) else "")
         # Line-buffered: a scheduler that dies takes no line with it.
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - lives as long as the process
         self._write(
@@ -123,6 +132,9 @@ class Probe:
         )
 
     def _write(self, **line: Any) -> None:
+        if self.listener is not None:
+            self.listener(line)
+            return
         self._file.write(json.dumps(line) + "\n")
 
     def _violation(self, kind: str, **detail: Any) -> None:
@@ -248,7 +260,7 @@ class Probe:
                 self._note_compaction(req, held, num_decodes, is_after_scheduling)
             held.update(req)
         self._held = held_now
-        if is_after_scheduling and self._max_private is not None:
+        if is_after_scheduling:
             self._check_max_private()
 
     def _note_compaction(self, req: Any, held: _Held, num_decodes: int, is_after_scheduling: bool) -> None:
@@ -264,8 +276,8 @@ class Probe:
         self._write(event="compaction", step=self._step, forward_ct=self._scheduler.forward_ct, **line)
         if not is_after_scheduling:
             self._violation("compaction outside scheduling", **line)
-        # The owner may rewrite what it generated; its prompt stays watched.
-        self._shadow.forget_positions(held.serial, prompt_len)
+        if not self._moves_nothing:  # The owner may rewrite what it generated; its prompt stays watched.
+            self._shadow.forget_positions(held.serial, prompt_len)
 
     def _check_max_private(self) -> None:
         for req, held in self._held.values():
