@@ -317,7 +317,7 @@ SOAK = Table(
     (
         Column("seconds", float, "s", "since the load began"),
         Column("phase", str, "", "load, or idle: nothing asked and the prefix cache emptied"),
-        Column("pss_main_mib", float, "MiB", "proportional set size of the process with the HTTP server"),
+        Column("pss_main_mib", float, "MiB", "PSS, without files, of the process with the HTTP server"),
         Column("pss_scheduler_mib", float, "MiB", "of the schedulers"),
         Column("pss_detokenizer_mib", float, "MiB", "of the detokenizers"),
         Column("pss_other_mib", float, "MiB", "of all other processes of the server"),

@@ -7,10 +7,10 @@ One server with a tiny model of random weights gets a mixed load for that long: 
 clients that leave in the middle, of questions with different lengths, shared beginnings and settings of their own. Each
 question was asked alone before, so every answer is known, and also what comes of one that is cut off.
 
-Every ``--interval`` seconds the memory of every process (PSS), the pool, the metrics and the latencies since the last
-look are noted. Every ``--cycle`` seconds the load stops; when the server is idle and its prefix cache emptied, no slot
-of the pool may be in use. Growth of memory is the slope of a line through these idle moments, the first fifth of them
-left out, with a 95 % bootstrap interval.
+Every ``--interval`` seconds the memory of every process (PSS without files), the pool, the metrics and the latencies
+since the last look are noted. Every ``--cycle`` seconds the load stops; when the server is idle and its prefix cache
+emptied, no slot of the pool may be in use. Growth of memory is the slope of a line through these idle moments, the
+first fifth of them left out, with a 95 % bootstrap interval.
 
 Writes ``soak.csv`` (one row a look; columns in ``common/tables.py``), ``soak.json`` and ``soak.png``, and prints what
 was found. Ends with status 1 if an answer was wrong, a request failed or a slot was lost.

@@ -78,7 +78,7 @@ def plot(folder: Path) -> Path:
         label = name.removeprefix("pss_").removesuffix("_mib")
         (line,) = memory.plot(minutes, values, label=label, linewidth=1)
         memory.plot([minutes[i] for i in idle], [values[i] for i in idle], ".", color=line.get_color())
-    memory.set_ylabel("PSS, MiB (dots: idle)")
+    memory.set_ylabel("PSS without files, MiB (dots: idle)")
     memory.set_ylim(0)
     memory.legend(fontsize=8)
     pool.plot(minutes, [float(row["pool_tokens"]) for row in rows], linewidth=1, label="slots in use")

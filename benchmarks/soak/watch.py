@@ -22,11 +22,13 @@ SERIES = {
     "compactions": "rkv:compactions_total",
     "restored": "rkv:requests_restored_total",
 }
-_PSS = re.compile(r"^Pss:\s+(\d+) kB$", re.MULTILINE)
+# Without files, whose share falls when another process maps the same library. Linux older than 5.4 tells only the sum.
+_OWN = re.compile(r"^(?:Pss_Anon|Pss_Shmem|SwapPss):\s+(\d+) kB$", re.MULTILINE)
+_ALL = re.compile(r"^Pss:\s+(\d+) kB$", re.MULTILINE)
 
 
 def memory_mib(server: Server) -> dict[str, float]:
-    """Return the proportional set size by role, MiB: pages that several processes share count once."""
+    """Return the proportional set size by role, MiB, without files: pages that several processes share count once."""
     found = dict.fromkeys((MAIN, *ROLES, OTHER), 0.0)
     main = psutil.Process(server.process.pid)
     for process in [main, *main.children(recursive=True)]:
@@ -34,7 +36,7 @@ def memory_mib(server: Server) -> dict[str, float]:
         with contextlib.suppress(OSError, psutil.NoSuchProcess):
             role = MAIN if process.pid == main.pid else _role(" ".join(process.cmdline()))
             text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-            found[role] += sum(map(int, _PSS.findall(text))) / 1024
+            found[role] += sum(map(int, (_OWN if "Pss_Anon" in text else _ALL).findall(text))) / 1024
     return found
 
 

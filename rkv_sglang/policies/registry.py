@@ -96,7 +96,7 @@ def default_settings(name: str) -> dict[str, Any]:
         granularities = granularities_of(policy_class)
     except TypeError:
         granularities = ()
-    if not granularities or not set(granularities) <= set(GRANULARITIES):
+    if not granularities or any(granularity not in GRANULARITIES for granularity in granularities):
         raise ValueError(
             f"--kv-policy {name!r} has the granularities {shown(getattr(policy_class, 'granularities', None))}, which "
             f"are not some of {', '.join(GRANULARITIES)}: mend or uninstall its package"

@@ -115,8 +115,8 @@ def test_a_request_aborted_in_the_queue_says_that_it_held_nothing(server):
     while queued.is_alive():
         server.abort("queued")
         queued.join(0.2)
-    for runner in runners:
-        server.abort("running")
+    for i, runner in enumerate(runners):
+        server.abort(f"running-{i}")
         assert list(runner)[-1]["meta_info"]["finish_reason"]["type"] == "abort"
     (answer,) = answers
     assert answer["meta_info"]["finish_reason"]["message"] == "Abort in waiting queue"

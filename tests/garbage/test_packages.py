@@ -106,8 +106,8 @@ def test_annotations_that_are_no_types(point: Point, annotation: Any) -> None:
 
 def test_defaults_and_parameters_of_every_kind(point: Point, rng: random.Random) -> None:
     def some() -> None:
-        sizes = {f"default_{size}": any_value(rng) for size in ("window", "buffer") if rng.random() < 0.5}
-        policy = scoring(**sizes)
+        names = ("default_window", "default_buffer", "granularities", "is_blind", "stateful", "needs_values")
+        policy = scoring(**{name: any_value(rng) for name in names if rng.random() < 0.3})
         found = problems(point, lambda: policy, {"x": any_value(rng)} if rng.random() < 0.5 else {})
         if not found:
             assert make_policy(PolicyConfig(policy="some"))

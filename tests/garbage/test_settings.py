@@ -77,6 +77,7 @@ def test_names_of_others_are_left_alone_and_names_like_ours_are_not(rng: random.
 
 SETTINGS: dict[str, Any] = {
     "kv_policy": "rkv",
+    "kv_granularity": "head",
     "kv_budget": 64,
     "rkv_budget": 64,
     "kv_buffer": 16,

@@ -17,9 +17,11 @@ from rkv_sglang.cache.step_tensors import warm_up_step
 from rkv_sglang.config import REQUEST, PolicyConfig
 from rkv_sglang.integration.runtime.metrics import PolicyMetrics
 from rkv_sglang.integration.startup.calibration import rope_of
+from rkv_sglang.integration.startup.errors import RefusedError
+from rkv_sglang.integration.startup.policy_trial import score_problem
 from rkv_sglang.kernels.dispatch import runs_triton
 from rkv_sglang.kernels.warmup import warm_up
-from rkv_sglang.policies import Policy, is_blind, memory_numbers, needs_rope, needs_statistics
+from rkv_sglang.policies import POLICIES, Policy, is_blind, memory_numbers, needs_rope, needs_statistics
 from rkv_sglang.sizes.query_rows import num_query_rows
 
 # How much more than what a policy remembers a compaction holds meanwhile.
@@ -113,6 +115,7 @@ def scored_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy
         dtype=model_runner.dtype,
         device=model_runner.device,
     )
+    _refuse_strange_scores(policy, config, buffers, query_window, attention)
     warm_up(
         buffers.keys,
         buffers.values,
@@ -155,3 +158,26 @@ def attention_of(layers: Sequence[Any], model: Any, policy: Policy) -> ModelAtte
         torch.zeros(shape, dtype=torch.complex64, device=device), torch.zeros(shape, device=device)
     )
     return replace(attention, rope=rope, statistics=nothing)
+
+
+def _refuse_strange_scores(
+    policy: Policy, config: PolicyConfig, buffers: KVBuffers, query_window: QueryWindow, attention: ModelAttention
+) -> None:
+    """Refuse a policy of another package whose scores are none; those of this one have their tests."""
+    if type(policy) in POLICIES.values():
+        return
+    keys, (_, _, _, num_qo_heads, head_dim) = buffers.keys, query_window.rings.shape
+    problem = score_problem(
+        policy,
+        window=config.window,
+        budget=config.budget,
+        capacity=config.capacity,
+        num_qo_heads=num_qo_heads,
+        num_kv_heads=keys.num_kv_heads,
+        head_dim=head_dim,
+        v_head_dim=buffers.values.head_dim,
+        model=attention,
+        device=keys.device,
+    )
+    if problem is not None:
+        raise RefusedError(f"--kv-policy {config.policy} cannot be served: {problem}; mend or uninstall its package")
