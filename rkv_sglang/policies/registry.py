@@ -8,8 +8,8 @@ from dataclasses import is_dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from rkv_sglang.config import NO_POLICY, PolicyConfig
-from rkv_sglang.policies.base import Policy, granularities_of
+from rkv_sglang.config import NO_POLICY, REQUEST, PolicyConfig
+from rkv_sglang.policies.base import Policy, granularities_of, is_blind
 from rkv_sglang.policies.h2o import H2O
 from rkv_sglang.policies.keydiff import KeyDiff
 from rkv_sglang.policies.longflow import LongFlow
@@ -66,6 +66,15 @@ def make_policy(config: PolicyConfig) -> Policy:
     except (TypeError, ValueError) as error:
         raise ValueError(f"--kv-policy-config does not fit --kv-policy {config.policy}: {_one_line(error)}") from None
     return policy
+
+
+def looks_at_nothing(config: PolicyConfig) -> bool:
+    """Return whether the policy, as it is set, needs no queries, keys or values.
+
+    Raises:
+        ValueError: The name is unknown, or its package cannot be used.
+    """
+    return config.granularity == REQUEST and is_blind(_find(config.policy))
 
 
 def default_settings(name: str) -> dict[str, Any]:

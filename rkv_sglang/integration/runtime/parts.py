@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.query_window import QueryWindow
 from rkv_sglang.cache.step_tensors import warm_up_step
-from rkv_sglang.config import REQUEST, PolicyConfig
+from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.runtime.metrics import PolicyMetrics
 from rkv_sglang.kernels.dispatch import runs_triton
 from rkv_sglang.kernels.warmup import warm_up
-from rkv_sglang.policies import Policy, is_blind
+from rkv_sglang.policies import Policy
 from rkv_sglang.sizes.query_rows import num_query_rows
 
 if TYPE_CHECKING:
@@ -53,11 +53,6 @@ class Parts:
     def timed(self) -> contextlib.AbstractContextManager[None]:
         """Observe how long the work within takes, if the scheduler reports metrics."""
         return contextlib.nullcontext() if self.metrics is None else self.metrics.timed()
-
-
-def looks_at_nothing(config: PolicyConfig, policy: Policy) -> bool:
-    """Return whether the policy, as it is set, needs no queries, keys or values."""
-    return config.granularity == REQUEST and is_blind(policy)
 
 
 def scored_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy) -> Scored:
