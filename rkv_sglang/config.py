@@ -1,9 +1,10 @@
 """Settings of a policy, validated once and frozen. Everything below reads them from here."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from rkv_sglang.messages import shown
 
 NO_POLICY = "none"
 # Where the choice of what stays is made: per layer and KV head, or once for a whole request, in blocks of tokens.
@@ -11,6 +12,8 @@ HEAD, REQUEST = "head", "request"
 GRANULARITIES = (HEAD, REQUEST)
 # Under this name server arguments, requests, answers and the ready messages of processes say which policy is on.
 POLICY_FIELD = "kv_policy"
+# Lengths are kept in 32 bits on the device.
+MOST_TOKENS = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,15 +77,15 @@ def value_problems(settings: Any) -> Iterator[str]:
         settings: Whatever has the attributes of a ``PolicyConfig``, of any type.
     """
     if not isinstance(settings.policy, str) or not settings.policy:
-        yield f"--kv-policy {settings.policy!r} is not a name: set --kv-policy to the name of a policy"
+        yield f"--kv-policy {shown(settings.policy)} is not a name: set --kv-policy to the name of a policy"
     if settings.granularity not in GRANULARITIES:
         yield (
-            f"--kv-granularity {settings.granularity!r} is unknown: set --kv-granularity to one of "
+            f"--kv-granularity {shown(settings.granularity)} is unknown: set --kv-granularity to one of "
             f"{', '.join(GRANULARITIES)}"
         )
     for flag, switch in (("--kv-stagger", settings.stagger), ("--kv-trace", settings.trace)):
         if not isinstance(switch, bool):
-            yield f"{flag} {switch!r} is not a boolean: set {flag} or leave it out"
+            yield f"{flag} {shown(switch)} is not a boolean: set {flag} or leave it out"
     bad_counts = set()
     for flag, value, least in (
         ("--kv-window", settings.window, 1),
@@ -92,7 +95,10 @@ def value_problems(settings: Any) -> Iterator[str]:
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             bad_counts.add(flag)
-            yield f"{flag} {value!r} is not an integer of at least {least}: set {flag} {least} or more"
+            yield f"{flag} {shown(value)} is not an integer of at least {least}: set {flag} {least} or more"
+        elif value > MOST_TOKENS:
+            bad_counts.add(flag)
+            yield f"{flag} {shown(value)} is more than any context has: set {flag} {MOST_TOKENS} or less"
     if not bad_counts & {"--kv-window", "--kv-budget"} and settings.budget <= settings.window:
         yield (
             f"--kv-budget {settings.budget} must be greater than --kv-window {settings.window}, because the window is "
@@ -119,5 +125,6 @@ def value_problems(settings: Any) -> Iterator[str]:
         ("--rkv-similarity-threshold", settings.similarity_threshold, -1.0),
     ):
         is_number = isinstance(number, int | float) and not isinstance(number, bool)
-        if not is_number or not math.isfinite(number) or not low <= number <= 1.0:
-            yield f"{flag} {number!r} is not a number in [{low:g}, 1]: set {flag} between {low:g} and 1"
+        # Not so of NaN either.
+        if not is_number or not low <= number <= 1.0:
+            yield f"{flag} {shown(number)} is not a number in [{low:g}, 1]: set {flag} between {low:g} and 1"

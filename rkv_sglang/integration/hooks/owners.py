@@ -2,6 +2,7 @@
 
 MANAGERS = "sglang.srt.managers"
 MEM_CACHE = "sglang.srt.mem_cache"
+PENALTIES = "sglang.srt.sampling.penaltylib"
 OVERRIDES = "sglang.srt.arg_groups.overrides"
 RUNTIME_CONTEXT = "sglang.srt.runtime_context"
 
@@ -17,7 +18,9 @@ MODEL_RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 FORWARD_BATCH = "sglang.srt.model_executor.forward_batch_info.ForwardBatch"
 FORWARD_MODE = "sglang.srt.model_executor.forward_batch_info.ForwardMode"
 ATTENTION = "sglang.srt.layers.radix_attention.RadixAttention"
+ROPE = "sglang.srt.layers.rotary_embedding"
 KV_POOL = f"{MEM_CACHE}.memory_pool.MHATokenToKVPool"
 ROWS = f"{MEM_CACHE}.memory_pool.ReqToTokenPool"
 ALLOCATOR = f"{MEM_CACHE}.allocator.PagedTokenToKVPoolAllocator"
 TREE = f"{MEM_CACHE}.unified_radix_cache.UnifiedRadixCache"
+WEIGHTS = f"{MANAGERS}.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"

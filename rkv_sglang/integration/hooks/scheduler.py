@@ -47,7 +47,7 @@ SCHEDULER_HOOKS: tuple[Hook, ...] = (
             *names(REQ_KV, "cache_protected_len holds_kv kv_allocated_len kv_committed_len req_pool_idx"),
             f"{ROWS}.req_to_token",
             *names(ALLOCATOR, "free_group_begin free_group_end free_page_ids page_size"),
-            f"{TREE}.free_kv_row",
+            *names(TREE, "all_values_flatten free_kv_row"),
         ),
     ),
     Hook(

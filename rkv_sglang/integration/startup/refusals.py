@@ -7,6 +7,7 @@ from rkv_sglang.config import NO_POLICY
 from rkv_sglang.integration.startup.errors import RefusedError
 from rkv_sglang.integration.startup.refused_settings import REFUSED_SETTINGS, RefusedSetting
 from rkv_sglang.integration.startup.server_args import config_from_args, config_problems, policy_name
+from rkv_sglang.integration.startup.verify_switch import verify_problem
 
 _WHOLE_CACHE_LAYERS = ("full_attention", "attention")
 
@@ -30,6 +31,7 @@ def flag_problems(server_args: Any) -> Iterator[str]:
     if policy == NO_POLICY:
         return
     yield from config_problems(server_args)
+    yield from filter(None, [verify_problem()])
     for refused, value in refused_values(server_args):
         is_variable = not refused.setting.startswith("--")
         shown = refused.setting if value is True else f"{refused.setting} {value}"
@@ -174,6 +176,10 @@ def _layer_problem(scheduler: Any) -> str | None:
             return f"attention layer {layer.layer_id} has a sliding window or chunk, counted in tokens still cached"
         if layer.xai_temperature_len > 0:
             return f"attention layer {layer.layer_id} scales by length, counted in tokens still cached"
+        if (layer.scaling, layer.logit_cap) != (layers[0].scaling, layers[0].logit_cap):
+            return f"attention layers 0 and {layer.layer_id} scale or cap their logits in different ways"
+        if layer.logit_cap and layer.logit_capping_method != "tanh":
+            return f"attention layer {layer.layer_id} caps its logits by {layer.logit_capping_method}, not by tanh"
         if layer.is_cross_attention or layer.attn_type != AttentionType.DECODER:
             return f"attention layer {layer.layer_id} is not causal self-attention"
     ids = [layer.layer_id for layer in layers]

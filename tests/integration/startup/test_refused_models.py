@@ -26,6 +26,7 @@ SERVED_MODELS = {
     "Qwen3MoeForCausalLM": transformers.Qwen3MoeConfig(**TINY),
     "MistralForCausalLM": transformers.MistralConfig(**TINY),
     "Phi3ForCausalLM": transformers.Phi3Config(**TINY),
+    "GraniteForCausalLM": transformers.GraniteConfig(**TINY, attention_multiplier=0.01),
 }
 
 
@@ -61,7 +62,8 @@ def test_models_of_another_kind_are_refused(tmp_path: Path, architecture: str, c
 
 
 def attention_layer(layer_id: int, **settings: Any) -> RadixAttention:
-    return RadixAttention(num_heads=2, head_dim=8, scaling=1.0, num_kv_heads=1, layer_id=layer_id, **settings)
+    usual = {"num_heads": 2, "head_dim": 8, "scaling": 1.0, "num_kv_heads": 1}
+    return RadixAttention(layer_id=layer_id, **(usual | settings))
 
 
 def kv_pool(kind: type[MHATokenToKVPool] = MHATokenToKVPool, **settings: Any) -> MHATokenToKVPool:
@@ -114,6 +116,10 @@ def with_temperature() -> RadixAttention:
     return layer
 
 
+def capped(layer_id: int, method: str) -> RadixAttention:
+    return attention_layer(layer_id, logit_cap=30.0, logit_capping_method=method)
+
+
 RUNTIMES = [
     (lambda: {"pool": kv_pool(OtherPool)}, "built OtherPool, and the policy knows MHATokenToKVPool"),
     (lambda: {"allocator_kind": OtherAllocator}, "knows TokenToKVPoolAllocator or PagedTokenToKVPoolAllocator"),
@@ -125,6 +131,9 @@ RUNTIMES = [
     (lambda: {"layers": (attention_layer(0), attention_layer(1, sliding_window_size=16))}, "layer 1 has a sliding"),
     (lambda: {"layers": (attention_layer(0, use_irope=True), attention_layer(1))}, "layer 0 has a sliding"),
     (lambda: {"layers": (attention_layer(0), with_temperature())}, "layer 1 scales by length"),
+    (lambda: {"layers": (attention_layer(0), attention_layer(1, scaling=0.5))}, "layers 0 and 1 scale or cap"),
+    (lambda: {"layers": (attention_layer(0), attention_layer(1, logit_cap=30.0))}, "layers 0 and 1 scale or cap"),
+    (lambda: {"layers": [capped(i, "sigmoid") for i in (0, 1)]}, "layer 0 caps its logits by sigmoid, not by tanh"),
     (lambda: {"layers": (attention_layer(0), attention_layer(1, is_cross_attention=True))}, "not causal"),
     (lambda: {"layers": (attention_layer(0, attn_type=AttentionType.ENCODER_ONLY), attention_layer(1))}, "not causal"),
     (lambda: {"layers": (attention_layer(0), attention_layer(0), attention_layer(1))}, "3 attention layers share 2"),

@@ -15,6 +15,7 @@ from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
 
 from rkv_sglang.config import PolicyConfig
+from rkv_sglang.integration.startup.errors import RefusedError
 from rkv_sglang.integration.startup.server_args import GROUP_TITLE, RKVServerArgs, config_from_args, policy_name
 from rkv_sglang.policies import SnapKV, policy_names
 from tests.integration.children import Child
@@ -112,6 +113,34 @@ def test_flags_are_in_a_group_of_their_own(parser: argparse.ArgumentParser) -> N
         default = {"policy": "none", "parameters": "{}"}.get(setting.name, setting.default)
         assert help_text is not None and help_text.endswith(f"Default: {default}.")
         assert ("Unit: tokens." in help_text) == (setting.type in (int, "int"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "text", "is_refused"),
+    [
+        (("--config=FILE", "--kv-policy", "rkv"), "tp-size: 1", True),
+        (("--config=FILE",), "kv-policy: rkv", True),
+        (("--config=FILE",), "kv_policy: rkv", True),
+        (("--conf", "FILE"), "kv-policy: rkv", True),
+        # As SGLang itself has it.
+        (("--config=FILE",), "tp-size: 1", False),
+        (("--config=/none/here.yaml",), "", False),
+    ],
+)
+def test_a_config_file_that_sglang_would_not_read_cannot_hide_a_policy(
+    parser: argparse.ArgumentParser, tmp_path: Any, argv: tuple[str, ...], text: str, is_refused: bool
+) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text(text)
+    words = [word.replace("FILE", str(file)) for word in argv]
+    options = parser.parse_args(["--model-path", "dummy", *words])
+    if not is_refused:
+        assert policy_name(RKVServerArgs.from_cli_args(options)) == "none"
+        return
+    with pytest.raises(
+        RefusedError, match=re.escape(f"SGLang reads no file for --config={file}: write --config {file}")
+    ):
+        RKVServerArgs.from_cli_args(options)
 
 
 @pytest.mark.parametrize("setting", VALUES)
