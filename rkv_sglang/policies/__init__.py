@@ -24,7 +24,7 @@ from rkv_sglang.policies.longflow import LongFlow
 from rkv_sglang.policies.manifoldkv import ManifoldKV
 from rkv_sglang.policies.random import Random
 from rkv_sglang.policies.random_attention import RandomAttention
-from rkv_sglang.policies.registry import POLICIES, default_settings, make_policy
+from rkv_sglang.policies.registry import POLICIES, default_settings, looks_at_nothing, make_policy
 from rkv_sglang.policies.rkv import RKV
 from rkv_sglang.policies.snapkv import SnapKV
 from rkv_sglang.policies.streaming_llm import StreamingLLM
@@ -54,6 +54,7 @@ __all__ = [
     "granularities_of",
     "is_blind",
     "is_stateful",
+    "looks_at_nothing",
     "make_policy",
     "memory_numbers",
     "needs_rope",

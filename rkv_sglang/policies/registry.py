@@ -8,9 +8,9 @@ from dataclasses import is_dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from rkv_sglang.config import GRANULARITIES, NO_POLICY, PolicyConfig
+from rkv_sglang.config import GRANULARITIES, NO_POLICY, REQUEST, PolicyConfig
 from rkv_sglang.messages import one_line, shown
-from rkv_sglang.policies.base import Policy, granularities_of
+from rkv_sglang.policies.base import Policy, granularities_of, is_blind
 from rkv_sglang.policies.h2o import H2O
 from rkv_sglang.policies.informed.beaconkv import BeaconKV
 from rkv_sglang.policies.informed.gkv import GKV
@@ -76,6 +76,15 @@ def make_policy(config: PolicyConfig) -> Policy:
     except Exception as error:
         raise ValueError(f"--kv-policy-config does not fit --kv-policy {config.policy}: {_told(error)}") from None
     return policy
+
+
+def looks_at_nothing(config: PolicyConfig) -> bool:
+    """Return whether the policy, as it is set, needs no queries, keys or values.
+
+    Raises:
+        ValueError: The name is unknown, or its package cannot be used.
+    """
+    return config.granularity == REQUEST and is_blind(_find(config.policy))
 
 
 def default_settings(name: str) -> dict[str, Any]:

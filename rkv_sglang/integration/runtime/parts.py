@@ -14,14 +14,14 @@ from rkv_sglang.algorithm.query_statistics import QueryStatistics
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.query_window import QueryWindow
 from rkv_sglang.cache.step_tensors import warm_up_step
-from rkv_sglang.config import REQUEST, PolicyConfig
+from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.runtime.metrics import PolicyMetrics
 from rkv_sglang.integration.startup.calibration import rope_of
 from rkv_sglang.integration.startup.errors import RefusedError
 from rkv_sglang.integration.startup.policy_trial import score_problem
 from rkv_sglang.kernels.dispatch import runs_triton
 from rkv_sglang.kernels.warmup import warm_up
-from rkv_sglang.policies import POLICIES, Policy, is_blind, memory_numbers, needs_rope, needs_statistics
+from rkv_sglang.policies import POLICIES, Policy, memory_numbers, needs_rope, needs_statistics
 from rkv_sglang.sizes.query_rows import num_query_rows
 
 # How much more than what a policy remembers a compaction holds meanwhile.
@@ -73,11 +73,6 @@ class Parts:
     def timed(self) -> contextlib.AbstractContextManager[None]:
         """Observe how long the work within takes, if the scheduler reports metrics."""
         return contextlib.nullcontext() if self.metrics is None else self.metrics.timed()
-
-
-def looks_at_nothing(config: PolicyConfig, policy: Policy) -> bool:
-    """Return whether the policy, as it is set, needs no queries, keys or values."""
-    return config.granularity == REQUEST and is_blind(policy)
 
 
 def scored_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy) -> Scored:

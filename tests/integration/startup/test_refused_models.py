@@ -16,6 +16,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from rkv_sglang.integration.startup.refusals import refuse_model, refuse_runtime
 from rkv_sglang.integration.startup.server_args import RKVServerArgs
+from rkv_sglang.policy_names import BLIND_NAMES
 from tests.integration.startup.refusal_kit import REFUSED_MODELS, TINY, message_of, tiny_config_dir
 
 SERVED_MODELS = {
@@ -32,7 +33,21 @@ SERVED_MODELS = {
 @pytest.mark.parametrize("architecture", SERVED_MODELS)
 def test_models_of_plain_attention_are_served(tmp_path: Path, architecture: str) -> None:
     path = tiny_config_dir(tmp_path, SERVED_MODELS[architecture], architecture)
-    refuse_model(model_config_of(RKVServerArgs(model_path=path)))
+    args = RKVServerArgs(model_path=path, kv_policy="rkv")
+    refuse_model(model_config_of(args), args)
+
+
+@pytest.mark.parametrize("policy", ["streaming_llm", "random", "random_attention", "rkv", "keydiff"])
+def test_latent_attention_is_served_where_nothing_of_the_cache_is_looked_at(tmp_path: Path, policy: str) -> None:
+    config = transformers.DeepseekV3Config(**{**TINY, "num_key_value_heads": 4})
+    path = tiny_config_dir(tmp_path, config, "DeepseekV3ForCausalLM")
+    args = RKVServerArgs(model_path=path, kv_policy=policy, kv_granularity="request")
+    if policy in BLIND_NAMES:
+        refuse_model(model_config_of(args), args)
+    else:
+        assert "is MLA" in message_of(refuse_model, model_config_of(args), args)
+    args = RKVServerArgs(model_path=path, kv_policy=policy, kv_granularity="head")
+    assert "is MLA" in message_of(refuse_model, model_config_of(args), args)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +55,8 @@ def test_models_of_plain_attention_are_served(tmp_path: Path, architecture: str)
 )
 def test_models_of_another_kind_are_refused(tmp_path: Path, architecture: str, config: Any, why: str) -> None:
     path = tiny_config_dir(tmp_path, config, architecture)
-    message = message_of(refuse_model, model_config_of(RKVServerArgs(model_path=path)))
+    args = RKVServerArgs(model_path=path, kv_policy="rkv")
+    message = message_of(refuse_model, model_config_of(args), args)
     assert message.startswith(f"--model-path {path} ({architecture}) cannot be served with a --kv-policy: ")
     assert why in message and message.endswith("; serve it with --kv-policy none")
 
