@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rkv_sglang.algorithm.query_statistics import QueryStatistics
+from rkv_sglang.messages import one_line
 
 
 def save_statistics(path: Path, statistics: QueryStatistics, made_from: Mapping[str, str]) -> None:
@@ -28,6 +29,8 @@ def save_statistics(path: Path, statistics: QueryStatistics, made_from: Mapping[
     try:
         save_file(tensors, partial, dict(made_from))
         os.replace(partial, path)
+    except SafetensorError as error:
+        raise OSError(one_line(error)) from None
     finally:
         Path(partial).unlink(missing_ok=True)
 
@@ -39,6 +42,9 @@ def load_statistics(path: Path, made_from: Mapping[str, str], device: torch.devi
         ValueError: The file cannot be read, holds something else, or was made from something else; one line.
     """
     try:
+        # Whatever else stands there might be read for ever.
+        if not path.is_file():
+            raise ValueError("there is no such file")
         with safe_open(str(path), framework="pt", device="cpu") as file:
             found = file.metadata() or {}
             for name, value in made_from.items():
@@ -48,6 +54,5 @@ def load_statistics(path: Path, made_from: Mapping[str, str], device: torch.devi
                 torch.view_as_complex(file.get_tensor("means")).to(device), file.get_tensor("mean_lengths").to(device)
             )
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        why = " ".join(str(error).split())
-        raise ValueError(f"{path} does not hold statistics of this model's queries: {why}") from None
+        raise ValueError(f"{path} does not hold statistics of this model's queries: {one_line(error)}") from None
     return statistics

@@ -136,11 +136,11 @@ def _statistics_for(
         RefusedError: The file does not fit, or nothing can be measured; one line.
     """
     made_from = _made_from(scheduler, meter.rope, policy)
-    named = Path(policy.statistics).expanduser() if policy.statistics else None
+    named = Path(os.path.expanduser(policy.statistics)) if policy.statistics else None
     own_name = "-".join([made_from["model"][:16], made_from["questions"], made_from["rank"]])
     path = named or _cache_folder() / f"{own_name}.safetensors"
     try:
-        if named is not None or path.exists():
+        if named is not None or os.path.exists(path):
             return load_statistics(path, made_from, scheduler.device)
     except ValueError as error:
         mend = "name another file by" if named is not None else "delete it, or name a file by"
@@ -156,7 +156,8 @@ def _statistics_for(
 
 
 def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rkv_sglang" / "query_statistics"
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(folder, "rkv_sglang", "query_statistics")
 
 
 def _made_from(scheduler: Scheduler, rope: Rope, policy: Any) -> dict[str, str]:
