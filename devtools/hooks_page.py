@@ -19,11 +19,12 @@ _HEAD = """\
 
 Made by `python -m devtools.hooks_page` from `rkv_sglang/integration/hooks/`; do not edit it by hand.
 
-Nothing in the installed SGLang is changed. SGLang's plugin loader applies the hooks below as its processes start, each
-only after its target has been found with the signature it was written against, and with it every other name of SGLang
-that the hook uses; `rkv-sglang doctor` looks them all up. What a port to another SGLang must go through is this list.
-Each says what would be wrong without it, and which change in SGLang would make it unnecessary. A STEP is a step of
-SGLang's resolution of its arguments, wrapped through its own extension point for that, `register_resolution_hook`.
+Nothing in the installed SGLang is changed. SGLang's plugin loader applies the hooks below as its processes start, and
+only after their targets were found with the parameters that they use, and with them every other name of SGLang that
+they use; `rkv-sglang doctor --contract` looks them all up. A port to another SGLang must go through this list. Each
+says what would be wrong without it, and which change in SGLang would make it unnecessary. "Counts on" names functions
+that a hook neither goes around nor calls, but whose course it relies on. A STEP is a step of SGLang's resolution of its
+arguments, wrapped through its own extension point for that, `register_resolution_hook`.
 
 ## Hooks
 """
@@ -52,6 +53,7 @@ def render(hooks: Iterable[Hook], patches: Iterable[Path]) -> str:
             lines.append(f"- signature: `{hook.signature}`")
         lines += [f"- why: {hook.why}", f"- unnecessary with: {hook.upstream}"]
         lines += [f"- uses of `{owner}`: {', '.join(used)}" for owner, used in _by_owner(hook.uses).items()]
+        lines += [f"- counts on `{owner}`: {', '.join(used)}" for owner, used in _by_owner(hook.surroundings).items()]
         sections.append("\n".join(lines) + "\n")
     entries = [f"- `{patch.relative_to(PATCHES)}`: {subject(patch)}" for patch in patches]
     return "\n".join(sections) + _PATCHES_HEAD + "\n" + "\n".join(entries) + "\n"

@@ -21,6 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor.add_argument(
         "--command", dest="command_line", help="a command line that starts a server: print every reason to refuse it"
     )
+    doctor.add_argument(
+        "--contract",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="print every difference between what the plugin expects of SGLang and the one installed, or the one "
+        "unpacked in FOLDER; nothing of it is imported",
+    )
     doctor.add_argument("--model-config", help="with --command: a config.json in the place of the model's own")
     add_plan_flags(doctor)
     doctor.set_defaults(run=_doctor)
@@ -33,8 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _doctor(options: argparse.Namespace) -> int:
     problem = None
-    if options.plan and options.command_line is not None:
-        problem = "--plan and --command are two questions: ask one at a time"
+    questions = {"--plan": options.plan, "--command": options.command_line is not None}
+    questions["--contract"] = options.contract is not None
+    asked = [flag for flag, is_asked in questions.items() if is_asked]
+    if len(asked) > 1:
+        problem = f"{' and '.join(asked)} are {len(asked)} questions: ask one at a time"
     elif options.model_config is not None and options.command_line is None:
         problem = "--model-config stands for the model of a --command: add --command"
     if problem is not None:
@@ -42,6 +53,10 @@ def _doctor(options: argparse.Namespace) -> int:
         return 1
     if options.plan:
         return print_plan(options)
+    if options.contract is not None:
+        from rkv_sglang.integration.doctor.contract import print_contract
+
+        return print_contract(options.contract)
     # Imported here so that --help does not wait for SGLang.
     if options.command_line is not None:
         from rkv_sglang.integration.doctor.launch import check_command

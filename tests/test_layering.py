@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rkv_sglang.integration.hooking.install import SUPPORTED_SGLANG
+from rkv_sglang.integration.hooking.releases import SUPPORTED_SGLANG
 
 PACKAGE = "rkv_sglang"
 ROOT = Path(__file__).resolve().parents[1]

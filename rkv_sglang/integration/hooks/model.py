@@ -18,6 +18,7 @@ from rkv_sglang.integration.hooks.owners import (
     MODEL_RUNNER,
     ROWS,
     RUNTIME_CONTEXT,
+    SERVER_ARGS,
 )
 from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.restore import add_evicted_tokens
@@ -79,7 +80,9 @@ MODEL_HOOKS: tuple[Hook, ...] = (
             *names("sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator", "model_config kv_cache_dtype"),
             *names(MODEL_CONFIG, "num_hidden_layers num_attention_heads get_num_kv_heads head_dim v_head_dim dtype"),
             f"{RUNTIME_CONTEXT}.get_parallel",
+            f"{SERVER_ARGS}.tp_size",
         ),
+        surroundings=("sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator.configure",),
     ),
     Hook(
         target="sglang.srt.model_executor.model_runner.ModelRunner.alloc_memory_pool",
@@ -94,6 +97,7 @@ MODEL_HOOKS: tuple[Hook, ...] = (
             *names(KV_POOL, "k_buffer v_buffer dtype size start_layer"),
             f"{ROWS}.req_to_token",
         ),
+        surroundings=(f"{MODEL_RUNNER}.initialize",),
     ),
     Hook(
         target="sglang.srt.layers.radix_attention.RadixAttention.forward",

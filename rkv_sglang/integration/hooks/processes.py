@@ -11,7 +11,15 @@ from typing import Any
 from rkv_sglang.config import NO_POLICY, POLICY_FIELD
 from rkv_sglang.integration.hooking.hook import Hook, names
 from rkv_sglang.integration.hooking.install import install
-from rkv_sglang.integration.hooks.owners import ATTENTION, KV_POOL, MEM_CACHE, RUNTIME_CONTEXT, SCHEDULER
+from rkv_sglang.integration.hooks.owners import (
+    ATTENTION,
+    KV_POOL,
+    MANAGERS,
+    MEM_CACHE,
+    RUNTIME_CONTEXT,
+    SCHEDULER,
+    SERVER_ARGS,
+)
 from rkv_sglang.integration.startup.server_args import config_from_args, policy_name
 
 
@@ -19,12 +27,13 @@ def start_scheduler(init: Callable[..., None], scheduler: Any, server_args: Any,
     """Build a scheduler; with a policy, hook it first and check afterwards that what was built can be compacted.
 
     Raises:
-        RuntimeError: A hook could not be applied.
+        RuntimeError: SGLang is not as the hooks expect, or one could not be applied.
         ValueError: The scheduler's pools or tree are of a kind that the policy does not know.
     """
     if policy_name(server_args) == NO_POLICY:
         return init(scheduler, server_args, *args, **kwargs)
     # Here, so that a scheduler without a policy loads none of it.
+    from rkv_sglang.integration.hooking.releases import require_contract
     from rkv_sglang.integration.hooks.admission import ADMISSION_HOOKS
     from rkv_sglang.integration.hooks.answers import STREAMER_HOOKS
     from rkv_sglang.integration.hooks.metrics import METRICS_HOOKS
@@ -35,6 +44,8 @@ def start_scheduler(init: Callable[..., None], scheduler: Any, server_args: Any,
     from rkv_sglang.integration.runtime.runtime import Runtime
     from rkv_sglang.integration.startup.refusals import refuse_runtime
 
+    # This process may have been started with another SGLang than the launcher's; that one warned of what differs.
+    require_contract()
     runtime = Runtime(config_from_args(server_args))
     set_runtime(runtime)
     install(MODEL_HOOKS + ADMISSION_HOOKS + RESTORE_HOOKS + SCHEDULER_HOOKS + STREAMER_HOOKS + METRICS_HOOKS)
@@ -85,7 +96,11 @@ PROCESS_HOOKS: tuple[Hook, ...] = (
             ),
             *names(SCHEDULER, "is_hybrid_ssm is_hybrid_swa server_args token_to_kv_pool_allocator tp_worker"),
             "sglang.srt.arg_groups.overrides.resolving_view",
-            *names(RUNTIME_CONTEXT, "get_exec"),
+            f"{RUNTIME_CONTEXT}.get_exec",
+            f"{SERVER_ARGS}.cuda_graph_config",
+            "sglang.srt.model_executor.cuda_graph_config.CudaGraphConfig.decode",
+            *names("sglang.srt.model_executor.cuda_graph_config.PhaseConfig", "backend max_bs"),
+            f"{MANAGERS}.tp_worker.TpModelWorker.model_runner",
             *names(
                 MEM_CACHE,
                 "allocator.TokenToKVPoolAllocator memory_pool.MHATokenToKVPool unified_radix_cache.UnifiedRadixCache",
@@ -96,6 +111,7 @@ PROCESS_HOOKS: tuple[Hook, ...] = (
             ),
             "sglang.srt.layers.radix_attention.AttentionType.DECODER",
         ),
+        surroundings=(f"{MANAGERS}.scheduler.run_scheduler_process",),
     ),
     Hook(
         target="sglang.srt.managers.data_parallel_controller.DataParallelController.__init__",
@@ -127,5 +143,6 @@ LAUNCHER_HOOKS: tuple[Hook, ...] = (
         signature="(scheduler_pipe_readers, scheduler_procs)",
         why="SGLang logs a plugin's failure in a child process and serves on, silently without the policy.",
         upstream="A strict mode in which a plugin that fails to load stops the server.",
+        surroundings=("sglang.srt.entrypoints.engine.Engine._launch_subprocesses",),
     ),
 )

@@ -126,6 +126,7 @@ RESTORE_HOOKS: tuple[Hook, ...] = (
             *names(KV_POOL, "k_buffer v_buffer"),
             f"{ROWS}.req_to_token",
         ),
+        surroundings=names(BATCH, "check_decode_mem release_req retract_decode"),
     ),
     Hook(
         target="sglang.srt.managers.schedule_batch.Req.reset_for_retract",
@@ -146,7 +147,7 @@ RESTORE_HOOKS: tuple[Hook, ...] = (
         uses=(
             *names(SCHEDULER, "_release_aborted_request max_total_num_tokens send_abort_output"),
             *names(REQ, "finished origin_input_ids output_ids to_finish"),
-            f"{MANAGERS}.schedule_batch.FINISH_ABORT",
+            f"{MANAGERS}.schedule_batch.FINISH_ABORT.to_json",
             f"{MANAGERS}.scheduler._make_abort_req",
         ),
     ),
@@ -161,6 +162,7 @@ RESTORE_HOOKS: tuple[Hook, ...] = (
         ),
         upstream="A per-request limit on how much of its history may be shared.",
         uses=(*names(REQ, "origin_input_ids output_ids"),),
+        surroundings=(f"{REQ}.init_next_round_input",),
     ),
     Hook(
         target="sglang.srt.managers.schedule_batch.Req.refresh_fill_ids",

@@ -6,13 +6,13 @@ from typing import Any
 
 from rkv_sglang.config import POLICY_FIELD
 from rkv_sglang.integration.hooking.hook import Hook, names
-from rkv_sglang.integration.hooks.owners import ALLOCATOR, BATCH, REQ, REQ_KV, ROWS, SCHEDULER, TREE
+from rkv_sglang.integration.hooks.owners import ALLOCATOR, BATCH, MEM_CACHE, REQ, REQ_KV, ROWS, SCHEDULER, TREE
 from rkv_sglang.integration.runtime.current import get_runtime
 
 
-def before_admission(scheduler: Any, *args: Any, **kwargs: Any) -> None:
+def before_admission(scheduler: Any, prefill_delayer_single_pass: Any, running_batch: Any) -> None:
     """Compact before waiting requests are admitted, so that they see the freed slots in the same step."""
-    get_runtime().before_decode(kwargs["running_batch"] if "running_batch" in kwargs else args[1])
+    get_runtime().before_decode(running_batch)
 
 
 def before_decode_step(scheduler: Any, batch: Any) -> None:
@@ -47,6 +47,12 @@ SCHEDULER_HOOKS: tuple[Hook, ...] = (
             f"{ROWS}.req_to_token",
             *names(ALLOCATOR, "free_group_begin free_group_end page_size"),
             f"{TREE}.free_kv_row",
+        ),
+        surroundings=(
+            *names(SCHEDULER, "event_loop_normal event_loop_overlap get_new_batch_prefill get_next_batch_to_run"),
+            *names(SCHEDULER, "process_batch_result run_batch"),
+            *names(BATCH, "filter_batch merge_batch prepare_for_decode"),
+            f"{MEM_CACHE}.common.release_kv_cache",
         ),
     ),
     Hook(

@@ -58,9 +58,9 @@ def model_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy)
     """
     from sglang.srt.layers.radix_attention import RadixAttention
 
-    layers = [module for module in model_runner.model.modules() if isinstance(module, RadixAttention)]
+    modules = (module for module in model_runner.model.modules() if isinstance(module, RadixAttention))
+    layers = sorted(modules, key=lambda layer: layer.layer_id)
     pool: Any = model_runner.token_to_kv_pool
-    layers.sort(key=lambda layer: layer.layer_id)
     buffers = KVBuffers.from_layers(
         pool.k_buffer,
         pool.v_buffer,
