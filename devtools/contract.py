@@ -1,10 +1,12 @@
 """Write the contract with SGLang, ``contract.json``, from the table of hooks and the installed SGLang.
 
-Usage: ``python -m devtools.contract`` writes it, with ``--check`` it only says whether the file is current.
+And with it the hashes of what the patches touch. ``python -m devtools.contract`` writes both, with ``--check`` it only
+says whether they are current.
 """
 
 import ast
 import inspect
+import json
 import sys
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -14,7 +16,9 @@ from rkv_sglang.integration.hooking.contract import CONTRACT_FILE, Contract, mak
 from rkv_sglang.integration.hooking.definitions import Definitions
 from rkv_sglang.integration.hooking.hook import Hook
 from rkv_sglang.integration.hooking.shapes import bare_parameters
-from rkv_sglang.integration.hooking.sources import PACKAGE, Sources, installed_folder, without_collector
+from rkv_sglang.integration.hooking.sources import Sources, without_collector
+from rkv_sglang.patching.folders import PACKAGE, installed_folder
+from rkv_sglang.patching.tree import PATCHES, PRISTINE_FILE, read_series, text_hash
 
 # How many of its parameters each kind of hook has before those of its target, and after them.
 _BEFORE_AND_AFTER = {"BEFORE": (0, 0), "AFTER": (1, 0), "AROUND": (1, 0), "STEP": (0, 1)}
@@ -72,17 +76,33 @@ def current() -> Contract:
     return contract_of(HOOKS, version(PACKAGE), folder)
 
 
+def pristine_hashes(folder: Path, release: str) -> str:
+    """Return the text of ``pristine.json``: the hashes, as released, of all files that the patches touch."""
+    series = read_series(release)
+    made = frozenset().union(*(patch.new_files for patch in series))
+    paths = sorted({path for patch in series for path in patch.hunks} - made)
+    hashes = {path: text_hash((folder / path).read_text(encoding="utf-8")) for path in paths}
+    return json.dumps(hashes, indent=1) + "\n"
+
+
 def main(argv: list[str]) -> int:
-    """Write or check the contract; returns the exit status."""
+    """Write or check the files; returns the exit status."""
     if argv not in ([], ["--check"]):
         print("usage: python -m devtools.contract [--check]", file=sys.stderr)
         return 2
-    text = current().to_json()
-    if not argv:
-        CONTRACT_FILE.write_text(text, encoding="utf-8")
-    elif not CONTRACT_FILE.exists() or CONTRACT_FILE.read_text(encoding="utf-8") != text:
-        print(f"{CONTRACT_FILE.name} is out of date: run python -m devtools.contract", file=sys.stderr)
-        return 1
+    contract = current()
+    folder = installed_folder()
+    assert folder is not None
+    files = {
+        CONTRACT_FILE: contract.to_json(),
+        PATCHES / contract.sglang / PRISTINE_FILE: pristine_hashes(folder, contract.sglang),
+    }
+    for file, text in files.items():
+        if not argv:
+            file.write_text(text, encoding="utf-8")
+        elif not file.exists() or file.read_text(encoding="utf-8") != text:
+            print(f"{file.name} is out of date: run python -m devtools.contract", file=sys.stderr)
+            return 1
     return 0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from rkv_sglang.integration.hooking.hook import Hook
 
 ROOT = Path(__file__).resolve().parents[1]
-PATCHES = ROOT / "patches"
+PATCHES = ROOT / "rkv_sglang" / "patching" / "patches"
 REGISTER = ROOT / "docs" / "hooks.md"
 
 _HEAD = """\
@@ -33,8 +33,15 @@ _PATCHES_HEAD = """
 ## Patches for SGLang
 
 Changes worth having upstream, in the order in which they apply, each in a folder named after the SGLang it applies to.
-The plugin works without them. They are in `patches/`; to try one, in a checkout of SGLang at that version:
-`git am PATCH`.
+The plugin works without them. They are in `rkv_sglang/patching/patches/`; `git am PATCH` takes one into a checkout of
+SGLang at that version, and the command puts them into any tree of it, or takes them out: all or none, and only where
+the files they touch are the release's own.
+
+```
+rkv-sglang patch check --target path/to/sglang
+rkv-sglang patch apply --target path/to/sglang --only 1
+rkv-sglang patch revert --target path/to/sglang
+```
 """
 
 
@@ -52,6 +59,8 @@ def render(hooks: Iterable[Hook], patches: Iterable[Path]) -> str:
         if hook.signature:
             lines.append(f"- signature: `{hook.signature}`")
         lines += [f"- why: {hook.why}", f"- unnecessary with: {hook.upstream}"]
+        if hook.capability:
+            lines.append(f"- left out where the patches below give SGLang the capability `{hook.capability}`")
         lines += [f"- uses of `{owner}`: {', '.join(used)}" for owner, used in _by_owner(hook.uses).items()]
         lines += [f"- counts on `{owner}`: {', '.join(used)}" for owner, used in _by_owner(hook.surroundings).items()]
         sections.append("\n".join(lines) + "\n")

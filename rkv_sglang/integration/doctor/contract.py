@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TextIO
 
 from rkv_sglang.integration.hooking.contract import Contract
 from rkv_sglang.integration.hooking.releases import is_untested_allowed, judge
-from rkv_sglang.integration.hooking.sources import PACKAGE, Sources, installed_folder, unpacked_folder
+from rkv_sglang.patching.folders import PACKAGE, installed_folder, unpacked_folder, version_in
 
 INSTALLED = ""
 """The value of the flag that stands for the SGLang of this environment."""
@@ -31,7 +29,7 @@ def print_contract(path: str, out: TextIO | None = None) -> int:
         return 1
     contract = Contract.load()
     # Read in any case, so that this says what it looked at.
-    findings = contract.findings(Sources(folder))
+    findings = contract.findings(contract.sources_in(folder))
     for finding in findings:
         print(finding, file=out)
     found = version_in(folder)
@@ -42,23 +40,3 @@ def print_contract(path: str, out: TextIO | None = None) -> int:
     )
     print(f"{counted}: {verdict.problem or verdict.warning or 'all as expected'}", file=out)
     return 0 if verdict.problem is None else 1
-
-
-def version_in(folder: Path) -> str:
-    """Return the version of the SGLang in a folder, as its own files say, or those of its wheel; else ``unknown``."""
-    wheels = [path.name for path in folder.parent.glob(f"{PACKAGE}-*.dist-info")]
-    if len(wheels) == 1:
-        return wheels[0].removeprefix(f"{PACKAGE}-").removesuffix(".dist-info")
-    try:
-        text = (folder / "_version.py").read_text(encoding="utf-8")
-    except OSError:
-        text = ""
-    written = re.search(r"^__version__ = (?:version = )?'([^']+)'", text, re.MULTILINE)
-    if written is not None:
-        return written[1]
-    if folder == installed_folder():
-        try:
-            return version(PACKAGE)
-        except PackageNotFoundError:
-            pass
-    return "unknown"

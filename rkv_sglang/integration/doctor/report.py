@@ -12,7 +12,7 @@ from rkv_sglang import __version__
 from rkv_sglang.integration.hooking.contract import Contract
 from rkv_sglang.integration.hooking.install import PLUGIN_NAME
 from rkv_sglang.integration.hooking.releases import SUPPORTED_SGLANG, Verdict, findings_in, judge_installed
-from rkv_sglang.integration.hooking.sources import PACKAGE, installed_folder
+from rkv_sglang.patching.folders import PACKAGE, installed_folder
 
 PLUGIN_GROUP = "sglang.srt.plugins"
 

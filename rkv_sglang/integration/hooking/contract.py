@@ -6,6 +6,7 @@ It stands in ``contract.json``, which ``python -m devtools.contract`` makes from
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any, Literal
 from rkv_sglang.integration.hooking.definitions import Definition, Definitions
 from rkv_sglang.integration.hooking.shapes import bare_parameters, body_hash, parameters_differ
 from rkv_sglang.integration.hooking.sources import Sources, without_collector
+from rkv_sglang.patching.tree import TreeError, look
 
 CONTRACT_FILE = Path(__file__).with_name("contract.json")
 
@@ -68,9 +70,23 @@ class Contract:
         """Return the text of the file."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
-    def is_untouched(self, folder: Path) -> bool:
-        """Return whether every file that the contract depends on is the release's own, so that nothing can differ."""
-        return all(_file_hash(folder / name) == digest for name, digest in self.files.items())
+    def changed_files(self, sources: Sources) -> list[str]:
+        """Return the files of the contract that are not as the release has them; without any, nothing differs."""
+        texts, folder = sources.texts, sources.folder
+        return [
+            name
+            for name, digest in self.files.items()
+            if digest != (_hash(texts[name].encode()) if name in texts else _file_hash(folder / name))
+        ]
+
+    def sources_in(self, folder: Path) -> Sources:
+        """Return the sources in a folder, as they are without this package's own patches if those are in there."""
+        sources = Sources(folder)
+        if self.changed_files(sources):
+            with contextlib.suppress(TreeError, OSError):
+                texts = look(folder, self.sglang).pristine
+                return Sources(folder, {name: text for name, text in texts.items() if text is not None})
+        return sources
 
     def findings(self, sources: Sources) -> list[Finding]:
         """Return every difference between an SGLang and this contract, what breaks first. Imports nothing.
@@ -84,7 +100,8 @@ class Contract:
 
     def check(self, folder: Path) -> list[Finding]:
         """Return what ``findings`` would, of the SGLang in a folder, at once if it is untouched."""
-        return [] if self.is_untouched(folder) else self.findings(Sources(folder))
+        sources = self.sources_in(folder)
+        return self.findings(sources) if self.changed_files(sources) else []
 
     def _differences(self, definitions: Definitions) -> Iterator[Finding]:
         for name, user in self.names.items():
@@ -113,9 +130,13 @@ def _function(definition: Definition | None) -> ast.FunctionDef | ast.AsyncFunct
 
 def _file_hash(path: Path) -> str | None:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+        return _hash(path.read_bytes())
     except OSError:
         return None
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def make_contract(

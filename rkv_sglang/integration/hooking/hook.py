@@ -24,6 +24,7 @@ class Hook:
             must exist; it is also the list to go through for another SGLang.
         surroundings: Functions of SGLang that the hook neither goes around nor calls, but on whose course it counts,
             as dotted paths. They must read as they did.
+        capability: Of a patched SGLang that does the same by itself, so that the hook is left out; empty for none.
     """
 
     target: str
@@ -34,6 +35,7 @@ class Hook:
     upstream: str
     uses: tuple[str, ...] = ()
     surroundings: tuple[str, ...] = ()
+    capability: str = ""
 
 
 def names(owner: str, attributes: str) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from rkv_sglang.integration.hooking.contract import Contract, Finding
-from rkv_sglang.integration.hooking.sources import PACKAGE, installed_folder
+from rkv_sglang.patching.folders import PACKAGE, installed_folder
 
 SUPPORTED_SGLANG = ("0.5.23",)
 ALLOW_UNTESTED = "RKV_SGLANG_ALLOW_UNTESTED"

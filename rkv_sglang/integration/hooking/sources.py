@@ -5,11 +5,10 @@ from __future__ import annotations
 import ast
 import contextlib
 import gc
-import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-PACKAGE = "sglang"
+from rkv_sglang.patching.folders import PACKAGE
 
 
 class Sources:
@@ -21,8 +20,10 @@ class Sources:
         read: Every file that was asked for and is there, as a path in the folder.
     """
 
-    def __init__(self, folder: Path, package: str = PACKAGE) -> None:
+    def __init__(self, folder: Path, texts: Mapping[str, str] | None = None, package: str = PACKAGE) -> None:
+        """Take a folder; ``texts`` stand for some of its files, by path."""
         self.folder = folder
+        self.texts = texts or {}
         self.package = package
         self.read: set[str] = set()
         self._trees: dict[str, ast.Module | None] = {}
@@ -53,8 +54,14 @@ class Sources:
             name = self.file_of(module)
             if name is not None:
                 self.read.add(name)
-            self._trees[module] = None if name is None else _parse(self.folder / name)
+            self._trees[module] = None if name is None else self._parse(name)
         return self._trees[module]
+
+    def _parse(self, name: str) -> ast.Module | None:
+        try:
+            return ast.parse(self.texts.get(name) or (self.folder / name).read_bytes())
+        except (OSError, SyntaxError, ValueError):
+            return None
 
 
 @contextlib.contextmanager
@@ -70,25 +77,3 @@ def without_collector() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _parse(path: Path) -> ast.Module | None:
-    try:
-        return ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return None
-
-
-def installed_folder(package: str = PACKAGE) -> Path | None:
-    """Return the folder of an installed package, which is not imported; None if there is none."""
-    spec = importlib.util.find_spec(package)
-    places = list(spec.submodule_search_locations or ()) if spec is not None else []
-    return Path(places[0]) if places else None
-
-
-def unpacked_folder(path: Path) -> Path | None:
-    """Return the package's folder in an unpacked wheel or a checkout, or at the path itself; None if there is none."""
-    for folder in (path, path / PACKAGE, path / "python" / PACKAGE):
-        if (folder / "srt").is_dir() and (folder / "__init__.py").is_file():
-            return folder
-    return None

@@ -74,6 +74,7 @@ MODEL_HOOKS: tuple[Hook, ...] = (
         kind="AROUND",
         function=leave_room_for_side_buffers,
         signature="(self, pre_model_load_memory)",
+        capability="memory",
         why="The query window lives beside the KV pool; unless its share is left over, a full pool runs out of memory.",
         upstream="A registry of side buffers that KV pool sizing subtracts.",
         uses=(
@@ -89,6 +90,7 @@ MODEL_HOOKS: tuple[Hook, ...] = (
         kind="AFTER",
         function=bind_model_runner,
         signature="(self, memory_pool_config=None, *, draft_parallel_layout=None)",
+        capability="memory",
         why="The query window must exist, at a fixed address, before decode CUDA graphs are captured.",
         upstream="A `kv_policy` object that ModelRunner builds together with its memory pools.",
         uses=(
@@ -104,6 +106,7 @@ MODEL_HOOKS: tuple[Hook, ...] = (
         kind="BEFORE",
         function=record_queries,
         signature="(self, q, k, v, forward_batch, save_kv_cache=True, key_value_num_tokens=None, **kwargs)",
+        capability="observe",
         why="The score needs the queries of the last tokens, and no later place sees them for every attention backend.",
         upstream="A call `forward_batch.kv_policy.observe(layer, q)` in RadixAttention.forward.",
         uses=(
@@ -120,6 +123,7 @@ MODEL_HOOKS: tuple[Hook, ...] = (
             "(batch, model_runner, *, capture_hidden_mode=None, return_hidden_states_before_norm, "
             "extend_position_info=None, spec_mrope_positions=None, kv_loc_plan=None, write_cols=None)"
         ),
+        capability="positions",
         why="Positions are taken from seq_lens, which counts resident tokens once a request was compacted.",
         upstream="ForwardBatch.init_new takes positions from `orig_seq_lens`.",
         uses=(

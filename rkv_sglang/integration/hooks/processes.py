@@ -38,6 +38,7 @@ def start_scheduler(init: Callable[..., None], scheduler: Any, server_args: Any,
     from rkv_sglang.integration.hooks.answers import STREAMER_HOOKS
     from rkv_sglang.integration.hooks.metrics import METRICS_HOOKS
     from rkv_sglang.integration.hooks.model import MODEL_HOOKS
+    from rkv_sglang.integration.hooks.native import host_capabilities, set_native_policy, without_native
     from rkv_sglang.integration.hooks.restore import RESTORE_HOOKS
     from rkv_sglang.integration.hooks.scheduler import SCHEDULER_HOOKS
     from rkv_sglang.integration.runtime.current import set_runtime
@@ -48,7 +49,11 @@ def start_scheduler(init: Callable[..., None], scheduler: Any, server_args: Any,
     require_contract()
     runtime = Runtime(config_from_args(server_args))
     set_runtime(runtime)
-    install(MODEL_HOOKS + ADMISSION_HOOKS + RESTORE_HOOKS + SCHEDULER_HOOKS + STREAMER_HOOKS + METRICS_HOOKS)
+    hooks = MODEL_HOOKS + ADMISSION_HOOKS + RESTORE_HOOKS + SCHEDULER_HOOKS + STREAMER_HOOKS + METRICS_HOOKS
+    capabilities = host_capabilities()
+    install(without_native(hooks, capabilities))
+    if capabilities:
+        set_native_policy()
     init(scheduler, server_args, *args, **kwargs)
     refuse_runtime(scheduler)
     runtime.bind_scheduler(scheduler)

@@ -111,9 +111,12 @@ VALUES = {
 # Classes of this package that are made of SGLang's.
 SUBCLASSES = {
     "PolicyOutputStreamer": f"{MANAGERS}.scheduler_components.output_streamer.SchedulerOutputStreamer",
+    "NativePolicy": "sglang.srt.mem_cache.kv_policy.KVPolicy",
     "PolicyPrefillAdder": ADDER,
     "RKVServerArgs": SERVER_ARGS,
 }
+# Modules that only this package's patches put into SGLang, and the classes made of theirs.
+OF_PATCHES = ("sglang.srt.mem_cache.kv_policy",)
 # Members that this package gives to SGLang's classes, by how they begin.
 OWN_MEMBERS = {
     SERVER_ARGS: ("kv_policy", "kv_budget", "kv_buffer", "kv_window", "kv_stagger", "kv_trace", "rkv_"),

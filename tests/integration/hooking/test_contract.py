@@ -18,11 +18,12 @@ from rkv_sglang.integration.hooking.contract import Contract, Finding, make_cont
 from rkv_sglang.integration.hooking.definitions import Definitions
 from rkv_sglang.integration.hooking.releases import SUPPORTED_SGLANG, judge
 from rkv_sglang.integration.hooking.shapes import bare_parameters, body_hash, parameters_differ
-from rkv_sglang.integration.hooking.sources import Sources, installed_folder, unpacked_folder, without_collector
+from rkv_sglang.integration.hooking.sources import Sources, without_collector
 from rkv_sglang.integration.hooks import steps
 from rkv_sglang.integration.hooks.table import HOOKS
 from rkv_sglang.integration.startup.errors import RefusedError
 from rkv_sglang.integration.startup.server_args import RKVServerArgs
+from rkv_sglang.patching.folders import installed_folder, unpacked_folder
 from tests.integration.hooking.touch_points import Place, touch_points
 from tests.test_layering import heavy_imports, package_sources
 

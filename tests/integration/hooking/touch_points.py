@@ -12,7 +12,16 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tests.integration.hooking.kinds import FIELD_READERS, OTHER, OWN_MEMBERS, OWNERS, PLAIN, SUBCLASSES, VALUES
+from tests.integration.hooking.kinds import (
+    FIELD_READERS,
+    OF_PATCHES,
+    OTHER,
+    OWN_MEMBERS,
+    OWNERS,
+    PLAIN,
+    SUBCLASSES,
+    VALUES,
+)
 
 KINDS = "tests/integration/hooking/kinds.py"
 ENVIRONMENT = "sglang.srt.environ.envs"
@@ -61,7 +70,7 @@ class Walker(ast.NodeVisitor):
 
     def _touch(self, node: ast.AST, name: str) -> None:
         owner, _, attribute = name.rpartition(".")
-        if attribute.startswith(("__", *OWN_MEMBERS.get(owner, ()))):
+        if name.startswith(OF_PATCHES) or attribute.startswith(("__", *OWN_MEMBERS.get(owner, ()))):
             return
         self.touched.add(Place(f"{self.file}:{node.lineno}", name))  # type: ignore[attr-defined]
 
