@@ -21,7 +21,7 @@ from rkv_sglang.patching.folders import PACKAGE, installed_folder
 from rkv_sglang.patching.tree import PATCHES, PRISTINE_FILE, read_series, text_hash
 
 # How many of its parameters each kind of hook has before those of its target, and after them.
-_BEFORE_AND_AFTER = {"BEFORE": (0, 0), "AFTER": (1, 0), "AROUND": (1, 0), "STEP": (0, 1)}
+_BEFORE_AND_AFTER = {"BEFORE": (0, 0), "AFTER": (1, 0), "AROUND": (1, 0), "STEP": (0, 1), "REPLACE": (0, 0)}
 
 
 def used_parameters(hook: Hook, target: ast.FunctionDef | ast.AsyncFunctionDef) -> str:

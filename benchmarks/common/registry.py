@@ -10,9 +10,11 @@ from benchmarks.common.tables import (
     ACCURACY,
     FIRST_TOKEN,
     FRONTEND,
+    FUZZ,
     IDLE_COST,
     KERNELS,
     MEMORY,
+    POOL_MACHINE,
     QUALITY_FORCED,
     QUALITY_FREE,
     QUALITY_POSITION,
@@ -97,6 +99,11 @@ BENCHMARKS = (
     Benchmark("idle_cost", "benchmarks.idle_cost", (Plot("benchmarks.idle_cost:plot", (IDLE_COST, FIRST_TOKEN)),)),
     Benchmark("frontend", "benchmarks.frontend", (Plot("benchmarks.frontend.report:plot", (FRONTEND,)),)),
     Benchmark("memory", "benchmarks.memory", (Plot("benchmarks.memory:plot", (MEMORY,)),)),
+    # What is searched is the tests' own; here by name, as all of them.
+    Benchmark("fuzz", "tests.fuzz", (Plot("tests.fuzz.report:plot_schedules", (FUZZ,)),)),
+    Benchmark(
+        "pool_machine", "tests.fuzz.pool_machine", (Plot("tests.fuzz.report:plot_pool_machine", (POOL_MACHINE,)),)
+    ),
     Benchmark("serving", "benchmarks.serving", (Plot("benchmarks.serving.report:plot", (SERVING,)),)),
     Benchmark(
         "serve_check",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
@@ -17,8 +18,11 @@ from rkv_sglang.sizes.compaction_plan import CompactionPlan
 WORKING_BYTES = 256 * 2**20
 
 
+PlanT = TypeVar("PlanT", bound=CompactionPlan)
+
+
 @dataclass(frozen=True)
-class DueRequest:
+class DueRequest(Generic[PlanT]):
     """One request to compact.
 
     Attributes:
@@ -30,7 +34,7 @@ class DueRequest:
         wants_indices: Whether ``Compacted.kept_indices`` is asked for.
     """
 
-    plan: CompactionPlan
+    plan: PlanT
     slots: torch.Tensor
     logical_len: int
     kept_scores: torch.Tensor | None = None
@@ -54,7 +58,7 @@ class Compacted:
 
 def compact_requests(
     buffers: KVBuffers,
-    requests: Sequence[DueRequest],
+    requests: Sequence[DueRequest[CompactionPlan]],
     read_queries: Callable[[slice, slice], torch.Tensor],
     policy: Policy,
     window: int,
@@ -82,7 +86,7 @@ def compact_requests(
     token_bytes = working_bytes_per_token(buffers.keys, window)
     query_tokens = query_bytes // token_bytes
     num_tokens = [request.plan.resident_len + query_tokens for request in requests]
-    most_tokens = _most_tokens(buffers, token_bytes)
+    most_tokens = most_tokens_together(buffers, token_bytes)
     for part in split_requests(num_tokens, most_tokens):
         together = requests[part]
         plans = [request.plan for request in together]
@@ -103,7 +107,7 @@ def compact_requests(
 
 def _compact_layers(
     buffers: KVBuffers,
-    requests: Sequence[DueRequest],
+    requests: Sequence[DueRequest[CompactionPlan]],
     batch: PagedBatch,
     queries: torch.Tensor,
     policy: Policy,
@@ -159,7 +163,7 @@ def split_layers(num_layers: int, num_tokens: int, most_tokens: int) -> Iterator
         yield slice(first, min(first + step, num_layers))
 
 
-def _most_tokens(buffers: KVBuffers, token_bytes: int) -> int:
+def most_tokens_together(buffers: KVBuffers, token_bytes: int) -> int:
     """Return how many resident tokens are compacted together; 0 if each request is, alone and whole."""
     # On a CPU its keys stay in the CPU's cache, and nothing is gained by more; torch takes layer by layer anyway.
     return WORKING_BYTES // token_bytes if runs_triton(buffers.keys) else 0

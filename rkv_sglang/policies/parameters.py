@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from rkv_sglang.messages import shown
+
 
 def check_at_least(name: str, value: int, least: int) -> None:
     """Raise ``ValueError`` unless ``value`` is ``least`` or more."""
@@ -34,9 +36,9 @@ def check_parameters(policy_class: type[Any], given: Mapping[str, Any]) -> None:
     there_are = f"its parameters are {there_are}" if known else "it has no parameters"
     for name, value in given.items():
         if name not in known:
-            raise ValueError(f"there is no parameter {name!r}: {there_are}")
+            raise ValueError(f"there is no parameter {shown(name)}: {there_are}")
         if not _fits(value, known[name]):
-            raise ValueError(f"{name} must be {_type_name(known[name])}, got {value!r}: {there_are}")
+            raise ValueError(f"{name} must be {_type_name(known[name])}, got {shown(value)}: {there_are}")
     for field in fields(policy_class):
         is_required = field.init and field.default is MISSING and field.default_factory is MISSING
         if is_required and field.name not in given:

@@ -9,13 +9,15 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from rkv_sglang.config import NO_POLICY, PolicyConfig
-from rkv_sglang.policies.base import Policy
+from rkv_sglang.messages import one_line
+from rkv_sglang.policies.base import Policy, granularities_of
 from rkv_sglang.policies.h2o import H2O
 from rkv_sglang.policies.keydiff import KeyDiff
 from rkv_sglang.policies.longflow import LongFlow
 from rkv_sglang.policies.manifoldkv import ManifoldKV
 from rkv_sglang.policies.parameters import check_parameters, parameter_types
 from rkv_sglang.policies.random import Random
+from rkv_sglang.policies.random_attention import RandomAttention
 from rkv_sglang.policies.rkv import RKV
 from rkv_sglang.policies.snapkv import SnapKV
 from rkv_sglang.policies.streaming_llm import StreamingLLM
@@ -30,6 +32,7 @@ POLICIES: dict[str, type[Policy]] = {
     "manifoldkv": ManifoldKV,
     "longflow": LongFlow,
     "random": Random,
+    "random_attention": RandomAttention,
 }
 # Parameters of the policies above that have a flag of their own, and so a field in the settings.
 SHARED_PARAMETERS = ("mix_lambda", "kernel_size", "similarity_threshold")
@@ -42,10 +45,16 @@ def make_policy(config: PolicyConfig) -> Policy:
     ``config.parameters`` has them.
 
     Raises:
-        ValueError: The name is ``"none"`` or unknown, its package cannot be used, or a parameter does not fit; one line
-            that names the flag.
+        ValueError: The name is ``"none"`` or unknown, its package cannot be used, or the granularity or a parameter
+            does not fit; one line that names the flag.
     """
     policy_class = _find(config.policy)
+    granularities = granularities_of(policy_class)
+    if config.granularity not in granularities:
+        raise ValueError(
+            f"--kv-granularity {config.granularity} does not go with --kv-policy {config.policy}: it has not been "
+            f"shown right with it; set --kv-granularity {granularities[0]}"
+        )
     parameters = dict(config.parameters)
     try:
         check_parameters(policy_class, parameters)
@@ -56,19 +65,20 @@ def make_policy(config: PolicyConfig) -> Policy:
             parameters |= {name: getattr(settings, name) for name in shared}
         policy: Policy = policy_class(**parameters)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"--kv-policy-config does not fit --kv-policy {config.policy}: {_one_line(error)}") from None
+        raise ValueError(f"--kv-policy-config does not fit --kv-policy {config.policy}: {one_line(error)}") from None
     return policy
 
 
-def default_sizes(name: str) -> dict[str, int]:
-    """Return which of ``window`` and ``buffer`` the policy of that name chooses itself where the user does not.
+def default_settings(name: str) -> dict[str, Any]:
+    """Return which of ``granularity``, ``window`` and ``buffer`` that policy chooses itself where the user does not.
 
     Raises:
         ValueError: The name is unknown, or its package cannot be used.
     """
     policy_class = _find(name)
     own = {size: getattr(policy_class, f"default_{size}", None) for size in ("window", "buffer")}
-    return {size: value for size, value in own.items() if value is not None}
+    own["granularity"] = granularities_of(policy_class)[0]
+    return {setting: value for setting, value in own.items() if value is not None}
 
 
 def _find(name: str) -> type[Any]:
@@ -90,7 +100,7 @@ def _load(point: EntryPoint) -> type[Any]:
     # Whatever somebody's module raises while it is imported.
     except Exception as error:
         raise ValueError(
-            f"{source} cannot be loaded: {type(error).__name__}: {_one_line(error)}; mend or uninstall that package"
+            f"{source} cannot be loaded: {type(error).__name__}: {one_line(error)}; mend or uninstall that package"
         ) from None
     if not (isinstance(policy_class, type) and is_dataclass(policy_class) and callable(_score_of(policy_class))):
         raise ValueError(f"{source} is not a dataclass with a method score; mend or uninstall that package")
@@ -103,7 +113,3 @@ def _score_of(policy_class: type[Any]) -> Any:
 
 def _package(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else "without a name"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

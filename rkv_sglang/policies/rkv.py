@@ -1,10 +1,12 @@
 """R-KV: keep what the window attends to, drop what repeats."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from rkv_sglang.algorithm.scoring import rkv_scores
+from rkv_sglang.config import GRANULARITIES
 from rkv_sglang.policies.base import ScoreInputs
 
 
@@ -21,6 +23,8 @@ class RKV:
         kernel_size: Width of the max-pool over importance, odd.
         similarity_threshold: Cosine above which two keys are near-duplicates.
     """
+
+    granularities: ClassVar[tuple[str, ...]] = GRANULARITIES
 
     mix_lambda: float = 0.1
     kernel_size: int = 7

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from devtools.tiny_models import tiny_model_path
+from tests.docs.pages import fences, page
 from tests.e2e.workload import Setting, assert_same_tokens, greedy, oracle, six_prompts
 from tests.support.harness.environment import PROBE_DIR, PROJECT_ROOT, child_environment, device_flags
 from tests.support.harness.scheduler import run_scheduler
 from tests.support.harness.server import Server
+from tests.support.once import served_once
 
 MODEL = tiny_model_path("llama-gqa")
 SETTING = Setting(budget=21, buffer=12)
@@ -24,7 +26,9 @@ import json, sys
 import sglang
 
 if __name__ == "__main__":
-    model, prompt, device_options = json.loads(sys.argv[1])
+    model, prompt, device_options, documented = json.loads(sys.argv[1])
+    names = {}
+    exec(documented, names)
     engine = sglang.Engine(
         model_path=model, kv_policy="rkv", rkv_budget=21, rkv_buffer=12, max_total_tokens=4096,
         max_running_requests=8, **device_options
@@ -33,30 +37,36 @@ if __name__ == "__main__":
     answer = engine.generate(input_ids=prompt, sampling_params=params)
     info = engine.get_server_info()
     engine.shutdown()
-    print("RESULT" + json.dumps([answer["output_ids"], info["internal_states"][0]["kv_policy_stats"]]))
+    documented = [names["args"].kv_policy, names["args"].kv_budget]
+    print("RESULT" + json.dumps([answer["output_ids"], info["internal_states"][0]["kv_policy_stats"], documented]))
 """
 
 
 @pytest.mark.server
-def test_sglang_serve_with_a_config_file(tmp_path):
-    config = tmp_path / "server.yaml"
-    config.write_text("kv-policy: rkv\nrkv-budget: 21\nrkv-buffer: 12\n")
+def test_sglang_serve_with_a_config_file_and_parameters_that_can_be_read_once(tmp_path):
+    config, parameters = tmp_path / "server.yaml", tmp_path / "parameters"
+    config.write_text(f"kv-policy: rkv\nrkv-budget: 21\nrkv-buffer: 12\nkv-policy-config: {parameters}\n")
     command = [str(Path(sys.executable).parent / "sglang"), "serve"]
-    with Server(["--model-path", str(MODEL), "--config", str(config)], command=command) as server:
+    with (
+        served_once(parameters, b'\xef\xbb\xbf{"mix_lambda": 0.1}'),
+        Server(["--model-path", str(MODEL), "--config", str(config)], command=command) as server,
+    ):
+        assert server.server_info()["kv_policy_config"] == {"mix_lambda": 0.1}
         answer = server.generate(list(PROMPT), {"max_new_tokens": NUM_TOKENS, "ignore_eos": True})
         server.assert_clean()
     assert_same_tokens(answer["output_ids"], oracle(MODEL, PROMPT, NUM_TOKENS, SETTING), "served")
 
 
 @pytest.mark.server
-def test_engine_with_keyword_arguments(tmp_path):
+def test_engine_with_keyword_arguments_and_server_args_as_documented(tmp_path):
     script = tmp_path / "engine.py"
     script.write_text(ENGINE_SCRIPT)
     flags = device_flags()
     options = {
         name.removeprefix("--").replace("-", "_"): value for name, value in zip(flags[::2], flags[1::2], strict=True)
     }
-    argument = json.dumps([str(MODEL), list(PROMPT), options])
+    (documented,) = [code for code in fences(page("docs/configuration.md"), "python") if "load_plugins" in code]
+    argument = json.dumps([str(MODEL), list(PROMPT), options, documented])
     run = subprocess.run(
         [sys.executable, str(script), argument],
         env=child_environment(),
@@ -68,10 +78,11 @@ def test_engine_with_keyword_arguments(tmp_path):
     )
     assert run.returncode == 0, run.stderr[-4000:]
     result = next(line for line in run.stdout.splitlines() if line.startswith("RESULT"))
-    output_ids, stats = json.loads(result.removeprefix("RESULT"))
+    output_ids, stats, settings = json.loads(result.removeprefix("RESULT"))
     expected = oracle(MODEL, PROMPT, NUM_TOKENS, SETTING)
     assert_same_tokens(output_ids, expected, "engine")
     assert stats["compactions"] == len(expected.compactions)
+    assert settings == ["rkv", 1024]
 
 
 @pytest.mark.server

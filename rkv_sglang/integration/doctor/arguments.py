@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from sglang.cli.serve import _extract_model_type_override, _normalize_positional_model_path
 from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
 
-from rkv_sglang.integration.startup.server_args import RKVServerArgs
+from rkv_sglang.integration.startup.server_args import RKVServerArgs, unread_config_file
 
 MODEL_FLAG = "--model-path"
 # The name for which SGLang looks at no model.
@@ -67,6 +67,10 @@ def read_arguments(
             words = left + ([MODEL_FLAG, NO_MODEL] if is_missing else [])
             seen |= flags
         else:
+            unread = unread_config_file(options)
+            if unread:
+                problems.append(unread)
+                options.config = None
             return options, problems + [_unknown(group, parser) for group in _groups(unknown)]
 
 

@@ -12,6 +12,7 @@ from rkv_sglang import __version__
 from rkv_sglang.integration.hooking.contract import Contract
 from rkv_sglang.integration.hooking.install import PLUGIN_NAME
 from rkv_sglang.integration.hooking.releases import SUPPORTED_SGLANG, Verdict, findings_in, judge_installed
+from rkv_sglang.messages import one_line
 from rkv_sglang.patching.folders import PACKAGE, installed_folder
 
 PLUGIN_GROUP = "sglang.srt.plugins"
@@ -63,7 +64,10 @@ def _examine() -> Iterable[Finding]:
     yield Finding(subject="flashinfer", detail=_version_or_none("flashinfer-python") or "not installed (optional)")
     yield check_device()
     yield check_plugin(entry_points(group=PLUGIN_GROUP), os.environ.get("SGLANG_PLUGINS", ""))
-    yield check_contract()
+    contract = check_contract()
+    yield contract
+    if contract.problem is None:
+        yield check_import()
 
 
 def _version_or_none(package: str) -> str | None:
@@ -97,8 +101,9 @@ def check_device() -> Finding:
     """Name the device that a server would use."""
     try:
         import torch
-    except ImportError as error:
-        problem = f"torch cannot be imported ({error}): reinstall torch for this machine"
+    # Whatever a library that does not fit this machine raises.
+    except Exception as error:
+        problem = f"torch cannot be imported ({_told(error)}): {_mend(error, 'reinstall torch for this machine')}"
         return Finding(subject="device", detail="unknown", problem=problem)
     if not torch.cuda.is_available():
         return Finding(subject="device", detail=f"CPU, the torch path ({torch.get_num_threads()} threads)")
@@ -126,7 +131,7 @@ def check_plugin(plugins: Iterable[EntryPoint], allowed: str) -> Finding:
         found[0].load()
     # Whatever an import raises, SGLang would log it and serve on without the plugin.
     except Exception as error:
-        problem = f"the plugin cannot be loaded ({type(error).__name__}: {error}): run pip install rkv-sglang again"
+        problem = f"the plugin cannot be loaded ({_told(error)}): {_mend(error, 'run pip install rkv-sglang again')}"
         return Finding(subject="plugin", detail="found, but it does not load", problem=problem)
     return Finding(subject="plugin", detail=f"found: {found[0].value}")
 
@@ -145,3 +150,32 @@ def check_contract() -> Finding:
         f"SGLang {contract.sglang}"
     )
     return Finding(subject="contract", detail=detail, problem=str(breaks[0]) if breaks else None)
+
+
+def check_import() -> Finding:
+    """See that all that is hooked can be imported."""
+    try:
+        from rkv_sglang.integration.hooks.table import HOOKS
+    # Not only what is missing: SGLang makes folders and asks the machine as it is imported.
+    except Exception as error:
+        return Finding(subject="hooks", detail="cannot be imported", problem=import_problem(error))
+    return Finding(subject="hooks", detail=f"{len(HOOKS)}, and what they go around can be imported")
+
+
+def import_problem(error: Exception) -> str:
+    """Return one line for an error that the import of what is hooked, or of SGLang's arguments, raised."""
+    mend = _mend(error, f"install sglang=={SUPPORTED_SGLANG[-1]} unmodified")
+    return f"SGLang cannot be imported, or lacks what the plugin needs ({_told(error)}): {mend}"
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def _mend(error: Exception, otherwise: str) -> str:
+    """Return what to do about an import's error; a folder that cannot be made is no fault of the installation."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return otherwise
+    # Caches are below it.
+    is_at_home = str(error.filename).startswith(os.path.expanduser("~"))
+    return "set HOME to a folder that you may write to" if is_at_home else "make that a place that you may write to"

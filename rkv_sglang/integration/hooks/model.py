@@ -16,9 +16,9 @@ from rkv_sglang.integration.hooks.owners import (
     KV_POOL,
     MODEL_CONFIG,
     MODEL_RUNNER,
+    PARALLEL,
     ROWS,
     RUNTIME_CONTEXT,
-    SERVER_ARGS,
 )
 from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.restore import add_evicted_tokens
@@ -31,6 +31,9 @@ def leave_room_for_side_buffers(profile: Callable[..., int], configurator: Any, 
     from sglang.srt.runtime_context import get_parallel
 
     available_bytes = profile(configurator, pre_model_load_memory)
+    runtime = get_runtime()
+    if runtime.looks_at_nothing:
+        return available_bytes
     model, tp_size = configurator.model_config, get_parallel().tp_size
     shape = ModelShape(
         num_layers=model.num_hidden_layers,
@@ -41,7 +44,6 @@ def leave_room_for_side_buffers(profile: Callable[..., int], configurator: Any, 
         kv_itemsize=torch.empty(0, dtype=configurator.kv_cache_dtype).element_size(),
         query_itemsize=model.dtype.itemsize,
     )
-    runtime = get_runtime()
     side_bytes = shape.side_bytes(runtime.config, stateful=is_stateful(runtime.policy))
     return int(available_bytes * shape.kv_bytes / (shape.kv_bytes + side_bytes))
 
@@ -81,7 +83,7 @@ MODEL_HOOKS: tuple[Hook, ...] = (
             *names("sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator", "model_config kv_cache_dtype"),
             *names(MODEL_CONFIG, "num_hidden_layers num_attention_heads get_num_kv_heads head_dim v_head_dim dtype"),
             f"{RUNTIME_CONTEXT}.get_parallel",
-            f"{SERVER_ARGS}.tp_size",
+            f"{PARALLEL}.tp_size",
         ),
         surroundings=("sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator.configure",),
     ),
@@ -94,26 +96,15 @@ MODEL_HOOKS: tuple[Hook, ...] = (
         why="The query window must exist, at a fixed address, before decode CUDA graphs are captured.",
         upstream="A `kv_policy` object that ModelRunner builds together with its memory pools.",
         uses=(
-            *names(MODEL_RUNNER, "model token_to_kv_pool req_to_token_pool dtype device"),
+            *names(MODEL_RUNNER, "model model_config token_to_kv_pool req_to_token_pool dtype device"),
+            f"{MODEL_CONFIG}.get_total_num_kv_heads",
             *names(ATTENTION, "layer_id k_scale_float v_scale_float tp_q_head_num qk_head_dim"),
+            f"{RUNTIME_CONTEXT}.get_parallel",
+            *names(PARALLEL, "tp_rank tp_size"),
             *names(KV_POOL, "k_buffer v_buffer dtype size start_layer"),
             f"{ROWS}.req_to_token",
         ),
         surroundings=(f"{MODEL_RUNNER}.initialize",),
-    ),
-    Hook(
-        target="sglang.srt.layers.radix_attention.RadixAttention.forward",
-        kind="BEFORE",
-        function=record_queries,
-        signature="(self, q, k, v, forward_batch, save_kv_cache=True, key_value_num_tokens=None, **kwargs)",
-        capability="observe",
-        why="The score needs the queries of the last tokens, and no later place sees them for every attention backend.",
-        upstream="A call `forward_batch.kv_policy.observe(layer, q)` in RadixAttention.forward.",
-        uses=(
-            f"{ATTENTION}.layer_id",
-            *names(FORWARD_BATCH, "forward_mode req_pool_indices positions"),
-            f"{FORWARD_MODE}.is_decode",
-        ),
     ),
     Hook(
         target="sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
@@ -131,6 +122,24 @@ MODEL_HOOKS: tuple[Hook, ...] = (
             *names(FORWARD_MODE, "is_decode is_extend"),
             *names(BATCH, "reqs orig_seq_lens seq_lens extend_lens"),
             "sglang.srt.model_executor.forward_batch_info.clamp_position",
+        ),
+    ),
+)
+
+# Only where the policy looks at queries.
+CAPTURE_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="sglang.srt.layers.radix_attention.RadixAttention.forward",
+        kind="BEFORE",
+        function=record_queries,
+        signature="(self, q, k, v, forward_batch, save_kv_cache=True, key_value_num_tokens=None, **kwargs)",
+        capability="observe",
+        why="The score needs the queries of the last tokens, and no later place sees them for every attention backend.",
+        upstream="A call `forward_batch.kv_policy.observe(layer, q)` in RadixAttention.forward.",
+        uses=(
+            f"{ATTENTION}.layer_id",
+            *names(FORWARD_BATCH, "forward_mode req_pool_indices positions"),
+            f"{FORWARD_MODE}.is_decode",
         ),
     ),
 )

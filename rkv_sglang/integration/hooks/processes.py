@@ -33,11 +33,13 @@ def start_scheduler(init: Callable[..., None], scheduler: Any, server_args: Any,
     if policy_name(server_args) == NO_POLICY:
         return init(scheduler, server_args, *args, **kwargs)
     # Here, so that a scheduler without a policy loads none of it.
+    from sglang.srt.arg_groups.overrides import resolving_view
+
     from rkv_sglang.integration.hooking.releases import require_contract
     from rkv_sglang.integration.hooks.admission import ADMISSION_HOOKS
     from rkv_sglang.integration.hooks.answers import STREAMER_HOOKS
     from rkv_sglang.integration.hooks.metrics import METRICS_HOOKS
-    from rkv_sglang.integration.hooks.model import MODEL_HOOKS
+    from rkv_sglang.integration.hooks.model import CAPTURE_HOOKS, MODEL_HOOKS
     from rkv_sglang.integration.hooks.native import host_capabilities, set_native_policy, without_native
     from rkv_sglang.integration.hooks.restore import RESTORE_HOOKS
     from rkv_sglang.integration.hooks.scheduler import SCHEDULER_HOOKS
@@ -47,9 +49,11 @@ def start_scheduler(init: Callable[..., None], scheduler: Any, server_args: Any,
 
     # This process may have been started with another SGLang than the launcher's; that one warned of what differs.
     require_contract()
-    runtime = Runtime(config_from_args(server_args))
+    runtime = Runtime(config_from_args(resolving_view(server_args)))
     set_runtime(runtime)
-    hooks = MODEL_HOOKS + ADMISSION_HOOKS + RESTORE_HOOKS + SCHEDULER_HOOKS + STREAMER_HOOKS + METRICS_HOOKS
+    capture_hooks = () if runtime.looks_at_nothing else CAPTURE_HOOKS
+    hooks = MODEL_HOOKS + capture_hooks + ADMISSION_HOOKS + RESTORE_HOOKS
+    hooks += SCHEDULER_HOOKS + STREAMER_HOOKS + METRICS_HOOKS
     capabilities = host_capabilities()
     install(without_native(hooks, capabilities))
     if capabilities:

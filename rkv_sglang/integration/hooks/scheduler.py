@@ -46,8 +46,8 @@ SCHEDULER_HOOKS: tuple[Hook, ...] = (
             *names(REQ, "decode_batch_idx finished kv rid skip_radix_cache_insert"),
             *names(REQ_KV, "cache_protected_len holds_kv kv_allocated_len kv_committed_len req_pool_idx"),
             f"{ROWS}.req_to_token",
-            *names(ALLOCATOR, "free_group_begin free_group_end page_size"),
-            f"{TREE}.free_kv_row",
+            *names(ALLOCATOR, "free_group_begin free_group_end free_page_ids page_size"),
+            *names(TREE, "all_values_flatten free_kv_row"),
         ),
         surroundings=(
             *names(SCHEDULER, "event_loop_normal event_loop_overlap get_new_batch_prefill get_next_batch_to_run"),

@@ -12,7 +12,12 @@ from typing import Any
 from rkv_sglang.config import NO_POLICY
 from rkv_sglang.integration.hooking.hook import Hook, names
 from rkv_sglang.integration.hooks.owners import ENVS, MODEL_CONFIG, OVERRIDES, SERVER_ARGS
-from rkv_sglang.integration.startup.server_args import config_from_args, policy_name, resolved_fields
+from rkv_sglang.integration.startup.server_args import (
+    PARAMETERS_FIELD,
+    config_from_args,
+    policy_name,
+    resolved_fields,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +31,7 @@ def refuse_early(server_args: Any, previous: Callable[[Any], None]) -> None:
     if policy_name(server_args) != NO_POLICY:
         # First of all: with another SGLang, even a look at its flags may fail.
         _stop_if(_check_contract)
+        _read_parameters(server_args)
         _refuse_flags(server_args)
 
 
@@ -54,6 +60,24 @@ def _check_contract() -> None:
         raise RefusedError(str(error)) from None
     if warning is not None:
         logger.warning(warning)
+
+
+def _read_parameters(server_args: Any) -> None:
+    """Have all processes go by what is in a file of parameters now: read again, it may be another, gone or empty."""
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+
+    from rkv_sglang.integration.startup.errors import stop
+    from rkv_sglang.integration.startup.policy_parameters import read_parameters
+
+    try:
+        parameters = read_parameters(getattr(resolving_view(server_args), PARAMETERS_FIELD))
+    except ValueError as error:
+        problem = str(error)
+    else:
+        declare_resolution(server_args, "rkv_sglang", **{PARAMETERS_FIELD: parameters})
+        return
+    # Outside the handler, so that a caller sees one error and not a chain.
+    stop(problem)
 
 
 def _refuse_flags(server_args: Any) -> None:
@@ -89,7 +113,7 @@ STEP_HOOKS: tuple[Hook, ...] = (
         upstream="A place for plugins to check the arguments as they came.",
         uses=(
             "sglang.srt.arg_groups.resolution_hooks.register_resolution_hook",
-            "sglang.srt.arg_groups.overrides.resolving_view",
+            *names(OVERRIDES, "declare_resolution resolving_view"),
             # What is refused.
             *names(
                 SERVER_ARGS,
@@ -148,7 +172,7 @@ STEP_HOOKS: tuple[Hook, ...] = (
             *names("sglang.srt.configs.model_config.AttentionArch", "MHA SSM"),
             "sglang.srt.configs.hybrid_arch.mambaish_config",
             # Of rkv-sglang doctor --command, which takes the steps of a start.
-            *names(SERVER_ARGS, "check_server_args device resolve_once"),
+            *names(SERVER_ARGS, "check_server_args device from_cli_args page_size resolve_once"),
             *names("sglang.cli.serve", "_extract_model_type_override _normalize_positional_model_path"),
             "sglang.srt.utils.server_args_config_parser.ConfigArgumentMerger.merge_config_with_args",
             "sglang.srt.utils.get_device",

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.query_window import QueryWindow
 from rkv_sglang.cache.step_tensors import warm_up_step
-from rkv_sglang.config import PolicyConfig
+from rkv_sglang.config import REQUEST, PolicyConfig
 from rkv_sglang.integration.runtime.metrics import PolicyMetrics
 from rkv_sglang.kernels.dispatch import runs_triton
 from rkv_sglang.kernels.warmup import warm_up
-from rkv_sglang.policies import Policy
+from rkv_sglang.policies import Policy, is_blind
 from rkv_sglang.sizes.query_rows import num_query_rows
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelParts:
-    """Parts on the model's side, there once its KV pool is.
+class Scored:
+    """What scores are made of; there once the KV pool is, and only where the policy looks at keys or queries.
 
     Attributes:
         buffers: The KV pool, all layers of this rank.
@@ -41,32 +42,45 @@ class Parts:
 
     Attributes:
         scheduler: SGLang's.
-        buffers, query_window: As in ``ModelParts``.
+        scored: None where nothing is looked at: no query is recorded then.
         metrics: None where the scheduler reports none.
     """
 
     scheduler: Scheduler
-    buffers: KVBuffers
-    query_window: QueryWindow
+    scored: Scored | None
     metrics: PolicyMetrics | None
 
+    def timed(self) -> contextlib.AbstractContextManager[None]:
+        """Observe how long the work within takes, if the scheduler reports metrics."""
+        return contextlib.nullcontext() if self.metrics is None else self.metrics.timed()
 
-def model_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy) -> ModelParts:
+
+def looks_at_nothing(config: PolicyConfig, policy: Policy) -> bool:
+    """Return whether the policy, as it is set, needs no queries, keys or values."""
+    return config.granularity == REQUEST and is_blind(policy)
+
+
+def scored_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy) -> Scored:
     """Take the KV pool, allocate the query window, and compile what will run on them.
 
     Call it before CUDA graphs are captured.
     """
     from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.runtime_context import get_parallel
 
     modules = (module for module in model_runner.model.modules() if isinstance(module, RadixAttention))
     layers = sorted(modules, key=lambda layer: layer.layer_id)
     pool: Any = model_runner.token_to_kv_pool
+    parallel = get_parallel()
     buffers = KVBuffers.from_layers(
         pool.k_buffer,
         pool.v_buffer,
         dtype=pool.dtype,
         key_scales=[layer.k_scale_float or 1.0 for layer in layers],
         value_scales=[layer.v_scale_float or 1.0 for layer in layers],
+        first_layer=pool.start_layer,
+        # Ranks that are more than the heads share them.
+        first_kv_head=parallel.tp_rank * model_runner.model_config.get_total_num_kv_heads() // parallel.tp_size,
     )
     req_to_token = model_runner.req_to_token_pool.req_to_token
     num_requests = req_to_token.shape[0]
@@ -91,4 +105,4 @@ def model_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy)
     )
     if runs_triton(buffers.keys):
         warm_up_step(query_window, req_to_token)
-    return ModelParts(buffers=buffers, query_window=query_window, first_layer=pool.start_layer)
+    return Scored(buffers=buffers, query_window=query_window, first_layer=pool.start_layer)

@@ -12,6 +12,7 @@ from rkv_sglang.integration.hooks.owners import (
     MEM_CACHE,
     MODEL_CONFIG,
     MODEL_RUNNER,
+    PENALTIES,
     REPORTER,
     REQ,
     REQ_KV,
@@ -35,7 +36,14 @@ OWNERS = {
     "_shared_attention_backend.args": SERVER_ARGS,
     "_timer": "sglang.srt.utils.device_timer.DeviceTimer",
     "add_policy_stats.result": f"{MANAGERS}.io_struct.GetInternalStateReqOutput",
+    "abort_req": f"{MANAGERS}.io_struct.AbortReq",
     "adder": ADDER,
+    "orchestrator": f"{PENALTIES}.BatchedPenalizerOrchestrator",
+    "output_streamer": f"{MANAGERS}.scheduler_components.output_streamer.SchedulerOutputStreamer",
+    "penalizer": f"{PENALTIES}.BatchedMinNewTokensPenalizer",
+    "penalizer_orchestrator": f"{PENALTIES}.BatchedPenalizerOrchestrator",
+    "penalizers": f"{PENALTIES}.BatchedMinNewTokensPenalizer",
+    "sampling_info": "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo",
     "allocator": ALLOCATOR,
     "batch": BATCH,
     "collector": COLLECTOR,
@@ -83,6 +91,15 @@ PLAIN = {
     "_counted_for_preemption",
     "_patched",
     "_scheduler_init_infos",
+    "all_values_flatten",
+    "cumulated_frequency_penalties",
+    "cumulated_presence_penalties",
+    "cumulated_repetition_penalties",
+    "frequency_penalties",
+    "kept_indices",
+    "presence_penalties",
+    "repetition_penalties",
+    "schedule_stream",
     "attention_arch",
     "custom_params",
     "customized_info_accumulated",
@@ -106,7 +123,7 @@ VALUES = {
     "sglang.srt.arg_groups.overrides.model_config_of": MODEL_CONFIG,
     # Parts of the arguments, published.
     "sglang.srt.runtime_context.get_exec": OTHER,
-    "sglang.srt.runtime_context.get_parallel": SERVER_ARGS,
+    "sglang.srt.runtime_context.get_parallel": "sglang.srt.arg_groups.fields.parallel.Parallel",
 }
 # Classes of this package that are made of SGLang's.
 SUBCLASSES = {
@@ -119,7 +136,16 @@ SUBCLASSES = {
 OF_PATCHES = ("sglang.srt.mem_cache.kv_policy",)
 # Members that this package gives to SGLang's classes, by how they begin.
 OWN_MEMBERS = {
-    SERVER_ARGS: ("kv_policy", "kv_budget", "kv_buffer", "kv_window", "kv_stagger", "kv_trace", "rkv_"),
+    SERVER_ARGS: (
+        "kv_policy",
+        "kv_budget",
+        "kv_buffer",
+        "kv_granularity",
+        "kv_window",
+        "kv_stagger",
+        "kv_trace",
+        "rkv_",
+    ),
     ADDER: ("_counted_for_preemption",),
 }
 # Functions of this package that read the field or variable that is named by their first argument, or by their caller's.

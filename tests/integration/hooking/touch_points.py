@@ -98,8 +98,23 @@ class Walker(ast.NodeVisitor):
             for statement in node.body:
                 assert isinstance(statement, ast.ImportFrom)
                 self._scopes[-1].update({k: v if is_sglang(v) else OTHER for k, v in self._imported(statement)})
-        else:
-            self.generic_visit(node)
+            return
+        self.visit(node.test)
+        narrowed: dict[str, Kind] = {}
+        test = node.test
+        if isinstance(test, ast.Call) and isinstance(test.func, ast.Name) and test.func.id == "isinstance":
+            name, kind = test.args[0], self._kind(test.args[1])
+            if isinstance(name, ast.Name) and is_sglang(kind):
+                narrowed[name.id] = kind
+        known = set(narrowed)
+        self._scopes.append(narrowed)
+        for statement in node.body:
+            self.visit(statement)
+        # What is bound under a condition is bound behind it, too.
+        inner = self._scopes.pop()
+        self._scopes[-1].update({name: kind for name, kind in inner.items() if name not in known})
+        for statement in node.orelse:
+            self.visit(statement)
 
     def visit_Constant(self, node: ast.Constant) -> None:
         if isinstance(node.value, str) and re.fullmatch(r"SGLANG_[A-Z0-9_]+", node.value):

@@ -4,27 +4,26 @@ import array
 from typing import Any
 
 
-def generate_message(rid: str, request: Any) -> Any:
+def generate_message(rid: str, request: Any, tokenizer: Any = None) -> Any:
+    """Return the message of a request; stop strings and ``min_new_tokens`` need the ``tokenizer``."""
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.sampling.sampling_params import SamplingParams
 
     sampling_params = SamplingParams(**{"temperature": 0.0, **request.sampling_params})
-    sampling_params.normalize(None)
-    return TokenizedGenerateReqInput(
-        rid=rid,
-        input_text=None,
-        input_ids=array.array("q", request.input_ids),
-        input_embeds=None,
-        mm_inputs=None,
-        token_type_ids=None,
-        sampling_params=sampling_params,
-        return_logprob=request.return_logprob,
-        logprob_start_len=request.logprob_start_len,
-        top_logprobs_num=0,
-        token_ids_logprob=None,
-        stream=False,
-        **request.extra,
-    )
+    sampling_params.normalize(tokenizer)
+    fields: dict[str, Any] = {
+        "input_text": None,
+        "input_ids": array.array("q", request.input_ids),
+        "input_embeds": None,
+        "mm_inputs": None,
+        "token_type_ids": None,
+        "return_logprob": request.return_logprob,
+        "logprob_start_len": request.logprob_start_len,
+        "top_logprobs_num": 0,
+        "token_ids_logprob": None,
+        "stream": False,
+    }
+    return TokenizedGenerateReqInput(rid=rid, sampling_params=sampling_params, **{**fields, **request.extra})
 
 
 def empty_output(prompt_tokens: int) -> dict[str, Any]:

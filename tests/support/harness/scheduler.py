@@ -114,6 +114,7 @@ def run_scheduler(
     env: dict[str, str] | None = None,
     timeout: float = 240.0,
     num_threads: int = 1,
+    with_tokenizer: bool = False,
 ) -> RunResult:
     """Start a scheduler with these command-line flags, run the requests to their end, stop it.
 
@@ -124,6 +125,7 @@ def run_scheduler(
         env: Environment variables for this run, such as ``SGLANG_TEST_RETRACT``.
         timeout: Seconds for the whole run.
         num_threads: Threads of torch; one is fastest for a tiny model.
+        with_tokenizer: Give the scheduler the model's, which stop strings, grammars and ``min_new_tokens`` need.
 
     Raises:
         LauncherRefused: The flags were refused before a scheduler was started.
@@ -144,7 +146,7 @@ def run_scheduler(
     ]
     defaults = [*DEFAULT_FLAGS, *device_flags()]
     job = {
-        "flags": [*with_defaults(flags, defaults), "--skip-tokenizer-init"],
+        "flags": [*with_defaults(flags, defaults), *["--skip-tokenizer-init"] * (not with_tokenizer)],
         "env": child_environment(probe_file, env),
         "folder": str(folder),
         "num_threads": num_threads,
@@ -172,6 +174,23 @@ def run_scheduler(
     return RunResult(outputs=outputs, probe=probe, log=log, init_info=answer["init_info"], seconds=answer["seconds"])
 
 
+def run_job(job: dict[str, Any], timeout: float) -> dict[str, Any]:
+    """Have a job of one's own run: a scheduler is started with its ``flags`` and fed by its ``driver``.
+
+    Args:
+        job: As ``run_scheduler`` makes it, without requests, and ``driver``, the name of a function (``module:name``):
+            it gets the job and the rank, and registers hooks in the scheduler process. Or ``folder``, ``env`` and
+            ``call``, the name of a function that gets the job, runs in a process with SGLang imported, and returns the
+            answer.
+        timeout: Seconds for all of it.
+
+    Returns:
+        ``status`` (``ok``, ``failed``, ``refused`` or ``timeout``) and what belongs to it.
+    """
+    empty = {"num_threads": 1, "timeout": timeout, "requests": [], "arrivals": [], "controls": []}
+    return _Zygote.get().run({**empty, **job}, timeout)
+
+
 class _Zygote:
     """The helper process with SGLang imported. It ends when this process does: it watches its standard input."""
 
@@ -188,7 +207,8 @@ class _Zygote:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=PROJECT_ROOT,
-                env=child_environment(),
+                # SGLang compiles the repetition penalty at its first use, which takes longer than most runs.
+                env=child_environment(env={"TORCHDYNAMO_DISABLE": "1"}),
                 # Ctrl-C reaches the test process, which then ends this one in order.
                 start_new_session=True,
             )

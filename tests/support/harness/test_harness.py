@@ -19,6 +19,7 @@ from tests.support.harness.scheduler import (
     run_scheduler,
 )
 from tests.support.harness.server import Server
+from tests.support.harness.stale_bindings import CHECK_VARIABLE
 
 MODEL = "llama-gqa"
 
@@ -186,6 +187,15 @@ def test_the_probe_holds_requests_to_their_bound(rng: random.Random) -> None:
     within.assert_clean()
     beyond = run_scheduler(flags(), [request], env={"RKV_PROBE_MAX_PRIVATE": "18"})
     assert {violation["violation"] for violation in beyond.probe.violations} == {"private"}
+
+
+def test_a_run_replaces_every_binding_that_sglang_replaces() -> None:
+    log = run_scheduler(flags("--kv-policy", "rkv"), [], env={CHECK_VARIABLE: "1"}).log
+    counts = [line.rpartition(": ")[2] for line in log.splitlines() if line.startswith("binding of ")]
+    # Most hooks are on methods, which no module holds; some are not.
+    assert len(counts) >= 20
+    assert any(not count.startswith("0 replaced") for count in counts)
+    assert [count for count in counts if not count.endswith(" 0 missed")] == []
 
 
 def test_refused_flags_surface() -> None:
