@@ -12,6 +12,7 @@ from rkv_sglang.integration.hooks.owners import (
     MEM_CACHE,
     MODEL_CONFIG,
     MODEL_RUNNER,
+    PARALLEL,
     PENALTIES,
     REPORTER,
     REQ,
@@ -42,7 +43,6 @@ OWNERS = {
     "output_streamer": f"{MANAGERS}.scheduler_components.output_streamer.SchedulerOutputStreamer",
     "penalizer": f"{PENALTIES}.BatchedMinNewTokensPenalizer",
     "penalizer_orchestrator": f"{PENALTIES}.BatchedPenalizerOrchestrator",
-    "penalizers": f"{PENALTIES}.BatchedMinNewTokensPenalizer",
     "sampling_info": "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo",
     "allocator": ALLOCATOR,
     "batch": BATCH,
@@ -113,6 +113,7 @@ PLAIN = {
     "lambda.finding",
     "model",
     "orig_seq_lens",
+    "penalizers",
     "positions",
     "req_to_token",
     "seq_lens",
@@ -123,7 +124,7 @@ VALUES = {
     "sglang.srt.arg_groups.overrides.model_config_of": MODEL_CONFIG,
     # Parts of the arguments, published.
     "sglang.srt.runtime_context.get_exec": OTHER,
-    "sglang.srt.runtime_context.get_parallel": "sglang.srt.arg_groups.fields.parallel.Parallel",
+    "sglang.srt.runtime_context.get_parallel": PARALLEL,
 }
 # Classes of this package that are made of SGLang's.
 SUBCLASSES = {
