@@ -83,9 +83,9 @@ def scored_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.runtime_context import get_parallel
 
-    layers = [module for module in model_runner.model.modules() if isinstance(module, RadixAttention)]
+    modules = (module for module in model_runner.model.modules() if isinstance(module, RadixAttention))
+    layers = sorted(modules, key=lambda layer: layer.layer_id)
     pool: Any = model_runner.token_to_kv_pool
-    layers.sort(key=lambda layer: layer.layer_id)
     parallel = get_parallel()
     buffers = KVBuffers.from_layers(
         pool.k_buffer,
