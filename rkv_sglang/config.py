@@ -1,6 +1,5 @@
 """Settings of a policy, validated once and frozen. Everything below reads them from here."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,8 @@ HEAD, REQUEST = "head", "request"
 GRANULARITIES = (HEAD, REQUEST)
 # Under this name server arguments, requests, answers and the ready messages of processes say which policy is on.
 POLICY_FIELD = "kv_policy"
+# Lengths are kept in 32 bits on the device.
+MOST_TOKENS = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,9 @@ def value_problems(settings: Any) -> Iterator[str]:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             bad_counts.add(flag)
             yield f"{flag} {shown(value)} is not an integer of at least {least}: set {flag} {least} or more"
+        elif value > MOST_TOKENS:
+            bad_counts.add(flag)
+            yield f"{flag} {shown(value)} is more than any context has: set {flag} {MOST_TOKENS} or less"
     if not bad_counts & {"--kv-window", "--kv-budget"} and settings.budget <= settings.window:
         yield (
             f"--kv-budget {settings.budget} must be greater than --kv-window {settings.window}, because the window is "
@@ -121,5 +125,6 @@ def value_problems(settings: Any) -> Iterator[str]:
         ("--rkv-similarity-threshold", settings.similarity_threshold, -1.0),
     ):
         is_number = isinstance(number, int | float) and not isinstance(number, bool)
-        if not is_number or not math.isfinite(number) or not low <= number <= 1.0:
+        # Not so of NaN either.
+        if not is_number or not low <= number <= 1.0:
             yield f"{flag} {shown(number)} is not a number in [{low:g}, 1]: set {flag} between {low:g} and 1"

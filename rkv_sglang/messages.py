@@ -2,12 +2,13 @@
 
 from typing import Any
 
-# Characters of a value.
+# Characters of a value, and of an error or a text.
 MOST_SHOWN = 80
+MOST_TOLD = 1000
 
 
 def shown(value: Any) -> str:
-    """Return a value as it stands in a message; it may be of any type, size and depth."""
+    """Return a value as Python writes it; it may be of any type, size and depth."""
     try:
         text = one_line(repr(value))
     # Nested too deep, an integer of too many digits, or a class of somebody's whose repr fails.
@@ -17,5 +18,12 @@ def shown(value: Any) -> str:
 
 
 def one_line(value: Any) -> str:
-    """Return the text of a value or an error in one line."""
-    return " ".join(str(value).split())
+    """Return the text of a value or an error in one line, without what a terminal would obey instead of show."""
+    text = " ".join(str(value).split())
+    if len(text) > MOST_TOLD:
+        text = f"{text[:MOST_TOLD]}..."
+    return text if text.isprintable() else "".join(map(_printable, text))
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")

@@ -215,7 +215,7 @@ ACCURACY = Table(
     "one setting: a server's KV policy with its budget and buffer, or none",
     (
         Column("dataset", str, "", "file or data set of the problems"),
-        Column("setting", str, "", "none or POLICY:BUDGET:BUFFER"),
+        Column("setting", str, "", "none or POLICY:BUDGET:BUFFER, with NAME=VALUE behind it"),
         *_POLICY,
         Column("problems", int, "", "problems asked"),
         Column("samples", int, "", "answers sampled for every problem"),
@@ -311,6 +311,30 @@ SERVING = Table(
         Column("note", str, "", "why the row proves nothing; empty otherwise"),
     ),
 )
+SOAK = Table(
+    "soak",
+    "one look at a server under load, or idle",
+    (
+        Column("seconds", float, "s", "since the load began"),
+        Column("phase", str, "", "load, or idle: nothing asked and the prefix cache emptied"),
+        Column("pss_main_mib", float, "MiB", "PSS, without files, of the process with the HTTP server"),
+        Column("pss_scheduler_mib", float, "MiB", "of the schedulers"),
+        Column("pss_detokenizer_mib", float, "MiB", "of the detokenizers"),
+        Column("pss_other_mib", float, "MiB", "of all other processes of the server"),
+        Column("running", int, "requests", "running"),
+        Column("queued", int, "requests", "waiting"),
+        Column("pool_tokens", int, "tokens", "slots of the KV pool in use, as the server last said"),
+        Column("retractions", int, "", "requests stopped for lack of memory so far"),
+        Column("compactions", int, "", "so far"),
+        Column("restored", int, "", "requests that went on from a copy in host memory so far"),
+        Column("latency_p50_ms", float, "ms", "median time to a whole answer since the look before; NaN if none came"),
+        Column("latency_p99_ms", float, "ms", "its 99th percentile"),
+        Column("tokens", int, "tokens", "generated tokens that arrived since the look before"),
+        Column("requests", int, "", "ended so far, cut ones included"),
+        Column("mismatches", int, "", "answers with other tokens than when asked alone, so far"),
+        Column("errors", int, "", "requests that failed so far"),
+    ),
+)
 
 FUZZ = Table(
     "fuzz",
@@ -380,9 +404,22 @@ MUTATIONS = Table(
     ),
 )
 
+DROP_COST = Table(
+    "drop_cost",
+    "one way to compact in one round",
+    (
+        Column("round", int, "", "from 0"),
+        Column("way", str, "", "gather: entries moved per head; drop: blocks that leave the map; and the policy"),
+        Column("cpu_ms", float, "ms", "CPU time to compact all requests that are due at once"),
+        Column("due", int, "requests", "due at once"),
+        Column("budget", int, "tokens", "--kv-budget"),
+        Column("buffer", int, "tokens", "--kv-buffer"),
+    ),
+)
+
 TABLES: tuple[Table, ...] = (
-    *(MEMORY, IDLE_COST, FIRST_TOKEN, SCORING, SCORING_RANDOM, KERNELS, SERVE_CHECK, RACES, THROUGHPUT),
+    *(MEMORY, DROP_COST, IDLE_COST, FIRST_TOKEN, SCORING, SCORING_RANDOM, KERNELS, SERVE_CHECK, RACES, THROUGHPUT),
     *(QUALITY_FORCED, QUALITY_POSITION, QUALITY_FREE, QUALITY_RECALL),
-    *(ACCURACY, FRONTEND, SERVING),
+    *(ACCURACY, FRONTEND, SERVING, SOAK),
     *(FUZZ, POOL_MACHINE, MUTATIONS),
 )

@@ -6,12 +6,11 @@ most recent, which the keys of a trained model show among the newest few percent
 columns from the newest to the oldest, block by block, and leaves at its first hit.
 """
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d
 
+from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.algorithm.reference import NORM_EPS
 from rkv_sglang.algorithm.validation import (
     check_kernel_size,
@@ -27,7 +26,7 @@ FIRST_WIDTH = 16
 MAX_AREA = 64
 
 
-def importance(queries: Tensor, keys: Tensor, kernel_size: int) -> Tensor:
+def importance(queries: Tensor, keys: Tensor, kernel_size: int, *, model: ModelAttention = PLAIN_ATTENTION) -> Tensor:
     """Attention that the window pays to each earlier token, max-pooled over neighbours in time.
 
     Args:
@@ -35,6 +34,7 @@ def importance(queries: Tensor, keys: Tensor, kernel_size: int) -> Tensor:
             Query heads ``g * G`` to ``g * G + G - 1`` share KV head ``g``.
         keys: Keys as cached, temporal order, ``[L, num_kv_heads, head_dim]``, floating.
         kernel_size: Width of the max-pool, odd; stride 1, padded with -inf.
+        model: How logits are made of products.
 
     Returns:
         ``[num_kv_heads, L - window]``, fp32.
@@ -47,7 +47,7 @@ def importance(queries: Tensor, keys: Tensor, kernel_size: int) -> Tensor:
     check_keys(keys)
     check_queries(queries, keys)
     check_kernel_size(kernel_size)
-    return _importance(queries, keys.permute(1, 0, 2).float(), kernel_size)
+    return _importance(queries, keys.permute(1, 0, 2).float(), kernel_size, model)
 
 
 def redundancy(keys: Tensor, threshold: float) -> Tensor:
@@ -73,7 +73,13 @@ def redundancy(keys: Tensor, threshold: float) -> Tensor:
 
 
 def rkv_scores(
-    queries: Tensor, keys: Tensor, *, mix_lambda: float, kernel_size: int, similarity_threshold: float
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    mix_lambda: float,
+    kernel_size: int,
+    similarity_threshold: float,
+    model: ModelAttention = PLAIN_ATTENTION,
 ) -> Tensor:
     """Score of each token before the window: ``mix_lambda * importance - (1 - mix_lambda) * redundancy``.
 
@@ -83,6 +89,7 @@ def rkv_scores(
         mix_lambda: Weight of importance, in [0, 1].
         kernel_size: As in ``importance``.
         similarity_threshold: As in ``redundancy``, which takes its softmax over all L tokens.
+        model: As in ``importance``.
 
     Returns:
         ``[num_kv_heads, L - window]``, fp32; higher means keep.
@@ -98,12 +105,12 @@ def rkv_scores(
     check_kernel_size(kernel_size)
     check_threshold(similarity_threshold)
     head_keys = keys.permute(1, 0, 2).float()
-    important = _importance(queries, head_keys, kernel_size)
+    important = _importance(queries, head_keys, kernel_size, model)
     redundant = _redundancy(head_keys, similarity_threshold)
     return mix_lambda * important - (1.0 - mix_lambda) * redundant[:, : important.shape[1]]
 
 
-def _importance(queries: Tensor, head_keys: Tensor, kernel_size: int) -> Tensor:
+def _importance(queries: Tensor, head_keys: Tensor, kernel_size: int, model: ModelAttention) -> Tensor:
     """``importance`` of ``head_keys`` ``[num_kv_heads, L, head_dim]``, fp32."""
     num_kv_heads, num_tokens, head_dim = head_keys.shape
     window, num_qo_heads, _ = queries.shape
@@ -112,7 +119,7 @@ def _importance(queries: Tensor, head_keys: Tensor, kernel_size: int) -> Tensor:
         return head_keys.new_empty(num_kv_heads, 0)
     # [num_kv_heads, group_size * window, head_dim]
     grouped = queries.float().transpose(0, 1).reshape(num_kv_heads, group_size * window, head_dim)
-    logits = grouped @ head_keys[:, : num_tokens - window].transpose(1, 2) / math.sqrt(head_dim)
+    logits = model.logits(grouped @ head_keys[:, : num_tokens - window].transpose(1, 2), head_dim)
     logits = logits.reshape(num_kv_heads, group_size, window, num_tokens - window)
     attention = logits.amax(dim=1).softmax(dim=-1)
     return max_pool1d(attention.mean(dim=1), kernel_size, stride=1, padding=kernel_size // 2)

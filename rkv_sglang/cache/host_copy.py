@@ -12,7 +12,7 @@ class HostCopy:
 
     Attributes:
         keys: ``[num_layers, num_tokens, num_kv_heads, head_dim]``, the pool's storage dtype, on the CPU.
-        values: ``[num_layers, num_tokens, num_kv_heads, v_head_dim]``, the same.
+        values: ``[num_layers, num_tokens, num_kv_heads, v_head_dim]``, the same; empty where a token has one entry.
     """
 
     keys: torch.Tensor
@@ -25,24 +25,27 @@ class HostCopy:
 
 
 def save_slots(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], slots: torch.Tensor) -> HostCopy | None:
-    """Copy what some slots hold, of all layers; None if the host has no memory for it.
+    """Copy what some slots hold, of all layers; None if the host has no memory for it, or the device none to gather it.
 
     On a GPU it is queued on the current stream. ``load_slots`` on the same stream finds it complete, and what is
     queued there later may overwrite the slots.
 
     Args:
         keys: Per layer ``[num_slots, num_kv_heads, head_dim]``, contiguous from the second dimension on; only read.
-        values: Per layer ``[num_slots, num_kv_heads, v_head_dim]``; the same.
+        values: Per layer ``[num_slots, num_kv_heads, v_head_dim]``; the same. None where a token has one entry.
         slots: In the order in which the copy holds them, ``[num_tokens]``, int64, on the pool's device.
     """
     host_keys = _host_buffer(keys, len(slots))
     host_values = None if host_keys is None else _host_buffer(values, len(slots))
     if host_keys is None or host_values is None:
         return None
-    for host, layers in ((host_keys, keys), (host_values, values)):
-        for layer, buffer in enumerate(layers):
-            # Layer by layer: on a GPU no more than one layer's tokens are gathered at a time.
-            host[layer].copy_(buffer.index_select(0, slots), non_blocking=host.is_pinned())
+    try:
+        for host, layers in ((host_keys, keys), (host_values, values)):
+            for layer, buffer in enumerate(layers):
+                # Layer by layer: on a GPU no more than one layer's tokens are gathered at a time.
+                host[layer].copy_(buffer.index_select(0, slots), non_blocking=host.is_pinned())
+    except torch.OutOfMemoryError:
+        return None
     return HostCopy(host_keys, host_values)
 
 
@@ -73,6 +76,8 @@ def load_slots(
 
 
 def _host_buffer(layers: Sequence[torch.Tensor], num_tokens: int) -> torch.Tensor | None:
+    if not layers:
+        return torch.empty(0)
     shape, dtype = (len(layers), num_tokens, *layers[0].shape[1:]), layers[0].dtype
     # Only so much memory can be pinned; the other kind is slower, and the copy then waits for the device.
     for pinned in (True, False) if layers[0].is_cuda else (False,):

@@ -1,6 +1,6 @@
 """Parameters of policies: what a policy class takes, and whether given values fit."""
 
-import math
+import sys
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
@@ -15,12 +15,19 @@ def check_at_least(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_fraction(name: str, value: float) -> None:
+    """Raise ``ValueError`` unless ``value`` is in [0, 1]."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
 def parameter_types(policy_class: type[Any]) -> dict[str, Any]:
     """Return the parameters of a policy, a dataclass, by name, each with its annotation."""
     try:
         hints = get_type_hints(policy_class)
-    except NameError:
-        # Somebody's annotations name what only a type checker imports: the class must check its values itself.
+    except Exception:
+        # Somebody's annotations name what only a type checker imports, or are no types: the class must check its values
+        # itself.
         hints = {}
     return {field.name: hints.get(field.name, Any) for field in fields(policy_class) if field.init}
 
@@ -56,7 +63,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if isinstance(value, bool):
         return kind not in (int, float, str, types.NoneType)
     if kind is float:
-        return isinstance(value, int | float) and math.isfinite(value)
+        return isinstance(value, int | float) and abs(value) <= sys.float_info.max
     if kind in (int, str, bool, types.NoneType):
         return isinstance(value, kind)
     return True

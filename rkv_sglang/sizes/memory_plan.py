@@ -34,19 +34,40 @@ class ModelShape:
         """Bytes of one token's K and V in all layers."""
         return self.num_layers * self.num_kv_heads * (self.head_dim + self.v_head_dim) * self.kv_itemsize
 
-    def side_bytes(self, config: PolicyConfig, *, stateful: bool = False) -> float:
-        """Bytes of the policy's own per token of the pool: the query window, and the scores a stateful policy carries.
+    @property
+    def statistics_bytes(self) -> int:
+        """Bytes of statistics of the model's queries, and of as many that a compaction makes of them: fp32.
 
-        One fp32 number a kept token, layer and KV head, for as many requests as the pool holds at their capacity.
+        Three numbers for each pair of a query, in each layer.
         """
-        carried = self.num_layers * self.num_kv_heads * 4 * (config.budget - config.window) / config.capacity
+        return 2 * self.num_layers * self.num_qo_heads * (self.head_dim // 2) * 3 * 4
+
+    def side_bytes(self, config: PolicyConfig, *, stateful: bool = False, memory_numbers: int = 0) -> float:
+        """Bytes of the policy's own per token of the pool: the query window, and what requests carry for it.
+
+        A stateful policy has them carry one fp32 number a kept token, layer and KV head, one that remembers
+        ``memory_numbers`` of the type of queries a layer and KV head; as many requests as the pool holds at their
+        capacity.
+        """
+        carried = 4 * (config.budget - config.window) if stateful else 0
+        carried += memory_numbers * self.query_itemsize
         queries = query_bytes_per_slot(config, self.num_layers, self.num_qo_heads, self.head_dim, self.query_itemsize)
-        return queries + (carried if stateful else 0.0)
+        return queries + self.num_layers * self.num_kv_heads * carried / config.capacity
 
 
-def pool_tokens(shape: ModelShape, num_bytes: int, config: PolicyConfig | None, page_size: int = 1) -> int:
-    """Return how many tokens the pool holds when it shares ``num_bytes`` with the policy's side buffers."""
-    per_token = shape.kv_bytes + (shape.side_bytes(config) if config is not None else 0.0)
+def pool_tokens(
+    shape: ModelShape,
+    num_bytes: int,
+    config: PolicyConfig | None,
+    page_size: int = 1,
+    *,
+    looks_at_nothing: bool = False,
+) -> int:
+    """Return how many tokens the pool holds when it shares ``num_bytes`` with the policy's side buffers.
+
+    A policy that looks at no queries, keys or values has none.
+    """
+    per_token = shape.kv_bytes + (0.0 if config is None or looks_at_nothing else shape.side_bytes(config))
     return int(num_bytes / per_token) // page_size * page_size
 
 

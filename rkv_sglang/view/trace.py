@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rkv_sglang.cache.trace import BoolArray, kept_positions
+from rkv_sglang.messages import one_line, shown
 from rkv_sglang.user_files import read_text, reason
 
 FORMAT, VERSION = "rkv-sglang-trace", 1
@@ -109,10 +110,14 @@ def read_trace(path: str | Path) -> Trace:
         raise ValueError(f"{path} is not a trace: rkv-sglang view --save-trace writes one")
     version = content.pop("version", None)
     if version != VERSION:
-        raise ValueError(f"{path} is a trace of version {version}, this program reads version {VERSION}: record anew")
+        raise ValueError(
+            f"{path} is a trace of version {shown(version)}, this program reads version {VERSION}: record anew"
+        )
     names = {entry.name for entry in fields(Trace)}
     if differing := sorted(names ^ content.keys()):
-        raise ValueError(f"{path} lacks fields of a trace or has others ({', '.join(differing)}): it is damaged")
+        raise ValueError(
+            f"{path} lacks fields of a trace or has others ({one_line(', '.join(differing))}): it is damaged"
+        )
     try:
         return Trace(**content)
     except ValueError as error:

@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from devtools.tiny_models import tiny_model_path
 from tests.docs.pages import fences, page
@@ -14,12 +16,15 @@ from tests.support.harness.environment import PROBE_DIR, PROJECT_ROOT, child_env
 from tests.support.harness.scheduler import run_scheduler
 from tests.support.harness.server import Server
 from tests.support.once import served_once
+from tests.support.oracle.dense import dense_generate
+from tests.support.oracle.scores import ScoreInputs
 
 MODEL = tiny_model_path("llama-gqa")
 SETTING = Setting(budget=21, buffer=12)
 NUM_TOKENS = 90
 PROMPT = six_prompts()[1]
 SABOTEUR_DIR = Path(__file__).parent / "saboteur"
+THIRD_PARTY_DIR = PROJECT_ROOT / "tests" / "policies" / "third_party"
 
 ENGINE_SCRIPT = """
 import json, sys
@@ -42,19 +47,48 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.server
-def test_sglang_serve_with_a_config_file_and_parameters_that_can_be_read_once(tmp_path):
-    config, parameters = tmp_path / "server.yaml", tmp_path / "parameters"
-    config.write_text(f"kv-policy: rkv\nrkv-budget: 21\nrkv-buffer: 12\nkv-policy-config: {parameters}\n")
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """``sglang serve``, which finds in a file that another package's policy compacts, its parameters in a FIFO."""
+    folder = tmp_path_factory.mktemp("config")
+    config, parameters = folder / "server.yaml", folder / "parameters"
+    policy = f"kv-policy: every_nth\nkv-policy-config: {parameters}\n"
+    config.write_text(f"{policy}rkv-budget: {SETTING.budget}\nrkv-buffer: {SETTING.buffer}\n")
     command = [str(Path(sys.executable).parent / "sglang"), "serve"]
+    env = {"PYTHONPATH": f"{THIRD_PARTY_DIR}:{PROBE_DIR}:{PROJECT_ROOT}"}
     with (
-        served_once(parameters, b'\xef\xbb\xbf{"mix_lambda": 0.1}'),
-        Server(["--model-path", str(MODEL), "--config", str(config)], command=command) as server,
+        served_once(parameters, b'\xef\xbb\xbf{"stride": 3}'),
+        Server(["--model-path", str(MODEL), "--config", str(config)], command=command, env=env) as server,
     ):
-        assert server.server_info()["kv_policy_config"] == {"mix_lambda": 0.1}
-        answer = server.generate(list(PROMPT), {"max_new_tokens": NUM_TOKENS, "ignore_eos": True})
-        server.assert_clean()
-    assert_same_tokens(answer["output_ids"], oracle(MODEL, PROMPT, NUM_TOKENS, SETTING), "served")
+        yield server
+
+
+def assert_every_third_stays(server: Server, prompt: tuple[int, ...], num_tokens: int) -> None:
+    def every_third(inputs: ScoreInputs) -> torch.Tensor:
+        num_kv_heads, resident_len, _ = inputs.keys.shape
+        scored = range(resident_len - inputs.window_queries.shape[1])
+        return inputs.keys.new_tensor([[float(i % 3 == 0) for i in scored]] * num_kv_heads)
+
+    answer = server.generate(list(prompt), {"max_new_tokens": num_tokens, "ignore_eos": True})
+    server.assert_clean()
+    budget, buffer = SETTING.budget, SETTING.buffer
+    expected = dense_generate(MODEL, prompt, num_tokens, budget=budget, buffer=buffer, score=every_third)
+    assert_same_tokens(answer["output_ids"], expected, "served")
+    # With another policy it would have answered otherwise.
+    assert answer["output_ids"] != oracle(MODEL, prompt, num_tokens, SETTING).output_ids
+
+
+@pytest.mark.server
+def test_sglang_serve_with_a_config_file_and_parameters_that_can_be_read_once(served):
+    assert_every_third_stays(served, PROMPT, NUM_TOKENS)
+    info = served.server_info()
+    assert info["kv_policy_config"] == {"stride": 3}
+    assert (info["kv_policy"], info["rkv_budget"], info["rkv_buffer"]) == ("every_nth", 21, 12)
+
+
+@pytest.mark.server
+def test_a_policy_of_another_package_serves(served):
+    assert_every_third_stays(served, six_prompts()[0], 180)
 
 
 @pytest.mark.server

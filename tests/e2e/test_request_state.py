@@ -103,6 +103,26 @@ def test_a_request_that_is_computed_again_keeps_its_penalties(outputs):
     assert recomputed.output_ids == undisturbed.output_ids
 
 
+def test_an_answer_that_was_discarded_counts_no_more(rng):
+    """SGLang begins anew where the prompt came as embeddings; what it sent before stays in front of the answer."""
+    embeds = [[rng.gauss(0, 1) for _ in range(128)] for _ in range(PROMPT_LEN)]
+    request = asking([1] * PROMPT_LEN, {}, 100, extra={"input_embeds": embeds})
+    # With --dtype float32 such a request ends any server of SGLang 0.5.23.
+    flags = ["--model-path", str(MODEL), "--dtype", "bfloat16", *SETTING.flags]
+    result = run_scheduler(flags, [request], controls=paused_when(0, 70))
+    result.assert_clean()
+    (output,) = result.outputs
+    assert (output.retractions, len(output.output_ids)) == (1, 100)
+    generated = len(output.output_ids) - 1
+    compactions = len(range(SETTING.budget + SETTING.buffer, generated, SETTING.buffer))
+    assert output.info == {
+        "kv_policy": "rkv",
+        "kv_compactions": compactions,
+        "kv_resident_tokens": PROMPT_LEN + generated - SETTING.buffer * compactions,
+        "kv_evicted_tokens": SETTING.buffer * compactions,
+    }
+
+
 def test_penalties_do_not_depend_on_who_arrives(outputs):
     crowded = outputs[0][0].output_ids
     assert crowded == outputs[1][0].output_ids[: len(crowded)]

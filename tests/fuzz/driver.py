@@ -4,6 +4,7 @@ It stands where requests come in from the socket and where answers go out, so no
 processes: a pass of the event loop is the only clock.
 """
 
+import dataclasses
 import json
 import os
 import time
@@ -51,6 +52,9 @@ class Driver:
         self._scheduler: Any = None
         self._number = -1
         self._run: _Run | None = None
+        # Requests of the schedule that has just run whose right answer only SGLang knows: each is run once more, alone.
+        self._to_ask: list[tuple[int, Schedule]] = []
+        self._asked: int | None = None
         self._idle_passes = 0
         self._violations: list[dict[str, Any]] = []
         self._compactions: list[dict[str, Any]] = []
@@ -91,11 +95,15 @@ class Driver:
         is_idle = self._scheduler.is_fully_idle() and not self._scheduler._engine_paused
         self._idle_passes = self._idle_passes + 1 if is_idle else 0
         if self._run is None:
-            if self._number + 1 == len(self._schedules):
+            if self._to_ask:
+                self._asked, schedule = self._to_ask.pop(0)
+            elif self._number + 1 == len(self._schedules):
                 return [ShutdownReq()]
-            self._number += 1
-            self._write(started=self._number)
-            self._run = _Run(self._number, self._schedules[self._number], self._scheduler.tokenizer)
+            else:
+                self._number += 1
+                self._asked, schedule = None, self._schedules[self._number]
+                self._write(started=self._number)
+            self._run = _Run(self._number, schedule, self._scheduler.tokenizer)
             self._idle_passes = 0
             self._stats_before = _stats()
             return [FlushCacheReqInput()]
@@ -159,8 +167,6 @@ class Driver:
         if run is None or self._tp_rank or not isinstance(output, AbortReq | BatchTokenIDOutput):
             return
         take(run.outputs, output)
-        if isinstance(output, AbortReq):
-            run.answered_in_queue.add(output.rid)
         if isinstance(output, BatchTokenIDOutput) and output.customized_info is not None:
             for key, values in unwrap_from_pickle(output.customized_info).items():
                 for rid, value in zip(output.rids, values, strict=True):
@@ -204,12 +210,14 @@ class Driver:
         assert run is not None
         self._check_whole_pool("after")
         stats = {name: value - self._stats_before[name] for name, value in _stats().items()}
+        place = {"number": run.number} if self._asked is None else {"of": run.number, "index": self._asked}
+        if self._asked is None:
+            self._to_ask = run.questions()
         self._write(
-            number=run.number,
+            **place,
             outputs=run.outputs,
             prompts=run.prompts,
             infos=run.infos,
-            answered_in_queue=sorted(run.answered_in_queue),
             retractions=run.retractions,
             compactions=self._compactions,
             violations=self._violations,
@@ -240,7 +248,6 @@ class _Run:
         self.outputs: dict[str, dict[str, Any]] = {}
         self.infos: dict[str, dict[str, Any]] = {}
         self.prompts: dict[str, list[int]] = {}
-        self.answered_in_queue: set[str] = set()
         self.retractions: dict[str, list[dict[str, Any]]] = {}
         self._schedule = schedule
         self._server = schedule.server
@@ -260,6 +267,17 @@ class _Run:
 
     def unanswered(self) -> list[str]:
         return [rid for rid, output in self.outputs.items() if output["finish_reason"] is None]
+
+    def questions(self) -> list[tuple[int, Schedule]]:
+        """Return a schedule for each request that must be compared with itself alone, and the request's index."""
+        plain: dict[str, Any] = {"after": None, "continues": False, "at_pass": 0, "abort_at": None, "abort_after": None}
+        asked = []
+        for index, request in enumerate(self._schedule.requests):
+            prompt = self.prompts.get(self._rid(index))
+            if request.needs_itself_alone and not request.garbage and prompt is not None:
+                alone = dataclasses.replace(request, prompt=tuple(prompt), **plain)
+                asked.append((index, dataclasses.replace(self._schedule, requests=(alone,), events=())))
+        return asked
 
     def is_done(self) -> bool:
         return not self._to_send and not self.unanswered() and not self._is_paused

@@ -4,9 +4,10 @@ import random
 from typing import Any
 
 from devtools.tiny_models import EOS_ID, VOCAB_SIZE
-from rkv_sglang.policies.registry import POLICIES
 from tests.fuzz.schedule import Event, FuzzRequest, Schedule, ServerConfig
 
+# Those that need neither statistics of a model nor a granularity of their own.
+POLICIES = ("rkv", "snapkv", "h2o", "streaming_llm", "keydiff", "manifoldkv", "longflow", "random")
 # Schedules of one server.
 BLOCK = 25
 MOST_NEW_TOKENS = 80
@@ -25,7 +26,7 @@ def schedule_of(seed: int) -> Schedule:
 def server_of(block: int) -> ServerConfig:
     """Return the server that all schedules of a block share."""
     rng = random.Random(f"server {block}")
-    policy = tuple(POLICIES)[block % len(POLICIES)]
+    policy = POLICIES[block % len(POLICIES)]
     # Every policy meets both of each in turn.
     overlap, radix = [(True, True), (False, True), (True, False), (True, True)][block // len(POLICIES) % 4]
     window = rng.choice([1, 1, 2, 3, 4, 8])

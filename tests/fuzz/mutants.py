@@ -26,6 +26,7 @@ class Mutant:
 
 
 _LENGTHS, _PLAN = "sizes/lengths.py", "sizes/compaction_plan.py"
+_GATHER = "integration/runtime/gather.py"
 _RUNTIME, _RESTORE = "integration/runtime/runtime.py", "integration/runtime/restore.py"
 _ORACLE = ("tests/e2e/test_oracle.py",)
 _RESTORED = ("tests/e2e/test_restore.py", "-k", "beyond_the_pool_ends and 1-no-overlap")
@@ -134,7 +135,7 @@ MUTANTS = (
     Mutant(
         "a compacted request puts its answer into the tree",
         _RUNTIME,
-        "        req.skip_radix_cache_insert = True\n",
+        "        job.req.skip_radix_cache_insert = True\n",
         "",
         ("tests/e2e/test_traps.py", "-k", "hundred_compactions"),
     ),
@@ -182,9 +183,9 @@ MUTANTS = (
     ),
     Mutant(
         "a stateful policy forgets",
-        _RUNTIME,
-        "            job.state.kept_scores = result.kept_scores\n",
-        "",
+        _GATHER,
+        "job.state.kept_state, job.state.memory = result.kept_state, result.memory",
+        "pass",
         ("tests/e2e/test_policies.py", "-k", "h2o and qwen3"),
     ),
     Mutant(
@@ -204,8 +205,8 @@ MUTANTS = (
     Mutant(
         "a request's own budget is ignored",
         "integration/runtime/requests.py",
-        "budget=asked.get(BUDGET_FIELD, server.budget)",
-        "budget=server.budget",
+        "budget, buffer = asked.get(BUDGET_FIELD, server.budget), asked.get(BUFFER_FIELD, server.buffer)",
+        "budget, buffer = server.budget, asked.get(BUFFER_FIELD, server.buffer)",
         ("tests/e2e/test_request_settings.py", "-k", "eight_settings and 1"),
     ),
     Mutant(
@@ -245,23 +246,23 @@ MUTANTS = (
     ),
     Mutant(
         "freed slots are held back",
-        _RUNTIME,
-        "        allocator.free_group_end()\n",
+        _GATHER,
+        "    allocator.free_group_end()\n",
         "",
         ("tests/e2e/test_oracle.py",),
     ),
     Mutant(
         "a counter counts compactions for requests",
         "integration/runtime/stats.py",
-        "self.requests_compressed += state.compactions == 1",
+        "self.requests_compressed += state.compactions + state.discarded_compactions == 1",
         "self.requests_compressed += 1",
         ("tests/e2e/test_request_settings.py", "-k", "sums_of_meta_info"),
     ),
     Mutant(
         "an answer says that nothing was evicted",
         "integration/hooks/answers.py",
-        "RESIDENT_KEY: seen - state.evicted_tokens,",
-        "RESIDENT_KEY: seen,",
+        "len(req.output_ids) - 1 - state.evicted_tokens",
+        "len(req.output_ids) - 1",
         ("tests/e2e/test_request_settings.py", "-k", "what_was_compressed"),
     ),
 )

@@ -1,10 +1,11 @@
 """Plant faults in a copy of the package, one at a time, and see what finds them.
 
-    python -m tests.fuzz.mutations [--only WORDS] [--schedules 60] [--steps 4000] [--no-tests] [--out FOLDER]
+    python -m tests.fuzz.mutations [--only WORDS] [--schedules 32] [--steps 2000] [--no-tests] [--out FOLDER]
 
 For each fault of ``mutants.py``: does the test named for it fail, after how many schedules does the fuzzer find it, and
-after how many steps the pool machine? Everything runs in a copy of the checkout; the checkout itself is never changed.
-Writes ``mutations.csv`` and ``mutations.json`` and prints a table. Status 1 if a fault is found by nothing.
+does the pool machine? Everything runs in a copy of the checkout; the checkout itself is never changed.
+Writes ``mutations.csv``, ``mutations.json`` and ``mutations.png`` and prints a table. Status 1 if a fault is found by
+nothing.
 """
 
 import json
@@ -22,6 +23,7 @@ from benchmarks.common.arguments import benchmark_parser
 from benchmarks.common.schema import Row, hardware_folder, run_info, write_table
 from benchmarks.common.tables import MUTATIONS
 from tests.fuzz.mutants import MUTANTS, Mutant
+from tests.fuzz.report import plot_mutations
 from tests.support.harness.environment import PROJECT_ROOT
 
 COPIED = ("rkv_sglang", "tests", "devtools", "benchmarks", "docs", "pyproject.toml", "README.md", "CHANGELOG.md")
@@ -150,8 +152,8 @@ def main() -> int:
     """Run from the command line."""
     parser = benchmark_parser(__doc__, smoke="one fault; into .cache/fuzz unless told otherwise")
     parser.add_argument("--only", default="", help="faults whose names have these words")
-    parser.add_argument("--schedules", type=int, default=60, help="most for each fault, default %(default)s")
-    parser.add_argument("--steps", type=int, default=4000, help="of the pool machine, default %(default)s; 0: none")
+    parser.add_argument("--schedules", type=int, default=32, help="most for each fault, default %(default)s")
+    parser.add_argument("--steps", type=int, default=2000, help="of the pool machine, default %(default)s; 0: none")
     parser.add_argument("--no-tests", action="store_true", help="leave the tests named for the faults out")
     parser.add_argument("--inside", help="names of faults, in a copy; used by this script itself")
     options = parser.parse_args()
@@ -163,18 +165,22 @@ def main() -> int:
     if options.smoke:
         mutants, options.out = [MUTANTS[4]], options.out or FOLDER
         options.schedules = options.steps = 0
+    out = options.out or hardware_folder()
+    info = run_info(most_schedules=options.schedules, steps=options.steps)
     rows: list[Row] = []
     with copied_checkout() as copy:
         searched = _in_copy(copy, mutants, options.schedules, options.steps)
         for mutant, found in zip(mutants, searched, strict=True):
             rows.append({**found, "file": mutant.file, "test": " ".join(mutant.test), "test_fails": 0})
             print(f"{mutant.name}: schedules {found['schedules'] or '-'}, {found}", flush=True)
+            # At once, for the whole takes long.
+            write_table(out, MUTATIONS, rows, info)
         for mutant, row in zip(mutants, rows, strict=True):
             if not options.no_tests:
                 row["test_fails"] = run_test(copy, mutant)
                 print(f"{mutant.name}: its test {'fails' if row['test_fails'] else 'PASSES'}", flush=True)
-    out = options.out or hardware_folder()
-    write_table(out, MUTATIONS, rows, run_info(most_schedules=options.schedules, steps=options.steps))
+                write_table(out, MUTATIONS, rows, info)
+    plot_mutations(out)
     missed = [row["fault"] for row in rows if not (row["schedules"] or row["pool_machine"] or row["test_fails"])]
     print(f"{len(rows) - len(missed)} of {len(rows)} faults found; missed: {missed}")
     return min(len(missed), 1)

@@ -7,6 +7,7 @@ wrongly, freed too early or written by somebody else shows.
 """
 
 import array
+import os
 import random
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -31,10 +32,11 @@ from rkv_sglang.cache.query_window import QueryWindow
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.hooks import restore as hooks
 from rkv_sglang.integration.runtime.current import set_runtime
-from rkv_sglang.integration.runtime.parts import Parts
+from rkv_sglang.integration.runtime.parts import Parts, Scored
 from rkv_sglang.integration.runtime.requests import CONFIG_ATTRIBUTE, state_of
 from rkv_sglang.integration.runtime.restore import host_copy_of, len_after_prefill, restore_waiting
 from rkv_sglang.integration.runtime.runtime import Runtime
+from rkv_sglang.integration.startup.verify_switch import VERIFY_VARIABLE
 from rkv_sglang.policies import ScoreInputs
 from rkv_sglang.sizes.pages import ceil_to_page
 from rkv_sglang.sizes.query_rows import num_query_rows
@@ -157,10 +159,9 @@ class World:
         )
         self.runtime = Runtime(self.config)
         self.runtime.policy = CheckingPolicy(self)
-        self.runtime._verifies = self.verify
-        self.runtime.bind(
-            Parts(scheduler=self.scheduler, buffers=buffers, query_window=self.window, metrics=None)  # type: ignore[arg-type]
-        )
+        os.environ[VERIFY_VARIABLE] = str(int(self.verify))
+        scored = Scored(buffers=buffers, query_window=self.window, first_layer=0)
+        self.runtime.bind(Parts(scheduler=self.scheduler, scored=scored, metrics=None))  # type: ignore[arg-type]
         set_runtime(self.runtime)
         self.size = size
         self._number_of: dict[tuple[int, int], int] = {}

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.common.drawing import load_pyplot
 from benchmarks.common.schema import Row, Value, read_table
-from benchmarks.common.tables import FUZZ, POOL_MACHINE
+from benchmarks.common.tables import FUZZ, MUTATIONS, POOL_MACHINE
 from tests.fuzz.campaign import Outcome
 from tests.fuzz.generate import is_tight
 
@@ -109,6 +109,19 @@ def plot_pool_machine(folder: Path) -> Path:
     _bars(axes, dict(counted))
     axes.set_title(f"{sum(counted.values())} steps of the pool machine")
     path = folder / "pool_machine.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def plot_mutations(folder: Path) -> Path:
+    """Draw ``mutations.png`` from ``mutations.csv``: schedules that the fuzzer needed for each fault."""
+    rows = read_table(folder, MUTATIONS)
+    pyplot = load_pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.22 * len(rows)), layout="constrained")
+    _bars(axes, {f"{row['fault']}{' +' * int(row['pool_machine'])}": int(row["schedules"]) for row in rows})
+    axes.set_title("schedules that the fuzzer needed; +: the pool machine finds it too", fontsize=8)
+    path = folder / "mutations.png"
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path

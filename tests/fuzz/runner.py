@@ -51,6 +51,10 @@ def _run_process(schedules: list[Schedule], env: dict[str, str]) -> list[Record]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     records = [line for line in lines if "number" in line]
+    for line in lines:
+        if "of" in line:
+            records[line["of"]].setdefault("alone", {})[line["index"]] = line
+            records[line["of"]]["violations"] += line["violations"]
     for line in others:
         if line["number"] < len(records):
             records[line["number"]]["violations"] += line["violations"]
@@ -63,6 +67,10 @@ def _run_process(schedules: list[Schedule], env: dict[str, str]) -> list[Record]
     if answer["status"] == "refused" or not started:
         raise RuntimeError(f"no scheduler started with {' '.join(server.flags)}:\n{log[-4000:]}")
     died = {"violation": "died", "status": answer["status"], "log": _tail(log)}
+    if started == len(records):
+        # After its last record: in a run of one of its requests alone, or while it stopped.
+        records[-1]["violations"].append(died)
+        return records
     return [*records, {"number": started - 1, "violations": [died]}]
 
 

@@ -1,14 +1,16 @@
 """Count how often each kernel is compiled by the warm-up and then by batches of other sizes, with no GPU here.
 
-Every launch compiles for sm_90 what a GPU would be given, and launches nothing. Prints the counts as JSON, those after
-the warm-up and those at the end. Triton's interpreter must be off.
+Every launch compiles for sm_90 what a GPU would be given, and launches nothing. Prints the counts as JSON, a line for
+each case: those after the warm-up and those at the end. Triton's interpreter must be off.
 
-    python -m tests.kernels.count_variants POLICY [HEAD_DIM WINDOW NUM_KV_HEADS GROUP_SIZE]
+    python -m tests.kernels.count_variants POLICY[,HEAD_DIM,WINDOW,NUM_KV_HEADS,GROUP_SIZE] ...
 """
 
 import json
+import os
 import random
 import sys
+import traceback
 from typing import Any
 
 import torch
@@ -21,7 +23,9 @@ from rkv_sglang.config import PolicyConfig
 from rkv_sglang.kernels import capture, dispatch, move, select, warmup
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
 from rkv_sglang.kernels.score import key_passes, mean_keys, totals, values
+from rkv_sglang.kernels.score.per_head import beaconkv, block_means, farthest, gkv, half, triattention
 from rkv_sglang.policies import make_policy
+from tests.policies.cases import model_with_statistics
 
 LLAMA_8B = (128, 8, 8, 4)
 # The last launch of query capture then has fewer layers than the others.
@@ -43,13 +47,30 @@ class AbsentGpu:
 
 def kernel_counts() -> dict[str, int]:
     """Return how many variants of each kernel were compiled."""
-    modules = (capture, move, key_passes, mean_keys, totals, values, select)
+    modules = (capture, move, select, key_passes, mean_keys, totals, values)
+    modules += (beaconkv, block_means, farthest, gkv, half, triattention)
     kernels = {name: value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
     return {name: len(kernel.device_caches[0][0]) for name, kernel in kernels.items()}
 
 
 def main() -> None:
-    """Run from the command line."""
+    """Run from the command line: each case in a fork, where nothing is compiled yet."""
+    for case in sys.argv[1:]:
+        policy, *shape = case.split(",")
+        child = os.fork()
+        if child == 0:
+            try:
+                print(json.dumps(counts_of(policy, tuple(map(int, shape)) or LLAMA_8B)), flush=True)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        if os.waitpid(child, 0)[1] != 0:
+            sys.exit(f"the case {case} failed")
+
+
+def counts_of(policy_name: str, shape: tuple[int, ...]) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the counts after the warm-up and at the end."""
     launch = JITFunction.run
 
     def compile_only(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -61,16 +82,17 @@ def main() -> None:
     torch.cuda.synchronize = lambda device: None
 
     rng = random.Random(0)
-    head_dim, window, num_kv_heads, group_size = map(int, sys.argv[2:]) if sys.argv[2:] else LLAMA_8B
-    policy = make_policy(PolicyConfig(policy=sys.argv[1], window=window))
+    head_dim, window, num_kv_heads, group_size = shape
+    policy = make_policy(PolicyConfig(policy=policy_name, window=window))
     keys, values = (
         PagedBuffers.from_tensors([torch.zeros(64, num_kv_heads, head_dim).bfloat16() for _ in range(NUM_LAYERS)])
         for _ in "kv"
     )
     num_qo_heads = num_kv_heads * group_size
+    model = model_with_statistics(NUM_LAYERS, num_qo_heads, head_dim)
     rings = torch.zeros(NUM_LAYERS, 4, window, num_qo_heads, head_dim).bfloat16()
     row_of_request = torch.zeros(9, dtype=torch.int64)
-    warmup.warm_up(keys, values, rings, row_of_request, policy, budget=1024, capacity=1152)
+    warmup.warm_up(keys, values, rings, row_of_request, policy, budget=1024, capacity=1152, model=model)
     after_warm_up = kernel_counts()
     for num_requests in (1, 2, 3, 4, 16, 17):
         kv_lens = [rng.randint(100, 250) for _ in range(num_requests)]
@@ -83,15 +105,15 @@ def main() -> None:
             window=window,
         )
         queries = rings.new_zeros(NUM_LAYERS, num_requests, window, num_qo_heads, head_dim)
-        dispatch.compact_paged(keys, values, batch, queries, policy)
+        dispatch.compact_paged(keys, values, batch, queries, policy, model=model)
         some = slice(1, 4)
         part = KVBuffers(keys=keys, values=values).of_layers(some)
-        dispatch.compact_paged(part.keys, part.values, batch, queries[some].clone(), policy)
+        dispatch.compact_paged(part.keys, part.values, batch, queries[some].clone(), policy, model=model)
         indices = row_of_request.new_zeros(num_requests + 1)[1:]
         step_queries = rings.new_zeros(num_requests, num_qo_heads * head_dim)
         for some in rings.split(capture.LAYERS_PER_LAUNCH):
             capture.capture_queries(some, row_of_request, [step_queries] * len(some), indices, indices)
-    print(json.dumps([after_warm_up, kernel_counts()]))
+    return after_warm_up, kernel_counts()
 
 
 if __name__ == "__main__":

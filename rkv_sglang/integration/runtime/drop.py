@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,7 @@ from rkv_sglang.sizes.compaction_plan import DropPlan, plan_drop
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.scheduler import Scheduler
 
 
 def plan(config: PolicyConfig, *, prompt_len: int, resident_len: int, page_size: int) -> DropPlan:
@@ -35,7 +36,7 @@ def plan(config: PolicyConfig, *, prompt_len: int, resident_len: int, page_size:
 def compact(parts: Parts, policy: Policy, window: int, batch: ScheduleBatch, jobs: Sequence[Job[DropPlan]]) -> None:
     """Rewrite the rows of these requests of a batch, and give back the pages that left them.
 
-    Mutates ``req_to_token``, the allocator and ``state.kept_scores``; no length of a request yet.
+    Mutates ``req_to_token``, the allocator and ``state.kept_state``; no length of a request yet.
 
     The rows are rewritten on the scheduler's stream, as SGLang writes them: it has made that stream wait until the
     forward pass in flight has read what it needs of them (``Scheduler._apply_war_barrier``), and whatever reads a row
@@ -43,28 +44,32 @@ def compact(parts: Parts, policy: Policy, window: int, batch: ScheduleBatch, job
     written by a later forward pass, after the one in flight.
     """
     if parts.scored is None:
-        choices = _by_place(parts, policy, window, jobs)
+        with parts.timed():
+            choices = choose_by_place(
+                [(job.plan, job.logical_len, job.state.kept_state) for job in jobs], policy, window
+            )
+            _record(jobs, choices)
+            freed = _drop(parts, batch, jobs, choices)
     else:
         choices = _by_scores(parts, parts.scored, policy, window, batch, jobs)
+        freed = _drop(parts, batch, jobs, choices)
     for job, choice in zip(jobs, choices, strict=True):
-        job.state.kept_scores = choice.kept_scores
-    allocator = parts.scheduler.token_to_kv_pool_allocator
-    freed = drop_blocks(
+        job.state.kept_state = choice.kept_state
+    # By their ids, which are known to be distinct: to find that out would wait for the device.
+    parts.scheduler.token_to_kv_pool_allocator.free_page_ids(freed)
+
+
+def _drop(
+    parts: Parts, batch: ScheduleBatch, jobs: Sequence[Job[DropPlan]], choices: Sequence[BlockChoice]
+) -> torch.Tensor:
+    """Rewrite the rows and return the ids of the pages that left them."""
+    return drop_blocks(
         batch.req_to_token_pool.req_to_token,
         [job.req.kv.req_pool_idx for job in jobs],
         [job.plan for job in jobs],
         choices,
-        allocator.page_size,
+        parts.scheduler.token_to_kv_pool_allocator.page_size,
     )
-    # By their ids, which are known to be distinct: to find that out would wait for the device.
-    allocator.free_page_ids(freed)
-
-
-def _by_place(parts: Parts, policy: Policy, window: int, jobs: Sequence[Job[DropPlan]]) -> list[BlockChoice]:
-    with parts.timed():
-        choices = choose_by_place([(job.plan, job.logical_len, job.state.kept_scores) for job in jobs], policy, window)
-    _record(jobs, choices)
-    return choices
 
 
 def _by_scores(
@@ -84,13 +89,15 @@ def _by_scores(
         choices = choose_by_scores(
             scored.buffers,
             [
-                DueRequest(job.plan, own, job.logical_len, job.state.kept_scores)
+                DueRequest(job.plan, own, job.logical_len, job.state.kept_state)
                 for job, own in zip(jobs, slots, strict=True)
             ],
             lambda part, layers: query_window.read(places[part], layers),
             policy,
             window,
-            query_bytes=query_window.row_bytes,
+            query_bytes=scored.request_bytes,
+            model=scored.attention,
+            sum_over_ranks=_sum_over_ranks(scheduler) if scheduler.tp_size > 1 else None,
         )
         _record(jobs, choices)
     if stream is not None:
@@ -101,6 +108,11 @@ def _by_scores(
                 if blocks.is_cuda:
                     blocks.record_stream(scheduler.schedule_stream)
     return choices
+
+
+def _sum_over_ranks(scheduler: Scheduler) -> Callable[[torch.Tensor], None]:
+    """Return what adds up, in place, a tensor of every tensor-parallel rank; the same on all of them afterwards."""
+    return lambda totals: torch.distributed.all_reduce(totals, group=scheduler.tp_group.device_group)
 
 
 def _record(jobs: Sequence[Job[DropPlan]], choices: Sequence[BlockChoice]) -> None:

@@ -120,18 +120,16 @@ def config_for(custom_params: Any, server: PolicyConfig, pool_size: int) -> Poli
             )
         if name == BUFFER_FIELD and value % server.block != 0:
             raise ValueError(
-                f"{name} {value} is no multiple of the {server.block} tokens that this server drops together: set it "
-                f"to {ceil_to_page(value, server.block)}"
+                f"{name} {shown(value)} is no multiple of the {server.block} tokens that this server drops together: "
+                f"set it to {shown(ceil_to_page(value, server.block))}"
             )
-    config = replace(
-        server, budget=asked.get(BUDGET_FIELD, server.budget), buffer=asked.get(BUFFER_FIELD, server.buffer)
-    )
-    if asked and config.capacity >= pool_size:
+    budget, buffer = asked.get(BUDGET_FIELD, server.budget), asked.get(BUFFER_FIELD, server.buffer)
+    if asked and budget + buffer >= pool_size:
         raise ValueError(
-            f"{BUDGET_FIELD} {config.budget} and {BUFFER_FIELD} {config.buffer} together exceed this server's KV pool "
+            f"{BUDGET_FIELD} {shown(budget)} and {BUFFER_FIELD} {shown(buffer)} together exceed this server's KV pool "
             f"of {pool_size} tokens: set them lower"
         )
-    return config
+    return replace(server, budget=budget, buffer=buffer)
 
 
 def wants_trace(custom_params: Any, server: PolicyConfig) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from sglang.srt import server_args as sglang_args
 
 from rkv_sglang.config import GRANULARITIES, NO_POLICY, POLICY_FIELD, REQUEST, PolicyConfig, value_problems
+from rkv_sglang.messages import shown
 from rkv_sglang.policy_names import policy_names
 from rkv_sglang.sizes.compaction_plan import block_of_pages
 from rkv_sglang.sizes.pages import ceil_to_page
@@ -34,8 +35,9 @@ _HELP = {
     POLICY_FIELD: "How the private KV cache of a decoding request is bounded. 'none' leaves SGLang as it is; every "
     "other policy keeps the prompt and at most --kv-budget plus --kv-buffer generated tokens per layer and KV head, "
     "and chooses them in its own way: R-KV (arXiv 2505.24133), SnapKV (2404.14469), H2O (2306.14048), StreamingLLM "
-    "(2309.17453), KeyDiff (2504.15364), ManifoldKV (2602.08343), LongFlow (2603.11504), at random, anew at every "
-    "compaction (2609.03430) or once, or as an installed package does.",
+    "(2309.17453), KeyDiff (2504.15364), ManifoldKV (2602.08343), LongFlow (2603.11504), G-KV (2512.00504), "
+    "TriAttention (2604.04921), BeaconKV (2609.04971), at random, anew at every compaction (2609.03430) or once, half "
+    "by R-KV and half at random, or as an installed package does.",
     "kv_granularity": "Where the choice of what stays is made. 'head': every layer and KV head keeps tokens of its "
     "own. 'request': all of them keep the same, in blocks of 16 tokens, or of a page where it is larger; nothing is "
     "moved in the cache then, only its map is rewritten. A policy may have a default of its own.",
@@ -151,7 +153,9 @@ def _names_a_policy(path: str) -> bool:
 
 def policy_name(server_args: Any) -> str:
     """Return the policy asked for, ``"none"`` for a record of SGLang's own class."""
-    return str(getattr(server_args, POLICY_FIELD, NO_POLICY))
+    name = getattr(server_args, POLICY_FIELD, NO_POLICY)
+    # Callers in Python may give anything; it is refused later, by this name.
+    return name if isinstance(name, str) else shown(name)
 
 
 def config_from_args(server_args: Any) -> PolicyConfig:
@@ -233,7 +237,7 @@ def _given(server_args: Any, setting: str) -> tuple[dict[str, Any], str | None]:
         (first, value), (second, other) = values.items()
         if value != other:
             problem = (
-                f"{_flag(first)} {value!r} and {_flag(second)} {other!r} are two spellings of one setting: "
+                f"{_flag(first)} {shown(value)} and {_flag(second)} {shown(other)} are two spellings of one setting: "
                 f"set {_flag(first)} only"
             )
     return {setting: next(iter(values.values()))} if values else {}, problem

@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.algorithm.validation import check_kernel_size, check_mix_lambda, check_threshold
 from rkv_sglang.kernels.paged_batch import VECTOR_BYTES, PagedBatch, PagedBuffers
 from rkv_sglang.kernels.score.checks import check_score_inputs
@@ -40,6 +41,7 @@ def rkv_scores_paged(
     mix_lambda: float,
     kernel_size: int,
     similarity_threshold: float,
+    model: ModelAttention = PLAIN_ATTENTION,
     config: ScoreConfig | None = None,
 ) -> Tensor:
     """Score every token: ``mix_lambda * importance - (1 - mix_lambda) * redundancy``. Queues no sync.
@@ -52,6 +54,7 @@ def rkv_scores_paged(
         mix_lambda: Weight of importance, in [0, 1].
         kernel_size: Width of the max-pool over importance, odd.
         similarity_threshold: Cosine above which two keys are near-duplicates.
+        model: How logits are made of products.
         config: Sizes of the programs; default: ``score_config``.
 
     Returns:
@@ -65,16 +68,22 @@ def rkv_scores_paged(
     """
     check_mix_lambda(mix_lambda)
     check_threshold(similarity_threshold)
-    return _scores(keys, batch, queries, kernel_size, mix_lambda, similarity_threshold, config)
+    return _scores(keys, batch, queries, kernel_size, mix_lambda, similarity_threshold, model, config)
 
 
 def snapkv_scores_paged(
-    keys: PagedBuffers, batch: PagedBatch, queries: Tensor, *, kernel_size: int, config: ScoreConfig | None = None
+    keys: PagedBuffers,
+    batch: PagedBatch,
+    queries: Tensor,
+    *,
+    kernel_size: int,
+    model: ModelAttention = PLAIN_ATTENTION,
+    config: ScoreConfig | None = None,
 ) -> Tensor:
     """Score every token by its importance alone, as SnapKV does (arXiv 2404.14469). Queues no sync.
 
     Args:
-        keys, batch, queries, kernel_size, config: As in ``rkv_scores_paged``.
+        keys, batch, queries, kernel_size, model, config: As in ``rkv_scores_paged``.
 
     Returns:
         As ``rkv_scores_paged``.
@@ -84,16 +93,21 @@ def snapkv_scores_paged(
 
     Reference: ``rkv_sglang.algorithm.reference.importance``.
     """
-    return _scores(keys, batch, queries, kernel_size, 1.0, None, config)
+    return _scores(keys, batch, queries, kernel_size, 1.0, None, model, config)
 
 
 def h2o_scores_paged(
-    keys: PagedBuffers, batch: PagedBatch, queries: Tensor, *, config: ScoreConfig | None = None
+    keys: PagedBuffers,
+    batch: PagedBatch,
+    queries: Tensor,
+    *,
+    model: ModelAttention = PLAIN_ATTENTION,
+    config: ScoreConfig | None = None,
 ) -> Tensor:
     """Score every token by the attention that all queries of the window pay it, as H2O adds it up. Queues no sync.
 
     Args:
-        keys, batch, queries, config: As in ``rkv_scores_paged``.
+        keys, batch, queries, model, config: As in ``rkv_scores_paged``.
 
     Returns:
         As ``rkv_scores_paged``; what earlier compactions counted is not in it.
@@ -103,7 +117,7 @@ def h2o_scores_paged(
 
     Reference: ``rkv_sglang.policies.H2O``.
     """
-    return _scores(keys, batch, queries, 1, float(batch.window), None, config)
+    return _scores(keys, batch, queries, 1, float(batch.window), None, model, config)
 
 
 def _scores(
@@ -113,12 +127,15 @@ def _scores(
     kernel_size: int,
     importance_weight: float,
     threshold: float | None,
+    model: ModelAttention,
     config: ScoreConfig | None,
 ) -> Tensor:
     """``rkv_scores_paged``; without a threshold, the weighted importance only."""
     check_kernel_size(kernel_size)
     check_score_inputs(keys, batch, queries)
-    passes = run_key_passes(keys, batch, queries, threshold=threshold, num_unscored=batch.window, config=config)
+    passes = run_key_passes(
+        keys, batch, queries, threshold=threshold, num_unscored=batch.window, model=model, config=config
+    )
     grid = (triton.cdiv(batch.max_kv_len, COMBINE_BLOCK), batch.num_requests, keys.num_layers * keys.num_kv_heads)
     combine_scores_kernel[grid](
         token_indptr_ptr=batch.token_indptr,
@@ -168,6 +185,7 @@ def run_key_passes(
     *,
     threshold: float | None,
     num_unscored: int,
+    model: ModelAttention,
     config: ScoreConfig | None,
 ) -> KeyPasses:
     """Run the passes that read keys and the reduction between them, on inputs that were checked.
@@ -177,6 +195,7 @@ def run_key_passes(
             of one query are the largest over its group of heads.
         threshold: For the redundancy; None leaves it out.
         num_unscored: Last tokens that get no attention.
+        model: How logits are made of products.
     """
     num_layers, num_requests, window, num_qo_heads, head_dim = queries.shape
     factor_dtype = choose_factor_dtype(keys.dtype, queries.dtype)
@@ -197,6 +216,7 @@ def run_key_passes(
         config=config,
         with_redundancy=threshold is not None,
         num_unscored=num_unscored,
+        logit_cap=model.logit_cap,
     )
     block_w, block_d = constants["BLOCK_W"], constants["BLOCK_D"]
     num_heads, num_tokens = num_layers * keys.num_kv_heads, batch.num_tokens
@@ -233,7 +253,7 @@ def run_key_passes(
         "stride_query_request": queries.stride(1),
         "stride_query_token": queries.stride(2),
         "stride_query_head": queries.stride(3),
-        "softmax_scale": 1.0 / math.sqrt(head_dim),
+        "softmax_scale": model.scale_for(head_dim),
     }
     grid = (triton.cdiv(batch.max_kv_len, config.block), num_requests, num_heads)
     key_shape = {"num_warps": config.num_warps, "num_stages": NUM_STAGES}

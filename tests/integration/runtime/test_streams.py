@@ -1,6 +1,9 @@
 """What must happen on the stream that computes: a CPU has one stream only, so here the streams are stand-ins."""
 
 import contextlib
+import sys
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from rkv_sglang import kernels
 from rkv_sglang.cache.block_choice import BlockChoice
+from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.hooks import answers
 from rkv_sglang.integration.runtime import drop, gather
@@ -16,6 +21,8 @@ from rkv_sglang.integration.runtime.parts import Parts, Scored
 from rkv_sglang.integration.runtime.requests import STATE_ATTRIBUTE, TRACE_ATTRIBUTE
 from rkv_sglang.integration.runtime.runtime import Runtime
 from rkv_sglang.sizes.lengths import RequestState
+
+KERNELS = str(Path(kernels.__file__).parent)
 
 
 class Streams:
@@ -48,6 +55,7 @@ def a_step(streams: Streams, config: PolicyConfig) -> tuple[Runtime, Any, Any]:
         forward_stream=streams.forward_stream,
         forward_stream_ctx=streams.forward_stream_ctx,
         schedule_stream=streams.schedule_stream,
+        tp_size=1,
         tree_cache=SimpleNamespace(free_kv_row=lambda kv, ranges: None),
         token_to_kv_pool_allocator=SimpleNamespace(
             page_size=1,
@@ -83,7 +91,7 @@ def test_what_was_kept_is_read_for_a_trace_on_the_stream_that_computes_it(monkey
     monkeypatch.setattr(
         gather,
         "compact_requests",
-        lambda *args, **kwargs: [SimpleNamespace(kept_indices=KeptIndices(), kept_scores=0)],
+        lambda *args, **kwargs: [SimpleNamespace(kept_indices=KeptIndices(), kept_state=0, memory=None)],
     )
     policy, req, batch = a_step(streams, PolicyConfig(budget=24, buffer=16))
     policy._compact(batch, [0])
@@ -117,15 +125,51 @@ def test_a_row_is_rewritten_on_the_schedulers_stream_behind_the_scores_if_there_
     assert [entry["resident_len"] for entry in getattr(req, TRACE_ATTRIBUTE)] == [40]
 
 
+def test_a_choice_by_places_runs_no_kernel_and_touches_nothing_but_the_map():
+    """Counted are calls of whatever reads or writes a pool or records queries, in the torch form that a CPU runs."""
+    counts = {}
+    for granularity in ("request", "head"):
+        config = PolicyConfig(
+            policy="random_attention",
+            granularity=granularity,
+            budget=24,
+            buffer=16,
+            block=16 if granularity == "request" else 1,
+        )
+        policy, req, batch = a_step(Streams(), config)
+        if policy.parts.scored is not None:
+            pools = [[torch.zeros(64, 1, 4)] for _ in range(2)]
+            buffers = KVBuffers.from_layers(*pools, dtype=torch.float32, key_scales=[1.0], value_scales=[1.0])
+            window: Any = policy.parts.scored.query_window
+            window.read = lambda places, layers: torch.zeros(1, 1, 8, 1, 4)
+            policy.bind(replace(policy.parts, scored=Scored(buffers=buffers, query_window=window, first_layer=0)))
+        called = set()
+
+        def watch(frame: Any, event: str, argument: object, called: set[str] = called) -> None:
+            path = frame.f_code.co_filename
+            if event == "call" and path.startswith(KERNELS) and not path.endswith("transfer.py"):
+                called.add(frame.f_code.co_name)
+
+        sys.setprofile(watch)
+        try:
+            policy._compact(batch, [0])
+        finally:
+            sys.setprofile(None)
+        counts[granularity] = called
+        assert req.kv.kv_allocated_len == 29
+    assert counts["request"] == set()
+    assert {"compact_paged", "move_kept_torch"} <= counts["head"]
+
+
 def test_a_finished_request_keeps_no_tensors(monkeypatch):
     """A session keeps the requests of all its turns."""
-    state = RequestState(5, 300, compactions=2, kept_scores=torch.zeros(3), host_copy=object())
+    state = RequestState(5, 300, compactions=2, kept_state=torch.zeros(3), host_copy=object())
     req = SimpleNamespace(rid="r", origin_input_ids=[1] * 5, output_ids=[2] * 90, finished=lambda: True)
     req.extend_batch_idx, req.decode_batch_idx = 1, 89
     setattr(req, STATE_ATTRIBUTE, state)
     runs = SimpleNamespace(**req.__dict__)
     runs.finished = lambda: False
-    running = RequestState(5, 300, kept_scores=torch.zeros(3))
+    running = RequestState(5, 300, kept_state=torch.zeros(3))
     setattr(runs, STATE_ATTRIBUTE, running)
     monkeypatch.setattr(
         answers,
@@ -134,5 +178,5 @@ def test_a_finished_request_keeps_no_tensors(monkeypatch):
     )
     info = answers.streamer_class(object)().build_additional_customized_info([req, runs])
     assert info["kv_compactions"] == [[2], []]
-    assert state.kept_scores is None and state.host_copy is None
-    assert running.kept_scores is not None
+    assert state.kept_state is None and state.host_copy is None
+    assert running.kept_state is not None

@@ -84,6 +84,7 @@ class _Run:
         self._schedulers: list[Any] = []
         self._stage = "launcher"
         self._seconds: dict[str, float] = {}
+        self._outputs: dict[str, dict[str, Any]] = {}
 
     def answer(self) -> dict[str, Any]:
         try:
@@ -91,7 +92,8 @@ class _Run:
         except _Timeout:
             return {"status": "timeout", "at": self._stage}
         except _Died as error:
-            return {"status": "failed", "message": str(error), "exit_code": self._exit_code()}
+            code = self._exit_code()
+            return {"status": "failed", "message": str(error), "exit_code": code, "outputs": self._outputs}
         finally:
             for process in self._schedulers:
                 process.kill()
@@ -190,7 +192,7 @@ class _Run:
         from_scheduler = get_zmq_socket(context, zmq.PULL, port_args.tokenizer_ipc_name, True)
         # With a tokenizer the outputs go to the detokenizer; here they come together.
         from_scheduler.bind(port_args.detokenizer_ipc_name)
-        outputs: dict[str, dict[str, Any]] = {}
+        outputs = self._outputs
         try:
             for rid, request in self._job["requests"]:
                 outputs[rid] = empty_output(len(request.input_ids))

@@ -35,17 +35,19 @@ def empty_output(prompt_tokens: int) -> dict[str, Any]:
         "retractions": 0,
         "output_logprobs": [],
         "input_logprobs": [],
+        "info": {},
     }
 
 
 def take(outputs: dict[str, dict[str, Any]], message: Any) -> None:
-    from sglang.srt.managers.io_struct import AbortReq, BatchTokenIDOutput
+    from sglang.srt.managers.io_struct import AbortReq, BatchTokenIDOutput, unwrap_from_pickle
 
     if isinstance(message, AbortReq):
         # Aborted before it ran.
         outputs[message.rid]["finish_reason"] = message.finished_reason or {"type": "abort", "message": "in the queue"}
     if not isinstance(message, BatchTokenIDOutput):
         return
+    info: Any = unwrap_from_pickle(message.customized_info) or {}
     for index, rid in enumerate(message.rids):
         output = outputs[rid]
         # Each message carries what is new since the last one.
@@ -53,6 +55,7 @@ def take(outputs: dict[str, dict[str, Any]], message: Any) -> None:
         output["finish_reason"] = message.finished_reasons[index]
         output["cached_tokens"] = message.cached_tokens[index]
         output["retractions"] = message.retraction_counts[index]
+        output["info"].update({key: values[index][-1] for key, values in info.items() if values[index]})
         for key, values in (
             ("output_logprobs", message.output_token_logprobs_val),
             ("input_logprobs", message.input_token_logprobs_val),

@@ -30,12 +30,17 @@ _START_TIMEOUT_S = 240.0
 
 
 class SchedulerFailed(RuntimeError):
-    """The scheduler or its start failed. ``log`` is all that was printed, ``exit_code`` that of the process."""
+    """The scheduler or its start failed.
 
-    def __init__(self, message: str, log: str, exit_code: int | None) -> None:
+    ``log`` is all that was printed, ``exit_code`` that of the process, ``outputs`` what had come back of each request;
+    its ``finish_reason`` is None if it had not ended.
+    """
+
+    def __init__(self, message: str, log: str, exit_code: int | None, outputs: "list[Output]") -> None:
         super().__init__(f"{message} (exit code {exit_code}); the end of its log:\n{log[-6000:]}")
         self.log = log
         self.exit_code = exit_code
+        self.outputs = outputs
 
 
 class LauncherRefused(SchedulerFailed):
@@ -72,7 +77,10 @@ class Request:
 
 @dataclass(kw_only=True)
 class Output:
-    """What came back for one request; ``finish_reason`` as in SGLang (``{"type": "length", ..}``)."""
+    """What came back for one request; ``finish_reason`` as in SGLang (``{"type": "length", ..}``).
+
+    ``info`` is what plugins added to its last output, by their names.
+    """
 
     output_ids: list[int]
     finish_reason: dict[str, Any]
@@ -81,6 +89,7 @@ class Output:
     retractions: int
     output_logprobs: list[float]
     input_logprobs: list[float | None]
+    info: dict[str, Any]
 
 
 @dataclass(kw_only=True)
@@ -166,7 +175,8 @@ def run_scheduler(
         raise TimeoutError(f"the run took longer than {timeout} s ({answer['at']}); the end of its log:\n{log[-6000:]}")
     if answer["status"] != "ok":
         failure = LauncherRefused if answer["status"] == "refused" else SchedulerFailed
-        error = failure(answer["message"], log, answer.get("exit_code"))
+        outputs = [Output(**output) for _, output in sorted(answer.get("outputs", {}).items())]
+        error = failure(answer["message"], log, answer.get("exit_code"), outputs)
         error.add_note(f"probe violations: {probe.violations[:5]}")
         error.probe = probe  # type: ignore[attr-defined]
         raise error

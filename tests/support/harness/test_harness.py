@@ -224,30 +224,6 @@ def test_a_run_that_takes_too_long_ends_with_all_its_processes(rng: random.Rando
 
 
 @pytest.mark.server
-def test_a_server_serves_streams_aborts_and_goes(rng: random.Random) -> None:
-    prompts = [random_prompt(rng, 20) for _ in range(3)]
-    with Server(flags("--page-size", "16")) as server:
-        assert server._process is not None
-        processes = [psutil.Process(server._process.pid), *psutil.Process(server._process.pid).children(recursive=True)]
-        answers = server.generate_many(prompts, greedy(20))
-        assert [answer["output_ids"] for answer in answers] == [reference(prompt, 20)[0] for prompt in prompts]
-        chunks = list(server.stream(prompts[0], greedy(20)))
-        assert chunks[-1]["output_ids"][-20:] == answers[0]["output_ids"]
-        assert chunks[-1]["meta_info"]["cached_tokens"] == 16
-        stream = server.stream(prompts[1], greedy(3000), rid="endless")
-        next(stream)
-        server.abort("endless")
-        assert list(stream)[-1]["meta_info"]["finish_reason"]["type"] == "abort"
-        assert server.server_info()["page_size"] == 16
-        server.drain()
-        server.flush_cache()
-        server.generate(prompts[0], greedy(5))
-        server.assert_clean()
-    assert server.probe().idles[-1]["ok"]
-    assert not [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-
-
-@pytest.mark.server
 def test_a_server_that_refuses_is_seen_to_exit() -> None:
     exit_code, output = Server(flags("--no-such-flag")).start_and_expect_exit()
     assert exit_code == 2

@@ -5,6 +5,7 @@ a scheduler process, and only when ``RKV_PROBE_FILE`` names the file to append t
 other tensor-parallel ranks). Further settings, all optional:
 
 ``RKV_PROBE_MAX_PRIVATE``  most slots a request may hold past its prompt
+``RKV_PROBE_MOVES_NOTHING``  if set, a compaction must not change the bytes of any slot that stays with its request
 ``RKV_PROBE_FAULT``        a fault to inject on purpose, so that tests can see it found: ``flip_tree@N``,
                            ``flip_private@N`` or ``leak@N``, at the first scheduler step >= N where it is possible
 
@@ -82,7 +83,9 @@ class _Held:
         self.num_compactions = 0
         self.update(req)
 
-    def update(self, req: Any) -> None:
+    def update(self, req: Any, num_fresh: int = 0) -> None:
+        # Slots taken since the last look: one may have been this request's own before a compaction.
+        self.num_fresh = num_fresh
         self.allocated_len = req.kv.kv_allocated_len
         self.decode_batch_idx = req.decode_batch_idx
 
@@ -104,8 +107,10 @@ class Probe:
         self._total: int = self._allocator.size
         kv_pool = self._allocator.get_kvcache()
         self._device = torch.device(kv_pool.device)
-        self._shadow = PoolShadow([*kv_pool.k_buffer, *kv_pool.v_buffer])
-        self._num_slots: int = kv_pool.k_buffer[0].shape[0]
+        self._moves_nothing = "RKV_PROBE_MOVES_NOTHING" in os.environ
+        buffers = kv_pool.kv_buffer if hasattr(kv_pool, "kv_buffer") else [*kv_pool.k_buffer, *kv_pool.v_buffer]
+        self._shadow = PoolShadow(buffers, self._moves_nothing)
+        self._num_slots: int = buffers[0].shape[0]
         # id(req) -> the request itself too, so that the id stays its own.
         self._held: dict[int, tuple[Any, _Held]] = {}
         self._last_serial = 0
@@ -115,18 +120,16 @@ class Probe:
         # Gets every line instead of the file, where a test's code runs in the scheduler process too.
         self.listener: Callable[[dict[str, Any]], None] | None = None
         self._rows_at_start = self._rows.available_size()
-        max_private = os.environ.get("RKV_PROBE_MAX_PRIVATE")
-        self._max_private = int(max_private) if max_private else None
+        self._max_private = int(os.environ.get("RKV_PROBE_MAX_PRIVATE") or 2**31)
         self._fault = Fault.from_environment()
-        rank = get_parallel().tp_rank
-        path = os.environ["RKV_PROBE_FILE"] + (f".rank{rank}" if rank else "")
+        path = os.environ["RKV_PROBE_FILE"] + (f".rank{rank}" if (rank := get_parallel().tp_rank) else "")
         # Line-buffered: a scheduler that dies takes no line with it.
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - lives as long as the process
         self._write(
             event="start",
             total=self._total,
             page_size=self._page_size,
-            num_layers=len(kv_pool.k_buffer),
+            num_layers=kv_pool.layer_num,
             rows=self._rows_at_start,
             tree=type(getattr(self._tree, "tree_core", self._tree)).__name__,
         )
@@ -206,7 +209,7 @@ class Probe:
     def _check(self, batches: list[Any], *, is_after_scheduling: bool) -> tuple[list[Any], dict[int, Any]]:
         import torch
         from rkv_census import census
-        from rkv_shadow import TREE, private_holder
+        from rkv_shadow import NOBODY, TREE, private_holder
 
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -223,9 +226,9 @@ class Probe:
                 )
         pages_of = {}
         for req in reqs:
-            private = slots_of[id(req)][req.kv.cache_protected_len :]
-            serial = self._held[id(req)][1].serial
-            holder[private] = private_holder(serial, req.kv.cache_protected_len, req.kv.kv_allocated_len)
+            private, held = slots_of[id(req)][req.kv.cache_protected_len :], self._held[id(req)][1]
+            holder[private] = private_holder(held.serial, req.kv.cache_protected_len, req.kv.kv_allocated_len)
+            holder[private[len(private) - held.num_fresh :]] = NOBODY
             pages_of[id(req)] = private[:: self._page_size] // self._page_size
         private_pages = {req.rid: pages_of[id(req)] for req in reqs}
         for kind, detail in census(self._allocator, tree_slots, private_pages):
@@ -258,26 +261,21 @@ class Probe:
             num_decodes = req.decode_batch_idx - held.decode_batch_idx
             if req.kv.kv_allocated_len < held.allocated_len + num_decodes:
                 self._note_compaction(req, held, num_decodes, is_after_scheduling)
-            held.update(req)
+            held.update(req, num_decodes)
         self._held = held_now
-        if is_after_scheduling and self._max_private is not None:
+        if is_after_scheduling:
             self._check_max_private()
 
     def _note_compaction(self, req: Any, held: _Held, num_decodes: int, is_after_scheduling: bool) -> None:
         prompt_len = len(req.origin_input_ids)
         held.num_compactions += 1
-        line = {
-            "rid": req.rid,
-            "prompt_len": prompt_len,
-            "output_len": len(req.output_ids),
-            "from_len": held.allocated_len,
-            "to_len": req.kv.kv_allocated_len - num_decodes,
-        }
+        line = {"rid": req.rid, "prompt_len": prompt_len, "output_len": len(req.output_ids)}
+        line |= {"from_len": held.allocated_len, "to_len": req.kv.kv_allocated_len - num_decodes}
         self._write(event="compaction", step=self._step, forward_ct=self._scheduler.forward_ct, **line)
         if not is_after_scheduling:
             self._violation("compaction outside scheduling", **line)
-        # The owner may rewrite what it generated; its prompt stays watched.
-        self._shadow.forget_positions(held.serial, prompt_len)
+        if not self._moves_nothing:  # The owner may rewrite what it generated; its prompt stays watched.
+            self._shadow.forget_positions(held.serial, prompt_len)
 
     def _check_max_private(self) -> None:
         for req, held in self._held.values():

@@ -32,8 +32,14 @@ class PoolShadow:
     take memory.
     """
 
-    def __init__(self, buffers: Sequence[torch.Tensor]) -> None:
-        """``buffers``: each layer's K and V pool, first dimension the slot."""
+    def __init__(self, buffers: Sequence[torch.Tensor], positions_may_change: bool = False) -> None:
+        """Watch pools.
+
+        Args:
+            buffers: Each layer's K and V pool, first dimension the slot.
+            positions_may_change: A slot that stays with its request must keep its bytes whatever position it gets.
+        """
+        self._positions_may_change = positions_may_change
         self._live = [_as_words(buffer) for buffer in buffers]
         self._copy = [torch.empty(live.shape, dtype=live.dtype, device="cpu") for live in self._live]
         self._holder = torch.zeros(buffers[0].shape[0], dtype=torch.int64)
@@ -47,7 +53,10 @@ class PoolShadow:
     def compare(self, holder: torch.Tensor) -> list[dict[str, Any]]:
         """Compare all slots whose holder stayed; stop watching the others. Returns one entry per changed slot."""
         before = self._holder
-        stayed = (before != NOBODY) & ((before == holder) | ((holder == TREE) & (before > 0)))
+        is_same = before == holder
+        if self._positions_may_change:
+            is_same |= (before > 0) & (before >> _POSITION_BITS == holder >> _POSITION_BITS)
+        stayed = (before != NOBODY) & (is_same | ((holder == TREE) & (before > 0)))
         slots = stayed.nonzero().flatten()
         changed: dict[int, list[int]] = {}
         live_slots = slots.to(self._live[0].device)
