@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rkv_sglang.algorithm.near_duplicates import PromptHits
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.kernels.dispatch import compact_paged, runs_triton, working_bytes_per_token
 from rkv_sglang.kernels.paged_batch import PagedBatch
@@ -27,6 +28,7 @@ class DueRequest:
             rewrite its index map while the compaction runs on another stream.
         logical_len: Tokens ever seen, evicted ones included.
         kept_scores: The ``Compacted.kept_scores`` of this request's last compaction.
+        prompt_hits: Of this request's prompt, of all layers, for a policy that keeps them; None to find them anew.
         wants_indices: Whether ``Compacted.kept_indices`` is asked for.
     """
 
@@ -34,6 +36,7 @@ class DueRequest:
     slots: torch.Tensor
     logical_len: int
     kept_scores: torch.Tensor | None = None
+    prompt_hits: PromptHits | None = None
     wants_indices: bool = False
 
 
@@ -63,9 +66,10 @@ def compact_requests(
 ) -> list[Compacted]:
     """Keep of each request what its plan says, chosen per layer and KV head.
 
-    Mutates the pool in each request's own slots from ``plan.prompt_len`` to ``plan.kept_len``; the prompt's slots are
-    only read. On a GPU, policies with a paged scorer make no device-to-host copy, and the working memory at any time
-    is at most ``WORKING_BYTES``, or that of one layer of the longest request if this is more.
+    Mutates the pool in each request's own slots from ``plan.prompt_len`` to ``plan.kept_len``, and fills
+    ``DueRequest.prompt_hits``; the prompt's slots are only read. On a GPU, policies with a paged scorer make no
+    device-to-host copy, and the working memory at any time is at most ``WORKING_BYTES``, or that of one layer of the
+    longest request if this is more.
 
     Args:
         read_queries: Given a slice of ``requests`` and one of the layers, returns their window's queries after RoPE,
@@ -98,6 +102,9 @@ def compact_requests(
             for layers in split_layers(buffers.keys.num_layers, max(num_tokens[part]) * len(plans), most_tokens)
         ]
         compacted += [_join(own) for own in zip(*of_layers, strict=True)]
+        for request in together:
+            if request.prompt_hits is not None:
+                request.prompt_hits.is_filled = True
     return compacted
 
 
@@ -113,7 +120,11 @@ def _compact_layers(
     if layers != slice(0, buffers.keys.num_layers):
         buffers = buffers.of_layers(layers)
     history = [
-        History(request.logical_len, None if request.kept_scores is None else request.kept_scores[layers])
+        History(
+            request.logical_len,
+            None if request.kept_scores is None else request.kept_scores[layers],
+            None if request.prompt_hits is None else request.prompt_hits.of_layers(layers),
+        )
         for request in requests
     ]
     kept = compact_paged(buffers.keys, buffers.values, batch, queries, policy, history)

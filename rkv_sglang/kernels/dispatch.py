@@ -42,11 +42,11 @@ def runs_triton(buffers: PagedBuffers) -> bool:
 def working_bytes_per_token(keys: PagedBuffers, window: int) -> int:
     """Return about how much memory ``compact_paged`` holds besides its arguments for each resident token of a batch.
 
-    Per layer and head: two fp32 numbers, an int64 and an index if the token is kept, and for each block of at least 32
-    tokens a row of fp32 sums of keys, two of the window and one number more.
+    Per layer and head: three fp32 numbers, an int64 and an index if the token is kept, and for each block of at least
+    32 tokens a row of fp32 sums of keys, two of the window and one number more.
     """
     block_sums = 4 * padded_head_dim(keys.head_dim) + 8 * padded_window(window) + 4
-    return keys.num_layers * keys.num_kv_heads * (20 + block_sums // 32)
+    return keys.num_layers * keys.num_kv_heads * (24 + block_sums // 32)
 
 
 @torch.no_grad()
@@ -60,8 +60,8 @@ def compact_paged(
 ) -> Kept:
     """Score, choose and move: every request keeps its prompt and its budget of generated tokens.
 
-    Mutates the pool in each request's tokens from ``prompt_len`` to ``prompt_len + budget``, and nothing else. Queues
-    no device-to-host sync if the policy has a paged scorer.
+    Mutates the pool in each request's tokens from ``prompt_len`` to ``prompt_len + budget``, and those
+    ``History.prompt_hits`` that are not filled. Queues no device-to-host sync if the policy has a paged scorer.
 
     Args:
         keys, values: All layers of the pool, on one device.
@@ -130,6 +130,7 @@ def choose_kept_torch(
                 values=_gather(values, layer, pages, kv_len) if needs_values(policy) else None,
                 logical_len=past.logical_len,
                 state=None if past.kept_scores is None else past.kept_scores[layer],
+                prompt_hits=None if past.prompt_hits is None else past.prompt_hits.of_layers(slice(layer, layer + 1)),
             )
             scores = policy.score(inputs)
             kept = select_kept(scores, prompt_len, batch.window, budget)

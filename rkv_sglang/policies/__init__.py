@@ -1,6 +1,6 @@
 """Policies: rules that score the tokens of a request. ``registry`` has them by name."""
 
-from rkv_sglang.policies.base import Policy, ScoreInputs, is_stateful, needs_values
+from rkv_sglang.policies.base import Policy, ScoreInputs, is_stateful, keeps_prompt_hits, needs_values
 from rkv_sglang.policies.h2o import H2O
 from rkv_sglang.policies.keydiff import KeyDiff
 from rkv_sglang.policies.longflow import LongFlow
@@ -26,6 +26,7 @@ __all__ = [
     "StreamingLLM",
     "default_sizes",
     "is_stateful",
+    "keeps_prompt_hits",
     "make_policy",
     "needs_values",
     "policy_names",

@@ -5,6 +5,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from rkv_sglang.algorithm.near_duplicates import PromptHits
+
 
 @dataclass(frozen=True)
 class ScoreInputs:
@@ -21,6 +23,8 @@ class ScoreInputs:
             ``[num_kv_heads, num_scored]``, fp32: column i belongs to the resident token ``prompt_len + i``. Later
             tokens have never been scored, and their logical positions end at ``logical_len - 1`` without a gap.
             ``None`` before the first compaction and after the cache was computed anew.
+        prompt_hits: Of this layer, for a policy that keeps them: what the prompt finds within the prompt. Written
+            unless it is filled. ``None`` for a short prompt, or where there is no room: then it is found anew.
 
     Raises:
         ValueError: The lengths do not fit together.
@@ -32,6 +36,7 @@ class ScoreInputs:
     values: Tensor | None = None
     logical_len: int | None = None
     state: Tensor | None = None
+    prompt_hits: PromptHits | None = None
 
     def __post_init__(self) -> None:
         window, num_tokens = self.queries.shape[0], self.keys.shape[0]
@@ -67,8 +72,8 @@ class Policy(Protocol):
 
     A policy is a dataclass whose fields are its parameters; it refuses bad ones in ``__post_init__``. It may set class
     attributes: ``needs_values = True`` to be given values; ``stateful = True`` to be given back, at the next
-    compaction, the scores of the tokens that were kept (see ``needs_values`` and ``is_stateful``); ``default_window``
-    and ``default_buffer``, tokens, for servers on which nobody sets them.
+    compaction, the scores of the tokens that were kept; ``keeps_prompt_hits = True`` to be given ``prompt_hits`` of
+    long prompts; ``default_window`` and ``default_buffer``, tokens, for servers on which nobody sets them.
     """
 
     def score(self, inputs: ScoreInputs) -> Tensor:
@@ -91,3 +96,8 @@ def needs_values(policy: Policy) -> bool:
 def is_stateful(policy: Policy) -> bool:
     """Return whether the scores of kept tokens must come back as ``ScoreInputs.state``."""
     return bool(getattr(policy, "stateful", False))
+
+
+def keeps_prompt_hits(policy: Policy) -> bool:
+    """Return whether ``ScoreInputs.prompt_hits`` of a long prompt must be kept between compactions."""
+    return bool(getattr(policy, "keeps_prompt_hits", False))

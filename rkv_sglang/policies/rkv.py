@@ -1,6 +1,7 @@
 """R-KV: keep what the window attends to, drop what repeats."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -22,6 +23,8 @@ class RKV:
         similarity_threshold: Cosine above which two keys are near-duplicates.
     """
 
+    keeps_prompt_hits: ClassVar[bool] = True
+
     mix_lambda: float = 0.1
     kernel_size: int = 7
     similarity_threshold: float = 0.5
@@ -34,4 +37,5 @@ class RKV:
             mix_lambda=self.mix_lambda,
             kernel_size=self.kernel_size,
             similarity_threshold=self.similarity_threshold,
+            prompt_hits=inputs.prompt_hits,
         )

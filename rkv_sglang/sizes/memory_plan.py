@@ -34,19 +34,22 @@ class ModelShape:
         """Bytes of one token's K and V in all layers."""
         return self.num_layers * self.num_kv_heads * (self.head_dim + self.v_head_dim) * self.kv_itemsize
 
-    def side_bytes(self, config: PolicyConfig, *, stateful: bool = False) -> float:
-        """Bytes of the policy's own per token of the pool: the query window, and the scores a stateful policy carries.
+    def side_bytes(self, config: PolicyConfig, *, stateful: bool = False, prompt_hits: bool = False) -> float:
+        """Bytes of the policy's own per token of the pool: the query window, and what a policy keeps of tokens.
 
-        One fp32 number a kept token, layer and KV head, for as many requests as the pool holds at their capacity.
+        Of scores that a stateful one carries, one fp32 number a kept token, layer and KV head, for as many requests as
+        the pool holds at their capacity. Of what long prompts find within themselves, one int32 number, as if all
+        tokens of the pool were of such prompts.
         """
         carried = self.num_layers * self.num_kv_heads * 4 * (config.budget - config.window) / config.capacity
         queries = query_bytes_per_slot(config, self.num_layers, self.num_qo_heads, self.head_dim, self.query_itemsize)
-        return queries + (carried if stateful else 0.0)
+        hits = 4 * self.num_layers * self.num_kv_heads
+        return queries + (carried if stateful else 0.0) + (hits if prompt_hits else 0.0)
 
 
 def pool_tokens(shape: ModelShape, num_bytes: int, config: PolicyConfig | None, page_size: int = 1) -> int:
-    """Return how many tokens the pool holds when it shares ``num_bytes`` with the policy's side buffers."""
-    per_token = shape.kv_bytes + (shape.side_bytes(config) if config is not None else 0.0)
+    """Return how many tokens the pool holds when it shares ``num_bytes`` with the side buffers of the policy rkv."""
+    per_token = shape.kv_bytes + (shape.side_bytes(config, prompt_hits=True) if config is not None else 0.0)
     return int(num_bytes / per_token) // page_size * page_size
 
 

@@ -20,7 +20,7 @@ from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.kernels import capture, dispatch, move, select, warmup
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
-from rkv_sglang.kernels.score import key_passes, mean_keys, totals, values
+from rkv_sglang.kernels.score import key_passes, mean_keys, scan, totals, values
 from rkv_sglang.policies import make_policy
 
 LLAMA_8B = (128, 8, 8, 4)
@@ -43,7 +43,7 @@ class AbsentGpu:
 
 def kernel_counts() -> dict[str, int]:
     """Return how many variants of each kernel were compiled."""
-    modules = (capture, move, key_passes, mean_keys, totals, values, select)
+    modules = (capture, move, key_passes, mean_keys, scan, totals, values, select)
     kernels = {name: value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
     return {name: len(kernel.device_caches[0][0]) for name, kernel in kernels.items()}
 

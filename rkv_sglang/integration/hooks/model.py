@@ -21,7 +21,7 @@ from rkv_sglang.integration.hooks.owners import (
 )
 from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.restore import add_evicted_tokens
-from rkv_sglang.policies import is_stateful
+from rkv_sglang.policies import is_stateful, keeps_prompt_hits
 from rkv_sglang.sizes.memory_plan import ModelShape
 
 
@@ -41,7 +41,9 @@ def leave_room_for_side_buffers(profile: Callable[..., int], configurator: Any, 
         query_itemsize=model.dtype.itemsize,
     )
     runtime = get_runtime()
-    side_bytes = shape.side_bytes(runtime.config, stateful=is_stateful(runtime.policy))
+    side_bytes = shape.side_bytes(
+        runtime.config, stateful=is_stateful(runtime.policy), prompt_hits=keeps_prompt_hits(runtime.policy)
+    )
     return int(available_bytes * shape.kv_bytes / (shape.kv_bytes + side_bytes))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rkv_sglang.cache.compact import Compacted, DueRequest, compact_requests
+from rkv_sglang.cache.prompt_hits import PromptHitsRoom
 from rkv_sglang.cache.step_tensors import read_slots, subtract_evicted
 from rkv_sglang.cache.trace import pack_compaction
 from rkv_sglang.config import PolicyConfig
@@ -26,7 +27,7 @@ from rkv_sglang.integration.runtime.requests import (
 )
 from rkv_sglang.integration.runtime.stats import PolicyStats
 from rkv_sglang.integration.startup.memory_report import report_memory
-from rkv_sglang.policies import make_policy
+from rkv_sglang.policies import keeps_prompt_hits, make_policy
 from rkv_sglang.sizes.compaction_plan import CompactionPlan, plan_compaction
 from rkv_sglang.sizes.lengths import NEVER, RequestState, can_ever_compact, decodes_again, steps_until_due
 from rkv_sglang.sizes.stagger import most_head_start
@@ -59,6 +60,7 @@ class Runtime:
         self.config = config
         self.policy = make_policy(config)
         self.stats = PolicyStats()
+        self.prompt_hits_room = PromptHitsRoom(is_used=keeps_prompt_hits(self.policy))
         self._model_parts: ModelParts | None = None
         self._parts: Parts | None = None
 
@@ -176,6 +178,7 @@ class Runtime:
         """Compact the requests of ``batch.reqs`` whose indices are in ``due``, and bring every length up to it."""
         buffers, query_window, metrics = self.parts.buffers, self.parts.query_window, self.parts.metrics
         jobs = self._jobs(batch, [batch.reqs[i] for i in due])
+        pool_size = self.parts.scheduler.max_total_num_tokens
         with self.on_forward_stream() as stream, metrics.timed() if metrics is not None else contextlib.nullcontext():
             query_window.flush()
             requests, places = [], []
@@ -184,8 +187,11 @@ class Runtime:
                 jobs[0].slots.record_stream(stream)
             for job in jobs:
                 logical_len = job.state.logical_len(job.plan.resident_len)
-                wants_indices = trace_of(job.req) is not None
-                requests.append(DueRequest(job.plan, job.slots, logical_len, job.state.kept_scores, wants_indices))
+                hits = self.prompt_hits_room.hits_of(
+                    job.state, buffers, capacity=job.config.capacity, most_tokens=pool_size
+                )
+                wants = trace_of(job.req) is not None
+                requests.append(DueRequest(job.plan, job.slots, logical_len, job.state.kept_scores, hits, wants))
                 places.append((job.req.kv.req_pool_idx, logical_len))
             results = compact_requests(
                 buffers,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rkv_sglang.algorithm.near_duplicates import PromptHits
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
 from rkv_sglang.kernels.score.attention import h2o_scores_paged, rkv_scores_paged, snapkv_scores_paged
 from rkv_sglang.kernels.score.mean_keys import keydiff_scores_paged, manifoldkv_scores_paged
@@ -23,10 +24,12 @@ class History:
         logical_len: Tokens ever seen, evicted ones included.
         kept_scores: Scores that the last compaction gave to the tokens kept for their score,
             ``[num_layers, num_kv_heads, budget - window]``, fp32; None before the first.
+        prompt_hits: What the prompt finds within the prompt, written unless it is filled; None to find it anew.
     """
 
     logical_len: int
     kept_scores: Tensor | None = None
+    prompt_hits: PromptHits | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,7 @@ def _rkv(policy: RKV, inputs: PagedInputs) -> Tensor:
         mix_lambda=policy.mix_lambda,
         kernel_size=policy.kernel_size,
         similarity_threshold=policy.similarity_threshold,
+        prompt_hits=[past.prompt_hits for past in inputs.history],
     )
 
 

@@ -58,6 +58,7 @@ def test_what_was_kept_is_read_for_a_trace_on_the_stream_that_computes_it(monkey
         forward_stream_ctx=streams.forward_stream_ctx,
         schedule_stream=streams.schedule_stream,
         tree_cache=SimpleNamespace(free_kv_row=lambda kv, ranges: None),
+        max_total_num_tokens=1000,
         token_to_kv_pool_allocator=SimpleNamespace(
             page_size=1, free_group_begin=lambda: None, free_group_end=lambda: None
         ),
@@ -83,7 +84,7 @@ def test_what_was_kept_is_read_for_a_trace_on_the_stream_that_computes_it(monkey
 
 def test_a_finished_request_keeps_no_tensors(monkeypatch):
     """A session keeps the requests of all its turns."""
-    state = RequestState(5, 300, compactions=2, kept_scores=torch.zeros(3), host_copy=object())
+    state = RequestState(5, 300, compactions=2, kept_scores=torch.zeros(3), prompt_hits=object(), host_copy=object())
     req = SimpleNamespace(rid="r", origin_input_ids=[1] * 5, output_ids=[2] * 90, finished=lambda: True)
     setattr(req, STATE_ATTRIBUTE, state)
     runs = SimpleNamespace(**req.__dict__)
@@ -97,5 +98,5 @@ def test_a_finished_request_keeps_no_tensors(monkeypatch):
     )
     info = answers.streamer_class(object)().build_additional_customized_info([req, runs])
     assert info["kv_compactions"] == [[2], []]
-    assert state.kept_scores is None and state.host_copy is None
+    assert state.kept_scores is state.prompt_hits is state.host_copy is None
     assert running.kept_scores is not None
