@@ -9,8 +9,11 @@ PYTHON ?= python3
 PORT ?= 30000
 SMALL_MODEL := .cache/models/SmolLM2-135M-Instruct
 BIN := .venv/bin
-# A file's tests stay on one worker, so that they share its servers; the long files come first.
+# A file's tests stay on one worker, so that they share its servers; tests/conftest.py has long ones come first.
 PYTEST_FLAGS := -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+
+# Processes of the tests live for seconds; compiling this package anew is a good part of that.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test bench-smoke check serve clean distclean
 

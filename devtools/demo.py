@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from devtools.chat import chat_ids
 from devtools.launch import Server, ServerError, exit_on_sigterm, has_gpu, launched_server
+from rkv_sglang.user_files import read_text, reason
 
 LOG_DIR = Path(".cache/logs")
 # SGLang prints the KV tokens in use at every decode step when asked to; nothing is sampled or estimated.
@@ -144,7 +145,11 @@ def main() -> int:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoTokenizer
 
-    question = options.prompt_file.read_text().strip()
+    try:
+        question = read_text(options.prompt_file).strip()
+    except (OSError, ValueError) as error:
+        print(f"demo: --prompt-file {options.prompt_file} cannot be read ({reason(error)})", file=sys.stderr)
+        return 1
     input_ids = chat_ids(AutoTokenizer.from_pretrained(options.model), question)
     print(f"Question ({len(input_ids)} tokens with the chat template):\n{question}\n", flush=True)
     policy_flags = ["--kv-budget", str(options.kv_budget), "--kv-buffer", str(options.kv_buffer)]

@@ -1,13 +1,19 @@
 """Settings of a policy, validated once and frozen. Everything below reads them from here."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rkv_sglang.messages import shown
+
 NO_POLICY = "none"
+# Where the choice of what stays is made: per layer and KV head, or once for a whole request, in blocks of tokens.
+HEAD, REQUEST = "head", "request"
+GRANULARITIES = (HEAD, REQUEST)
 # Under this name server arguments, requests, answers and the ready messages of processes say which policy is on.
 POLICY_FIELD = "kv_policy"
+# Lengths are kept in 32 bits on the device.
+MOST_TOKENS = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +23,11 @@ class PolicyConfig:
     Attributes:
         policy: Name of the policy; ``"none"`` leaves SGLang as it is. The policies know which names there are, so an
             unknown one is refused where the policy is made.
+        granularity: ``"head"``: every layer and KV head keeps tokens of its own, which are moved; ``"request"``: all
+            keep the same, whole blocks are dropped and nothing is moved.
         budget: Generated tokens kept per layer and KV head after a compaction, the window included.
         buffer: Generated tokens that may gather above the budget before the next compaction.
+        block: Tokens that are dropped together; 1 where every head chooses for itself.
         window: The most recent tokens; their queries observe the cache and they are always kept.
         mix_lambda: Weight of importance against redundancy in the R-KV score, in [0, 1] (arXiv 2505.24133).
         kernel_size: Width of the max-pool over importance, odd, stride 1.
@@ -34,8 +43,10 @@ class PolicyConfig:
     """
 
     policy: str = "rkv"
+    granularity: str = HEAD
     budget: int = 1024
     buffer: int = 128
+    block: int = 1
     window: int = 8
     mix_lambda: float = 0.1
     kernel_size: int = 7
@@ -53,6 +64,11 @@ class PolicyConfig:
         """Most generated tokens a request holds: at this many it is compacted before its next decode step."""
         return self.budget + self.buffer
 
+    @property
+    def least_budget(self) -> int:
+        """Smallest budget beside the window: something else must stay, and enough whole blocks be free to go."""
+        return self.window + max(self.block - 1, 1)
+
 
 def value_problems(settings: Any) -> Iterator[str]:
     """Yield one line, which names the flag and the mend, for every value that is out of range.
@@ -61,10 +77,15 @@ def value_problems(settings: Any) -> Iterator[str]:
         settings: Whatever has the attributes of a ``PolicyConfig``, of any type.
     """
     if not isinstance(settings.policy, str) or not settings.policy:
-        yield f"--kv-policy {settings.policy!r} is not a name: set --kv-policy to the name of a policy"
+        yield f"--kv-policy {shown(settings.policy)} is not a name: set --kv-policy to the name of a policy"
+    if settings.granularity not in GRANULARITIES:
+        yield (
+            f"--kv-granularity {shown(settings.granularity)} is unknown: set --kv-granularity to one of "
+            f"{', '.join(GRANULARITIES)}"
+        )
     for flag, switch in (("--kv-stagger", settings.stagger), ("--kv-trace", settings.trace)):
         if not isinstance(switch, bool):
-            yield f"{flag} {switch!r} is not a boolean: set {flag} or leave it out"
+            yield f"{flag} {shown(switch)} is not a boolean: set {flag} or leave it out"
     bad_counts = set()
     for flag, value, least in (
         ("--kv-window", settings.window, 1),
@@ -74,11 +95,25 @@ def value_problems(settings: Any) -> Iterator[str]:
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             bad_counts.add(flag)
-            yield f"{flag} {value!r} is not an integer of at least {least}: set {flag} {least} or more"
+            yield f"{flag} {shown(value)} is not an integer of at least {least}: set {flag} {least} or more"
+        elif value > MOST_TOKENS:
+            bad_counts.add(flag)
+            yield f"{flag} {shown(value)} is more than any context has: set {flag} {MOST_TOKENS} or less"
     if not bad_counts & {"--kv-window", "--kv-budget"} and settings.budget <= settings.window:
         yield (
             f"--kv-budget {settings.budget} must be greater than --kv-window {settings.window}, because the window is "
-            f"kept inside the budget: set --kv-budget {settings.window + 1} or more"
+            f"kept inside the budget: set --kv-budget {settings.window + max(settings.block - 1, 1)} or more"
+        )
+    elif not bad_counts & {"--kv-window", "--kv-budget"} and settings.budget < settings.window + settings.block - 1:
+        yield (
+            f"--kv-budget {settings.budget} leaves no whole block of {settings.block} tokens to choose beside "
+            f"--kv-window {settings.window}: set --kv-budget {settings.window + settings.block - 1} or more"
+        )
+    if "--kv-buffer" not in bad_counts and settings.buffer % settings.block != 0:
+        more = settings.buffer + settings.block - settings.buffer % settings.block
+        yield (
+            f"--kv-buffer {settings.buffer} is no multiple of the {settings.block} tokens that --kv-granularity "
+            f"{settings.granularity} drops together: set --kv-buffer {more}"
         )
     if "--rkv-kernel-size" not in bad_counts and settings.kernel_size % 2 == 0:
         yield (
@@ -90,5 +125,6 @@ def value_problems(settings: Any) -> Iterator[str]:
         ("--rkv-similarity-threshold", settings.similarity_threshold, -1.0),
     ):
         is_number = isinstance(number, int | float) and not isinstance(number, bool)
-        if not is_number or not math.isfinite(number) or not low <= number <= 1.0:
-            yield f"{flag} {number!r} is not a number in [{low:g}, 1]: set {flag} between {low:g} and 1"
+        # Not so of NaN either.
+        if not is_number or not low <= number <= 1.0:
+            yield f"{flag} {shown(number)} is not a number in [{low:g}, 1]: set {flag} between {low:g} and 1"

@@ -8,7 +8,9 @@ import re
 import sys
 from typing import Any, TextIO
 
-from rkv_sglang.config import PolicyConfig
+from rkv_sglang.config import GRANULARITIES, REQUEST, PolicyConfig
+from rkv_sglang.policy_names import BLIND_NAMES, OWN_NAMES
+from rkv_sglang.sizes.compaction_plan import block_of_pages
 from rkv_sglang.sizes.memory_plan import ModelShape, pool_tokens, requests_at_once
 
 GIB = 2**30
@@ -21,6 +23,13 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model-path", help="a folder with a config.json, or a name on the Hugging Face Hub")
     group.add_argument(
         "--kv-gib", type=float, nargs="+", default=[8.0, 24.0, 60.0], help="memory for the KV cache of one rank, in GiB"
+    )
+    group.add_argument("--policy", choices=OWN_NAMES, default=PolicyConfig.policy, help="as the server's --kv-policy")
+    group.add_argument(
+        "--granularity",
+        choices=GRANULARITIES,
+        default=PolicyConfig.granularity,
+        help="as the server's --kv-granularity",
     )
     group.add_argument("--budget", type=int, nargs="+", default=[512, 1024, 2048], help="budgets, in tokens")
     group.add_argument("--buffer", type=int, default=PolicyConfig.buffer, help="buffer, in tokens")
@@ -112,15 +121,24 @@ def print_plan(options: argparse.Namespace, out: TextIO | None = None) -> int:
         _check_sizes(options)
         shape = model_shape(options.model_path, options.tp_size, options.kv_itemsize)
         configs = [
-            PolicyConfig(budget=budget, buffer=options.buffer, window=options.window) for budget in options.budget
+            PolicyConfig(
+                policy=options.policy,
+                granularity=options.granularity,
+                budget=budget,
+                buffer=options.buffer,
+                window=options.window,
+                block=block_of_pages(options.page_size) if options.granularity == REQUEST else 1,
+            )
+            for budget in options.budget
         ]
     except ValueError as error:
         # The settings name a server's flags.
-        print(re.sub(r"--kv-(budget|buffer|window)\b", r"--\1", str(error)), file=sys.stderr)
+        print(re.sub(r"--kv-(budget|buffer|granularity|window)\b", r"--\1", str(error)), file=sys.stderr)
         return 1
     print(
         f"{shape.kv_bytes / 1024:.0f} KiB of KV per token and rank; requests of {options.prompt_len} prompt tokens and "
-        f"{options.output_len} new ones, page size {options.page_size}, buffer {options.buffer}\n",
+        f"{options.output_len} new ones, page size {options.page_size}, buffer {options.buffer}; "
+        f"{'nothing' if _looks_at_nothing(options) else 'the queries of the window'} beside the cache\n",
         file=out,
     )
     print("| KV memory | without a policy |" + "".join(f" budget {config.budget} |" for config in configs), file=out)
@@ -136,9 +154,13 @@ def print_plan(options: argparse.Namespace, out: TextIO | None = None) -> int:
 
 def _count(shape: ModelShape, num_bytes: int, config: PolicyConfig | None, options: argparse.Namespace) -> int:
     return requests_at_once(
-        pool_tokens(shape, num_bytes, config, options.page_size),
+        pool_tokens(shape, num_bytes, config, options.page_size, looks_at_nothing=_looks_at_nothing(options)),
         prompt_len=options.prompt_len,
         output_len=options.output_len,
         page_size=options.page_size,
         config=config,
     )
+
+
+def _looks_at_nothing(options: argparse.Namespace) -> bool:
+    return options.granularity == REQUEST and options.policy in BLIND_NAMES

@@ -11,6 +11,9 @@ import torch
 # The models are tiny, and servers run beside the tests: more threads would only wait for each other.
 torch.set_num_threads(1)
 
+# A file of these may take minutes; the rest evens out what is left between two workers.
+_LONG_FOLDERS = ("tests/e2e/", "tests/support/harness/", "tests/integration/")
+
 _SEED_VARIABLE = "RKV_TEST_SEED"
 
 
@@ -27,6 +30,12 @@ def seed(request: pytest.FixtureRequest) -> int:
 def rng(seed: int) -> random.Random:
     """A random generator on a fresh seed; see ``seed``."""
     return random.Random(seed)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the files that take long come first, else one worker ends with them while the other has nothing to do."""
+    items.sort(key=lambda item: not item.nodeid.startswith(_LONG_FOLDERS))
 
 
 @pytest.hookimpl(wrapper=True)

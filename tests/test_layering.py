@@ -17,7 +17,9 @@ from rkv_sglang.integration.hooking.install import SUPPORTED_SGLANG
 PACKAGE = "rkv_sglang"
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
+    "messages",
     "config",
+    "user_files",
     "sizes",
     "algorithm",
     "policy_names",
@@ -30,7 +32,7 @@ LAYERS = (
     "cli",
 )
 # The package itself re-exports settings only, so it may be imported from everywhere but from them.
-RANKS = {layer: 2 * rank for rank, layer in enumerate(LAYERS)} | {"": 1}
+RANKS = {layer: 2 * rank for rank, layer in enumerate(LAYERS)} | {"": 2 * LAYERS.index("config") + 1}
 SGLANG_LAYER = "integration"
 # Inside the integration: each of these imports only itself and what comes before it.
 ROOMS = ("hooking", "startup", "runtime", "hooks", "doctor", "plugin")

@@ -9,7 +9,8 @@
 Problems are JSON lines with the fields problem (or question) and answer, as MATH-500, AIME 2024 and GSM8K have them, or
 the name of a data set of the Hugging Face hub (needs the package ``datasets``). Each setting gets a server of its own,
 one after the other; every problem is asked ``--samples`` times through ``/v1/chat/completions``, ``--concurrency`` at a
-time. Answers are judged by ``math-verify``; see ``checker.py`` for what counts as an answer.
+time. Answers are judged by ``math-verify``; see ``checker.py`` for what counts as an answer. One on which it spends ten
+seconds of a CPU is unjudged: a column of its own, not right and not wrong.
 
 Every finished sample is kept in ``--work``, one line each, and an interrupted run goes on behind it; so does one with
 more problems or samples. A run with anything else changed (model, versions, sampling, flags, hardware) starts anew.
@@ -24,7 +25,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.accuracy.checker import check
+from benchmarks.accuracy.judge import Judge
 from benchmarks.accuracy.problems import DRY_RUN_PROBLEMS, Problem, load_problems
 from benchmarks.accuracy.report import markdown, plot
 from benchmarks.accuracy.rows import ByProblem, accuracy_rows
@@ -90,7 +91,7 @@ def make_store(options: argparse.Namespace, setting: Setting, sampling: Sampling
     return SampleStore(options.work, setting.name, description)
 
 
-def measure(options: argparse.Namespace, problems: Sequence[Problem]) -> dict[Setting, ByProblem]:
+def measure(options: argparse.Namespace, problems: Sequence[Problem], judge: Judge) -> dict[Setting, ByProblem]:
     """Have every setting answer what it has not answered yet; return all samples asked for."""
     sampling = Sampling(
         instruction=options.instruction,
@@ -109,7 +110,7 @@ def measure(options: argparse.Namespace, problems: Sequence[Problem]) -> dict[Se
         print(f"{setting.name}: {len(todo)} samples to go, {kept} kept from earlier runs ({store.path})", flush=True)
         if todo:
             with setting_server(options.model, setting, options.server_args, Path(".cache/logs")) as server:
-                run_samples(server, store, todo, sampling, options.concurrency, options.timeout)
+                run_samples(server, store, todo, sampling, options.concurrency, options.timeout, judge)
         results[setting] = {
             problem.key: [store.samples[problem.key, sample] for sample in range(options.samples)]
             for problem in problems
@@ -119,7 +120,7 @@ def measure(options: argparse.Namespace, problems: Sequence[Problem]) -> dict[Se
 
 def write_results(options: argparse.Namespace, results: dict[Setting, ByProblem]) -> None:
     """Write the CSV, its JSON and the plot, and print the table."""
-    dataset = Path(options.problems).name if Path(options.problems).is_file() else options.problems
+    dataset = Path(options.problems).name if Path(options.problems).exists() else options.problems
     rows = accuracy_rows(dataset, results)
     settings = {**vars(options), "settings": [setting.name for setting in options.settings]}
     settings["problems"] = dataset
@@ -139,10 +140,11 @@ def main() -> int:
     exit_on_sigterm()
     try:
         problems = load_problems(options.problems, options.split, options.subset)[: options.limit]
-        for problem in problems:
-            # An answer that cannot be read must not end the run hours later.
-            check("", problem.answer)
-        write_results(options, measure(options, problems))
+        with Judge() as judge:
+            for problem in problems:
+                # An answer that cannot be read must not end the run hours later.
+                judge.require(problem.answer)
+            write_results(options, measure(options, problems, judge))
     except (ServerError, ValueError, ModuleNotFoundError) as error:
         print(f"accuracy: {error}", file=sys.stderr)
         return 1

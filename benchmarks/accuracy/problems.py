@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rkv_sglang.messages import one_line
+from rkv_sglang.user_files import read_text, reason
+
 # A few of this project's own, for dry runs.
 DRY_RUN_PROBLEMS = Path(__file__).with_suffix(".jsonl")
 # GSM8K works the answer out in words and puts it behind this mark.
 _GSM8K_MARK = "####"
+MOST_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ def load_problems(source: str, split: str = "test", subset: str | None = None) -
     Raises:
         ValueError: There is no such file, a record lacks a field, or two problems are the same; one line.
     """
-    if Path(source).is_file():
+    if Path(source).exists() and not Path(source).is_dir():
         records: Iterable[Mapping[str, Any]] = _json_lines(Path(source))
     elif source.endswith((".jsonl", ".json")):
         raise ValueError(f"there is no file {source}")
@@ -52,12 +56,17 @@ def load_problems(source: str, split: str = "test", subset: str | None = None) -
 
 def _json_lines(path: Path) -> list[Mapping[str, Any]]:
     records = []
-    for i, line in enumerate(path.read_text().splitlines(), start=1):
+    try:
+        text = read_text(path, most_bytes=MOST_BYTES)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({reason(error)})") from None
+    # Not every separator that Python knows: a question may hold them.
+    for i, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {i} is no JSON: {error.msg}") from None
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {i} is no JSON: {one_line(error)}") from None
             if not isinstance(record, dict):
                 raise ValueError(f"{path}, line {i} is no JSON object")
             records.append(record)

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
+from benchmarks.accuracy.checker import UNJUDGED
 from benchmarks.accuracy.store import Sample
 from benchmarks.common.schema import Row
 from benchmarks.common.settings import Setting
@@ -61,6 +62,7 @@ def _row(dataset: str, setting: Setting, by_problem: ByProblem, baseline: ByProb
         "samples": len(samples) // len(by_problem),
         **_columns("pass_at_1", mean_interval(pass_at_1(by_problem)), 4),
         "no_answer": round(statistics.mean(sample.outcome == "none" for sample in samples), 4),
+        "unjudged": round(statistics.mean(sample.outcome == UNJUDGED for sample in samples), 4),
         "tokens_mean": round(statistics.mean(tokens), 1),
         "tokens_median": float(statistics.median(tokens)),
         "truncated": round(statistics.mean(sample.truncated for sample in samples), 4),
@@ -71,8 +73,17 @@ def _row(dataset: str, setting: Setting, by_problem: ByProblem, baseline: ByProb
         "correct_per_hour": round(sum(s.outcome == "right" for s in samples) * 3600 / (seconds * devices), 3),
         **_columns("pass_diff", paired(pass_at_1(by_problem), baseline and pass_at_1(baseline)), 4),
         **_columns("tokens_diff", paired(_mean_tokens(by_problem), baseline and _mean_tokens(baseline)), 1),
-        "note": "" if is_baseline or compressed >= 0.5 else PARTLY_COMPRESSED if compressed else NOTHING_COMPRESSED,
+        "note": _note(samples, "" if is_baseline or compressed >= 0.5 else _little(compressed)),
     }
+
+
+def _little(compressed: float) -> str:
+    return PARTLY_COMPRESSED if compressed else NOTHING_COMPRESSED
+
+
+def _note(samples: Sequence[Sample], note: str) -> str:
+    unjudged = sum(sample.outcome == UNJUDGED for sample in samples)
+    return "; ".join(filter(None, [note, f"{unjudged} samples could not be judged" if unjudged else ""]))
 
 
 def _mean_tokens(by_problem: ByProblem) -> list[float]:

@@ -5,7 +5,6 @@ import json
 import time
 import urllib.error
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.accuracy.checker import check
+from benchmarks.accuracy.judge import Judge
 from benchmarks.accuracy.problems import Problem
 from benchmarks.accuracy.store import Sample, SampleStore
+from benchmarks.common.asking import ask_side_by_side
 from benchmarks.common.settings import Setting
 from devtools.launch import Server, ServerError, has_gpu, launched_server
 from rkv_sglang.view.http import open_url
@@ -68,8 +68,11 @@ def run_samples(
     sampling: Sampling,
     concurrency: int,
     timeout_s: float,
+    judge: Judge,
 ) -> None:
     """Ask for the samples in ``todo``, each a problem and a number from 0, and put them into the store.
+
+    An interrupt ends it at once: the server ends next, and with it the requests under way.
 
     Raises:
         ServerError: A request failed. No further ones were sent, and all answers that came are in the store.
@@ -77,26 +80,19 @@ def run_samples(
     devices = num_devices(server)
     failures: list[ServerError] = []
 
-    def ask(problem: Problem, sample: int) -> tuple[dict[str, Any], float, float] | None:
+    def ask(wanted: tuple[Problem, int]) -> tuple[dict[str, Any], float, float] | None:
         try:
-            return None if failures else _ask(server, sampling.request(problem, sample), timeout_s)
+            return None if failures else _ask(server, sampling.request(*wanted), timeout_s)
         except ServerError as error:
             failures.append(error)
             return None
 
-    pool = ThreadPoolExecutor(concurrency)
-    try:
-        asked = {pool.submit(ask, problem, sample): (problem, sample) for problem, sample in todo}
-        for done in tqdm(
-            as_completed(asked), total=len(asked), desc=server.log_path.stem, unit="sample", mininterval=2
-        ):
-            answer, (problem, sample) = done.result(), asked[done]
-            if answer is not None:
-                # Judged in this thread: the checker limits its time by a signal.
-                store.add(_sample(problem, sample, devices, *answer))
-    finally:
-        # After an interrupt: the server ends next, and with it the requests under way.
-        pool.shutdown(wait=False, cancel_futures=True)
+    answers = ask_side_by_side(ask, todo, concurrency)
+    for (problem, sample), answer in tqdm(
+        answers, total=len(todo), desc=server.log_path.stem, unit="sample", mininterval=2
+    ):
+        if answer is not None:
+            store.add(_sample(judge, problem, sample, devices, *answer))
     if failures:
         raise failures[0]
 
@@ -116,13 +112,15 @@ def _ask(server: Server, body: dict[str, Any], timeout_s: float) -> tuple[dict[s
     return answer, start, time.time()
 
 
-def _sample(problem: Problem, sample: int, devices: int, answer: dict[str, Any], start: float, end: float) -> Sample:
+def _sample(
+    judge: Judge, problem: Problem, sample: int, devices: int, answer: dict[str, Any], start: float, end: float
+) -> Sample:
     choice, usage = answer["choices"][0], answer["usage"]
     info = choice.get("meta_info") or {}
     message = choice["message"]
     # With a reasoning parser SGLang splits the thoughts off, and an answer cut off within them has no content.
     text = message.get("content") or ""
-    verdict = check(text, problem.answer, truncated=choice["finish_reason"] == "length")
+    verdict = judge.verdict(text, problem.answer, truncated=choice["finish_reason"] == "length")
     return Sample(
         problem=problem.key,
         sample=sample,

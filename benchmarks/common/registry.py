@@ -8,11 +8,15 @@ from pathlib import Path
 from benchmarks.common.schema import Table, read_table
 from benchmarks.common.tables import (
     ACCURACY,
+    DROP_COST,
     FIRST_TOKEN,
     FRONTEND,
+    FUZZ,
     IDLE_COST,
     KERNELS,
     MEMORY,
+    MUTATIONS,
+    POOL_MACHINE,
     QUALITY_FORCED,
     QUALITY_FREE,
     QUALITY_POSITION,
@@ -22,6 +26,7 @@ from benchmarks.common.tables import (
     SCORING_RANDOM,
     SERVE_CHECK,
     SERVING,
+    SOAK,
     THROUGHPUT,
 )
 
@@ -97,6 +102,14 @@ BENCHMARKS = (
     Benchmark("idle_cost", "benchmarks.idle_cost", (Plot("benchmarks.idle_cost:plot", (IDLE_COST, FIRST_TOKEN)),)),
     Benchmark("frontend", "benchmarks.frontend", (Plot("benchmarks.frontend.report:plot", (FRONTEND,)),)),
     Benchmark("memory", "benchmarks.memory", (Plot("benchmarks.memory:plot", (MEMORY,)),)),
+    # What is searched is the tests' own; here by name, as all of them.
+    Benchmark("fuzz", "tests.fuzz", (Plot("tests.fuzz.report:plot_schedules", (FUZZ,)),)),
+    Benchmark(
+        "pool_machine", "tests.fuzz.pool_machine", (Plot("tests.fuzz.report:plot_pool_machine", (POOL_MACHINE,)),)
+    ),
+    Benchmark("soak", "benchmarks.soak", (Plot("benchmarks.soak.report:plot", (SOAK,)),)),
+    Benchmark("mutations", "tests.fuzz.mutations", (Plot("tests.fuzz.report:plot_mutations", (MUTATIONS,)),)),
+    Benchmark("drop_cost", "benchmarks.drop_cost", (Plot("benchmarks.drop_cost:plot", (DROP_COST,)),)),
     Benchmark("serving", "benchmarks.serving", (Plot("benchmarks.serving.report:plot", (SERVING,)),)),
     Benchmark(
         "serve_check",

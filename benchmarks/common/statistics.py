@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +34,29 @@ def mean_interval(values: Sequence[float]) -> Estimate:
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return Estimate(float(sample.mean()), float(low), float(high))
+
+
+def slope_interval(xs: Sequence[float], ys: Sequence[float]) -> Estimate:
+    """Return the slope of the least-squares line and its 95 % percentile bootstrap interval; NaN of under three points
+    or of a single x.
+
+    The points are drawn anew with replacement, 4000 times and with a fixed seed; draws of a single x have no slope and
+    are left out.
+    """
+    x, y = np.asarray(xs, dtype=np.float64), np.asarray(ys, dtype=np.float64)
+    if x.size < 3 or np.ptp(x) == 0:
+        return Estimate(np.nan, np.nan, np.nan)
+    draws = np.random.default_rng(0).integers(x.size, size=(NUM_RESAMPLES, x.size))
+    slopes = np.array([_slope(x[draw], y[draw]) for draw in draws])
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.nanquantile(slopes, [tail, 1 - tail])
+    return Estimate(float(_slope(x, y)), float(low), float(high))
+
+
+def _slope(x: "np.ndarray[Any, Any]", y: "np.ndarray[Any, Any]") -> float:
+    centred = x - x.mean()
+    square = float(centred @ centred)
+    return float(centred @ (y - y.mean())) / square if square > 0 else float("nan")
 
 
 def compactions_before(step: int, budget: int, buffer: int) -> int:

@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.common.asking import ask_side_by_side
 from benchmarks.common.schema import run_info
 from benchmarks.common.settings import policy_setting
 from benchmarks.common.statistics import compactions_before
@@ -145,15 +145,12 @@ def ask_all(server: Server, label: str, asks: Sequence[Ask], study: Study) -> li
     num_tokens = study.num_tokens
     # In a file every refresh is one more line, so there they are rare.
     refresh_s = 1 if sys.stderr.isatty() else 30
-    pool = ThreadPoolExecutor(study.batch_size)
     with tqdm(total=len(asks) * num_tokens, desc=label, unit="tok", mininterval=refresh_s, ncols=90) as progress:
-        try:
-            futures = {pool.submit(_ask, server, ask, num_tokens, progress): i for i, ask in enumerate(asks)}
-            for future in as_completed(futures):
-                answers[futures[future]] = future.result()
-        finally:
-            # Whatever is still under way after an error ends with the server.
-            pool.shutdown(wait=False, cancel_futures=True)
+        # Whatever is still under way after an error ends with the server.
+        for i, answer in ask_side_by_side(
+            lambda i: _ask(server, asks[i], num_tokens, progress), range(len(asks)), study.batch_size
+        ):
+            answers[i] = answer
     return answers
 
 

@@ -29,6 +29,8 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / ".rkv-setup"
 MODEL_DIR = ROOT / ".cache" / "models" / MODEL
+# What uv and Python write where a disk, and no package index, is the matter.
+DISK_SIGNS = ("Permission denied", "Read-only file system", "No space left", "Not a directory", "Disk quota exceeded")
 
 
 class SetupError(Exception):
@@ -62,9 +64,27 @@ def run(command: "list[str]", env: "dict[str, str]", advice: str) -> None:
     """Run quietly; on failure show the end of the output and raise ``SetupError``."""
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=str(ROOT))
     if done.returncode != 0:
+        lines = done.stdout.decode(errors="replace").strip().splitlines()[-15:]
         print(flush=True)
-        print("\n".join(done.stdout.decode(errors="replace").strip().splitlines()[-15:]), file=sys.stderr)
+        print("\n".join(lines), file=sys.stderr)
+        if any(sign in line for sign in DISK_SIGNS for line in lines):
+            advice = "the lines above name a file or folder that could not be written: free its disk, or make it yours"
         raise SetupError(f"`{' '.join(command[:5])} ...` failed with status {done.returncode}: {advice}")
+
+
+def check_cache() -> None:
+    """See that there is a place for caches: uv, and later SGLang, would fail without one, each in its own words."""
+    variable = next((name for name in ("UV_CACHE_DIR", "XDG_CACHE_HOME") if os.environ.get(name)), "HOME")
+    place = os.environ[variable] if variable != "HOME" else os.path.expanduser("~/.cache")
+    try:
+        os.makedirs(place, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise SetupError(
+            f"{place}, where uv and SGLang keep what they fetched and compiled, cannot be written ({error.strerror}): "
+            f"set {variable} to a folder that is yours, as in `{variable}=$PWD/.cache/home make setup`"
+        ) from None
 
 
 def uv_environment() -> "dict[str, str]":
@@ -190,6 +210,8 @@ def set_up(device: str) -> None:
     steps = [] if recorded == wanted and PYTHON.exists() else steps_for(device, recorded)
     model_steps = [] if (MODEL_DIR / "config.json").exists() else [(f"model {MODEL}", convert_model, [])]
     total = len(steps) + len(model_steps)
+    if steps:
+        check_cache()
     started = time.monotonic()
     for number, (what, function, arguments) in enumerate(steps + model_steps, start=1):
         print(f"setup {number}/{total}: {what} ...", end=" ", flush=True)

@@ -29,6 +29,8 @@ class KVBuffers:
         dtype: torch.dtype,
         key_scales: Sequence[float],
         value_scales: Sequence[float],
+        first_layer: int = 0,
+        first_kv_head: int = 0,
     ) -> "KVBuffers":
         """Describe a pool of slots.
 
@@ -37,14 +39,16 @@ class KVBuffers:
             values: Per layer ``[num_slots, num_kv_heads, v_head_dim]``.
             dtype: What the bytes mean; differs from the storage dtype for fp8, which is stored as uint8.
             key_scales, value_scales: Per layer, the factor that dequantises fp8; 1.0 otherwise.
+            first_layer, first_kv_head: Which layer and KV head of the whole model the first ones here are.
 
         Raises:
             ValueError: The layers differ, or have a shape or dtype that the kernels do not know.
         """
-        return cls(
-            keys=PagedBuffers.from_tensors(keys, dtype=dtype, scales=key_scales),
-            values=PagedBuffers.from_tensors(values, dtype=dtype, scales=value_scales),
+        sides = (
+            PagedBuffers.from_tensors(side, dtype=dtype, scales=scales)
+            for side, scales in ((keys, key_scales), (values, value_scales))
         )
+        return cls(*(replace(side, first_layer=first_layer, first_kv_head=first_kv_head) for side in sides))
 
     def of_layers(self, layers: slice) -> "KVBuffers":
         """Return the pool of some layers only, which shares their tensors with this one; waits for nothing."""
@@ -58,4 +62,5 @@ def _of_layers(buffers: PagedBuffers, layers: slice) -> PagedBuffers:
         tensors=buffers.tensors[layers],
         pointers=buffers.pointers[layers].clone(),
         scales=buffers.scales[layers].clone(),
+        first_layer=buffers.first_layer + (layers.start or 0),
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
@@ -18,8 +19,11 @@ from rkv_sglang.sizes.compaction_plan import CompactionPlan
 WORKING_BYTES = 256 * 2**20
 
 
+PlanT = TypeVar("PlanT", bound=CompactionPlan)
+
+
 @dataclass(frozen=True)
-class DueRequest:
+class DueRequest(Generic[PlanT]):
     """One request to compact.
 
     Attributes:
@@ -28,16 +32,16 @@ class DueRequest:
             rewrite its index map while the compaction runs on another stream.
         logical_len: Tokens ever seen, evicted ones included.
         kept_scores: The ``Compacted.kept_scores`` of this request's last compaction.
-        prompt_hits: Of this request's prompt, of all layers, for a policy that keeps them; None to find them anew.
         wants_indices: Whether ``Compacted.kept_indices`` is asked for.
+        prompt_hits: Of this request's prompt, of all layers, for a policy that keeps them; None to find them anew.
     """
 
-    plan: CompactionPlan
+    plan: PlanT
     slots: torch.Tensor
     logical_len: int
     kept_scores: torch.Tensor | None = None
-    prompt_hits: PromptHits | None = None
     wants_indices: bool = False
+    prompt_hits: PromptHits | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Compacted:
 
 def compact_requests(
     buffers: KVBuffers,
-    requests: Sequence[DueRequest],
+    requests: Sequence[DueRequest[CompactionPlan]],
     read_queries: Callable[[slice, slice], torch.Tensor],
     policy: Policy,
     window: int,
@@ -86,7 +90,7 @@ def compact_requests(
     token_bytes = working_bytes_per_token(buffers.keys, window)
     query_tokens = query_bytes // token_bytes
     num_tokens = [request.plan.resident_len + query_tokens for request in requests]
-    most_tokens = _most_tokens(buffers, token_bytes)
+    most_tokens = most_tokens_together(buffers, token_bytes)
     for part in split_requests(num_tokens, most_tokens):
         together = requests[part]
         plans = [request.plan for request in together]
@@ -102,15 +106,13 @@ def compact_requests(
             for layers in split_layers(buffers.keys.num_layers, max(num_tokens[part]) * len(plans), most_tokens)
         ]
         compacted += [_join(own) for own in zip(*of_layers, strict=True)]
-        for request in together:
-            if request.prompt_hits is not None:
-                request.prompt_hits.is_filled = True
+        mark_filled(together)
     return compacted
 
 
 def _compact_layers(
     buffers: KVBuffers,
-    requests: Sequence[DueRequest],
+    requests: Sequence[DueRequest[CompactionPlan]],
     batch: PagedBatch,
     queries: torch.Tensor,
     policy: Policy,
@@ -134,6 +136,13 @@ def _compact_layers(
         Compacted(kept.indices[:, i, :, : request.plan.budget].clone() if request.wants_indices else None, scores[i])
         for i, request in enumerate(requests)
     ]
+
+
+def mark_filled(requests: Sequence[DueRequest[PlanT]]) -> None:
+    """Note that all layers of these requests were scored, so that their ``prompt_hits`` are filled."""
+    for request in requests:
+        if request.prompt_hits is not None:
+            request.prompt_hits.is_filled = True
 
 
 def _join(of_layers: Sequence[Compacted]) -> Compacted:
@@ -170,7 +179,7 @@ def split_layers(num_layers: int, num_tokens: int, most_tokens: int) -> Iterator
         yield slice(first, min(first + step, num_layers))
 
 
-def _most_tokens(buffers: KVBuffers, token_bytes: int) -> int:
+def most_tokens_together(buffers: KVBuffers, token_bytes: int) -> int:
     """Return how many resident tokens are compacted together; 0 if each request is, alone and whole."""
     # On a CPU its keys stay in the CPU's cache, and nothing is gained by more; torch takes layer by layer anyway.
     return WORKING_BYTES // token_bytes if runs_triton(buffers.keys) else 0

@@ -25,7 +25,7 @@ class HostCopy:
 
 
 def save_slots(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], slots: torch.Tensor) -> HostCopy | None:
-    """Copy what some slots hold, of all layers; None if the host has no memory for it.
+    """Copy what some slots hold, of all layers; None if the host has no memory for it, or the device none to gather it.
 
     On a GPU it is queued on the current stream. ``load_slots`` on the same stream finds it complete, and what is
     queued there later may overwrite the slots.
@@ -39,10 +39,13 @@ def save_slots(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], slo
     host_values = None if host_keys is None else _host_buffer(values, len(slots))
     if host_keys is None or host_values is None:
         return None
-    for host, layers in ((host_keys, keys), (host_values, values)):
-        for layer, buffer in enumerate(layers):
-            # Layer by layer: on a GPU no more than one layer's tokens are gathered at a time.
-            host[layer].copy_(buffer.index_select(0, slots), non_blocking=host.is_pinned())
+    try:
+        for host, layers in ((host_keys, keys), (host_values, values)):
+            for layer, buffer in enumerate(layers):
+                # Layer by layer: on a GPU no more than one layer's tokens are gathered at a time.
+                host[layer].copy_(buffer.index_select(0, slots), non_blocking=host.is_pinned())
+    except torch.OutOfMemoryError:
+        return None
     return HostCopy(host_keys, host_values)
 
 

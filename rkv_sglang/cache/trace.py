@@ -39,14 +39,17 @@ def unpack_kept(compaction: dict[str, Any], num_layers: int, num_kv_heads: int) 
         ValueError: The bits are not those of so many layers, heads and tokens.
     """
     resident_len = int(compaction["resident_len"])
-    raw = np.frombuffer(zlib.decompress(base64.b64decode(compaction["kept"])), dtype=np.uint8)
     row_bytes = (resident_len + 7) // 8
-    if raw.size != num_layers * num_kv_heads * row_bytes:
+    size = num_layers * num_kv_heads * row_bytes
+    unpacker = zlib.decompressobj()
+    # No more than there should be: a few bytes can be packed gigabytes.
+    raw = unpacker.decompress(base64.b64decode(compaction["kept"]), size + 1)
+    if len(raw) != size or not unpacker.eof:
         raise ValueError(
-            f"a compaction of {resident_len} tokens, {num_layers} layers and {num_kv_heads} KV heads takes "
-            f"{num_layers * num_kv_heads * row_bytes} bytes of bits, the trace has {raw.size}: it is damaged"
+            f"a compaction of {resident_len} tokens, {num_layers} layers and {num_kv_heads} KV heads takes {size} "
+            "bytes of bits, and the trace has others: it is damaged"
         )
-    rows = raw.reshape(num_layers, num_kv_heads, row_bytes)
+    rows = np.frombuffer(raw, dtype=np.uint8).reshape(num_layers, num_kv_heads, row_bytes)
     return np.unpackbits(rows, axis=2, count=resident_len, bitorder="little").astype(np.bool_)
 
 
@@ -71,13 +74,13 @@ def kept_positions(
     held = np.zeros((num_layers, num_kv_heads, num_tokens), dtype=np.bool_)
     result, seen = [], 0
     for number, compaction in enumerate(compactions, start=1):
-        kept = unpack_kept(compaction, num_layers, num_kv_heads)
         resident_len, evicted_before = int(compaction["resident_len"]), int(compaction["evicted_before"])
         total = resident_len + evicted_before
         if evicted_before == 0:
             held[:], seen = False, 0
         if not seen <= total <= num_tokens:
             raise ValueError(f"compaction {number} speaks of {total} tokens of {num_tokens}: the trace is damaged")
+        kept = unpack_kept(compaction, num_layers, num_kv_heads)
         held[:, :, seen:total] = True
         if np.any(held.sum(axis=2) != resident_len):
             raise ValueError(f"compaction {number} finds other tokens than the one before left: the trace is damaged")

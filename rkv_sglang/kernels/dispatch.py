@@ -4,7 +4,8 @@ On a GPU, this package's policies take a constant number of launches for all lay
 score in torch, layer by layer, and share the move. On a CPU everything is torch.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +95,31 @@ def compact_paged(
     return kept
 
 
+@torch.no_grad()
+def score_paged(
+    keys: PagedBuffers,
+    values: PagedBuffers,
+    batch: PagedBatch,
+    queries: Tensor,
+    policy: Policy,
+    history: Sequence[History],
+) -> Tensor:
+    """Score only; arguments as in ``compact_paged``, and the pool is only read.
+
+    Returns:
+        ``[num_layers, num_kv_heads, num_tokens]``, fp32, columns as ``batch.token_indptr`` has them; those of windows
+        are no scores.
+    """
+    scorer = PAGED_SCORERS.get(type(policy)) if runs_triton(keys) else None
+    if scorer is not None:
+        return scorer(policy, PagedInputs(keys=keys, values=values, batch=batch, queries=queries, history=history))
+    scores = torch.full((keys.num_layers, keys.num_kv_heads, batch.num_tokens), -torch.inf, device=keys.device)
+    starts = [0, *itertools.accumulate(batch.kv_lens_cpu)]
+    for request, layer, own in _scores_torch(keys, values, batch, queries, policy, history):
+        scores[layer, :, starts[request] : starts[request] + own.shape[1]] = own
+    return scores
+
+
 def _nothing_evicted(batch: PagedBatch) -> list[History]:
     return [History(kv_len) for kv_len in batch.kv_lens_cpu]
 
@@ -107,21 +133,36 @@ def choose_kept_torch(
     history: Sequence[History] | None = None,
 ) -> Kept:
     """Choose as ``compact_paged`` does, by the policy's own score, request by request and layer by layer."""
-    wanted = [keys.num_layers, batch.num_requests, batch.window]
-    if queries.dim() != 5 or list(queries.shape[:3]) != wanted:
-        raise ValueError(f"queries must be [*{wanted}, num_qo_heads, head_dim], got {list(queries.shape)}")
     history = _nothing_evicted(batch) if history is None else history
     shape = (keys.num_layers, batch.num_requests, keys.num_kv_heads, batch.max_budget)
     kept_indices = torch.full(shape, -1, dtype=torch.int32, device=keys.device)
-    kept_scores: list[Tensor] = []
+    kept_scores: list[list[Tensor]] = [[] for _ in batch.kv_lens_cpu]
+    for request, layer, scores in _scores_torch(keys, values, batch, queries, policy, history):
+        prompt_len, budget = batch.prompt_lens_cpu[request], batch.budgets_cpu[request]
+        kept = select_kept(scores, prompt_len, batch.window, budget)
+        kept_indices[layer, request, :, :budget] = kept
+        kept_scores[request].append(scores.gather(1, prompt_len + kept[:, : budget - batch.window]))
+    return Kept(kept_indices, tuple(map(torch.stack, kept_scores)) if is_stateful(policy) else None)
+
+
+def _scores_torch(
+    keys: PagedBuffers,
+    values: PagedBuffers,
+    batch: PagedBatch,
+    queries: Tensor,
+    policy: Policy,
+    history: Sequence[History],
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield each request's number, each layer's and what the policy itself scores there."""
+    wanted = [keys.num_layers, batch.num_requests, batch.window]
+    if queries.dim() != 5 or list(queries.shape[:3]) != wanted:
+        raise ValueError(f"queries must be [*{wanted}, num_qo_heads, head_dim], got {list(queries.shape)}")
     first_page = 0
-    for request, (kv_len, prompt_len, budget) in enumerate(
-        zip(batch.kv_lens_cpu, batch.prompt_lens_cpu, batch.budgets_cpu, strict=True)
-    ):
+    for request, (kv_len, prompt_len) in enumerate(zip(batch.kv_lens_cpu, batch.prompt_lens_cpu, strict=True)):
         num_pages = pages_needed(kv_len, batch.page_size)
         pages = batch.kv_indices[first_page : first_page + num_pages].long()
         first_page += num_pages
-        past, layer_scores = history[request], []
+        past = history[request]
         for layer in range(keys.num_layers):
             inputs = ScoreInputs(
                 queries=queries[layer, request],
@@ -131,13 +172,10 @@ def choose_kept_torch(
                 logical_len=past.logical_len,
                 state=None if past.kept_scores is None else past.kept_scores[layer],
                 prompt_hits=None if past.prompt_hits is None else past.prompt_hits.of_layers(slice(layer, layer + 1)),
+                layer=keys.first_layer + layer,
+                first_kv_head=keys.first_kv_head,
             )
-            scores = policy.score(inputs)
-            kept = select_kept(scores, prompt_len, batch.window, budget)
-            kept_indices[layer, request, :, :budget] = kept
-            layer_scores.append(scores.gather(1, prompt_len + kept[:, : budget - batch.window]))
-        kept_scores.append(torch.stack(layer_scores))
-    return Kept(kept_indices, tuple(kept_scores) if is_stateful(policy) else None)
+            yield request, layer, policy.score(inputs)
 
 
 def _gather(buffers: PagedBuffers, layer: int, pages: Tensor, num_tokens: int) -> Tensor:

@@ -210,6 +210,7 @@ class PagedBuffers:
         stride_page, stride_slot, stride_head: In elements, the same in all layers; head_dim has stride 1.
         page_size, num_kv_heads, head_dim: Sizes.
         alignment_bytes: A power of two up to 16 that divides the address of every token's row of every head.
+        first_layer, first_kv_head: Which layer and KV head of the whole model the first ones here are.
     """
 
     tensors: tuple[Tensor, ...]
@@ -223,6 +224,8 @@ class PagedBuffers:
     num_kv_heads: int
     head_dim: int
     alignment_bytes: int
+    first_layer: int = 0
+    first_kv_head: int = 0
 
     @property
     def num_layers(self) -> int:

@@ -1,11 +1,12 @@
 """Interface of a policy: its inputs and its scores."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from rkv_sglang.algorithm.near_duplicates import PromptHits
+from rkv_sglang.config import HEAD
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class ScoreInputs:
         prompt_len: Tokens of the prompt; they take part in the scores but are no candidates.
         values: Values as cached, ``[L, num_kv_heads, v_head_dim]``, floating; ``None`` unless the policy needs them.
         logical_len: Tokens ever seen, evicted ones included; ``None`` means L, so nothing was evicted.
+        layer: Number of the layer in the whole model.
+        first_kv_head: Number of the first KV head in the whole model; the others follow it.
         state: For a stateful policy, the scores it gave at the last compaction to the tokens that are still here,
             ``[num_kv_heads, num_scored]``, fp32: column i belongs to the resident token ``prompt_len + i``. Later
             tokens have never been scored, and their logical positions end at ``logical_len - 1`` without a gap.
@@ -37,6 +40,8 @@ class ScoreInputs:
     logical_len: int | None = None
     state: Tensor | None = None
     prompt_hits: PromptHits | None = None
+    layer: int = 0
+    first_kv_head: int = 0
 
     def __post_init__(self) -> None:
         window, num_tokens = self.queries.shape[0], self.keys.shape[0]
@@ -67,13 +72,32 @@ class ScoreInputs:
         return 0 if self.logical_len is None else self.logical_len - self.keys.shape[0]
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where tokens of one or more requests lie: all that a policy needs which looks at nothing else.
+
+    Attributes:
+        indices: Index of each among the resident tokens of its request, ``[num_tokens]``, int64.
+        kv_lens: Resident tokens of its request, the same shape.
+        logical_lens: Tokens ever seen of its request, the same shape.
+    """
+
+    indices: Tensor
+    kv_lens: Tensor
+    logical_lens: Tensor
+
+
 class Policy(Protocol):
     """A rule that scores the tokens of one request, layer by layer.
 
     A policy is a dataclass whose fields are its parameters; it refuses bad ones in ``__post_init__``. It may set class
     attributes: ``needs_values = True`` to be given values; ``stateful = True`` to be given back, at the next
     compaction, the scores of the tokens that were kept; ``keeps_prompt_hits = True`` to be given ``prompt_hits`` of
-    long prompts; ``default_window`` and ``default_buffer``, tokens, for servers on which nobody sets them.
+    long prompts; ``default_window`` and ``default_buffer``, tokens, for servers on which nobody sets them;
+    ``granularities``, where its choice can be made, the default first (``("head",)`` where it sets none).
+
+    One whose scores depend on nothing but the places of tokens has a method ``score_places(places)`` too, which returns
+    the scores of tokens with one choice for a whole request, ``[num_tokens]``, fp32 (see ``is_blind``).
     """
 
     def score(self, inputs: ScoreInputs) -> Tensor:
@@ -101,3 +125,13 @@ def is_stateful(policy: Policy) -> bool:
 def keeps_prompt_hits(policy: Policy) -> bool:
     """Return whether ``ScoreInputs.prompt_hits`` of a long prompt must be kept between compactions."""
     return bool(getattr(policy, "keeps_prompt_hits", False))
+
+
+def granularities_of(policy: Policy | type[Any]) -> tuple[str, ...]:
+    """Return where the policy's choice can be made, the default first."""
+    return tuple(getattr(policy, "granularities", (HEAD,)))
+
+
+def is_blind(policy: Policy | type[Any]) -> bool:
+    """Return whether one choice for a whole request needs no queries, keys or values."""
+    return hasattr(policy, "score_places")

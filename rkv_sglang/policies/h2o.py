@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from rkv_sglang.algorithm.scoring import importance
+from rkv_sglang.config import GRANULARITIES
 from rkv_sglang.policies.base import ScoreInputs
 
 
@@ -21,6 +22,7 @@ class H2O:
     """
 
     stateful: ClassVar[bool] = True
+    granularities: ClassVar[tuple[str, ...]] = GRANULARITIES
 
     def score(self, inputs: ScoreInputs) -> Tensor:
         """See ``Policy.score``."""

@@ -1,12 +1,14 @@
 """KeyDiff: keep the keys that point another way than most."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from rkv_sglang.algorithm.reference import NORM_EPS
 from rkv_sglang.algorithm.validation import check_keys
+from rkv_sglang.config import GRANULARITIES
 from rkv_sglang.policies.base import ScoreInputs
 
 
@@ -19,6 +21,8 @@ class KeyDiff:
 
     It has no parameters and reads no queries.
     """
+
+    granularities: ClassVar[tuple[str, ...]] = GRANULARITIES
 
     def score(self, inputs: ScoreInputs) -> Tensor:
         """See ``Policy.score``."""

@@ -1,10 +1,12 @@
 """Parameters of policies: what a policy class takes, and whether given values fit."""
 
-import math
+import sys
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from rkv_sglang.messages import shown
 
 
 def check_at_least(name: str, value: int, least: int) -> None:
@@ -17,8 +19,9 @@ def parameter_types(policy_class: type[Any]) -> dict[str, Any]:
     """Return the parameters of a policy, a dataclass, by name, each with its annotation."""
     try:
         hints = get_type_hints(policy_class)
-    except NameError:
-        # Somebody's annotations name what only a type checker imports: the class must check its values itself.
+    except Exception:
+        # Somebody's annotations name what only a type checker imports, or are no types: the class must check its values
+        # itself.
         hints = {}
     return {field.name: hints.get(field.name, Any) for field in fields(policy_class) if field.init}
 
@@ -34,9 +37,9 @@ def check_parameters(policy_class: type[Any], given: Mapping[str, Any]) -> None:
     there_are = f"its parameters are {there_are}" if known else "it has no parameters"
     for name, value in given.items():
         if name not in known:
-            raise ValueError(f"there is no parameter {name!r}: {there_are}")
+            raise ValueError(f"there is no parameter {shown(name)}: {there_are}")
         if not _fits(value, known[name]):
-            raise ValueError(f"{name} must be {_type_name(known[name])}, got {value!r}: {there_are}")
+            raise ValueError(f"{name} must be {_type_name(known[name])}, got {shown(value)}: {there_are}")
     for field in fields(policy_class):
         is_required = field.init and field.default is MISSING and field.default_factory is MISSING
         if is_required and field.name not in given:
@@ -54,7 +57,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if isinstance(value, bool):
         return kind not in (int, float, str, types.NoneType)
     if kind is float:
-        return isinstance(value, int | float) and math.isfinite(value)
+        return isinstance(value, int | float) and abs(value) <= sys.float_info.max
     if kind in (int, str, bool, types.NoneType):
         return isinstance(value, kind)
     return True

@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rkv_sglang.policies.base import ScoreInputs
+from rkv_sglang.config import GRANULARITIES
+from rkv_sglang.policies.base import Places, ScoreInputs
 from rkv_sglang.policies.parameters import check_at_least
 
 _LOW_32 = 0xFFFFFFFF
@@ -30,13 +31,12 @@ class Random:
     """
 
     stateful: ClassVar[bool] = True
+    granularities: ClassVar[tuple[str, ...]] = GRANULARITIES
 
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_at_least("seed", self.seed, 0)
-        if self.seed > _LOW_32:
-            raise ValueError(f"seed must be below 2^32, got {self.seed}")
+        check_seed(self.seed)
 
     def score(self, inputs: ScoreInputs) -> Tensor:
         """See ``Policy.score``."""
@@ -49,13 +49,29 @@ class Random:
         scored_end = inputs.prompt_len + inputs.num_scored
         return torch.cat([fresh[:, : inputs.prompt_len], inputs.state, fresh[:, scored_end:]], dim=1)
 
+    def score_places(self, places: Places) -> Tensor:
+        """See ``Policy.score_places``."""
+        return self.of_positions(places.indices + (places.logical_lens - places.kv_lens))
+
     def of_positions(self, positions: Tensor) -> Tensor:
         """Return the scores of tokens by their logical positions, int64 to fp32."""
-        return (_mix(_mix(positions) ^ self.seed) >> 8).float() / 2**24
+        return as_fraction(mix_(mix_(positions.clone()) ^ self.seed))
 
 
-def _mix(numbers: Tensor) -> Tensor:
-    """Scramble 32-bit numbers held in int64, one to one."""
+def check_seed(seed: int) -> None:
+    """Raise ``ValueError`` unless ``seed`` is a number of 32 bits."""
+    check_at_least("seed", seed, 0)
+    if seed > _LOW_32:
+        raise ValueError(f"seed must be below 2^32, got {seed}")
+
+
+def as_fraction(numbers: Tensor) -> Tensor:
+    """Return 32-bit numbers held in int64 as fp32 in [0, 1), by their upper 24 bits."""
+    return (numbers >> 8).float() / 2**24
+
+
+def mix_(numbers: Tensor) -> Tensor:
+    """Scramble 32-bit numbers held in int64, one to one, in place; one more tensor of their size is held meanwhile."""
     for _ in range(2):
-        numbers = ((numbers ^ (numbers >> 16)) * _MULTIPLIER) & _LOW_32
-    return numbers ^ (numbers >> 16)
+        numbers.bitwise_xor_(numbers >> 16).mul_(_MULTIPLIER).bitwise_and_(_LOW_32)
+    return numbers.bitwise_xor_(numbers >> 16)

@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from rkv_sglang.algorithm.scoring import rkv_scores
+from rkv_sglang.config import GRANULARITIES
 from rkv_sglang.policies.base import ScoreInputs
 
 
@@ -23,6 +24,7 @@ class RKV:
         similarity_threshold: Cosine above which two keys are near-duplicates.
     """
 
+    granularities: ClassVar[tuple[str, ...]] = GRANULARITIES
     keeps_prompt_hits: ClassVar[bool] = True
 
     mix_lambda: float = 0.1

@@ -1,11 +1,13 @@
 """SnapKV: keep what the window attends to."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from rkv_sglang.algorithm.scoring import importance
 from rkv_sglang.algorithm.validation import check_kernel_size
+from rkv_sglang.config import GRANULARITIES
 from rkv_sglang.policies.base import ScoreInputs
 
 
@@ -20,6 +22,8 @@ class SnapKV:
     Attributes:
         kernel_size: Width of the max-pool over neighbours in time, odd; 1 turns it off.
     """
+
+    granularities: ClassVar[tuple[str, ...]] = GRANULARITIES
 
     kernel_size: int = 7
 

@@ -24,6 +24,7 @@ class RequestState:
         evicted_tokens: Tokens evicted since the last prefill.
         compactions: Compactions over the whole life of the request.
         evicted_in_all: Tokens evicted over the whole life; those computed again after a retraction may count twice.
+        discarded_compactions: Compactions of an answer that was discarded, which it no longer counts.
         next_check: Forward count before which the request needs no look; ``NEVER`` if it can never be due.
         head_start: How early its first compaction comes, in tokens; None until its tokens have decided.
         kept_scores: What a stateful policy is given back at the next compaction; a tensor that is only carried here.
@@ -36,6 +37,7 @@ class RequestState:
     evicted_tokens: int = 0
     compactions: int = 0
     evicted_in_all: int = 0
+    discarded_compactions: int = 0
     next_check: float = 0
     head_start: int | None = None
     kept_scores: Any = None
@@ -61,6 +63,13 @@ class RequestState:
         self.evicted_tokens = 0
         self.next_check = 0
         self.drop_tensors()
+
+    def forget_answer(self) -> None:
+        """Return to the state before anything was generated, as where a retraction discards what was."""
+        self.forget_cache()
+        self.discarded_compactions += self.compactions
+        self.compactions = self.evicted_in_all = 0
+        self.head_start = None
 
     def drop_tensors(self) -> None:
         """Let go of the memory that a request needs to go on; the engine may keep a finished one for long."""

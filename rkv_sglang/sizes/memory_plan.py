@@ -47,9 +47,20 @@ class ModelShape:
         return queries + (carried if stateful else 0.0) + (hits if prompt_hits else 0.0)
 
 
-def pool_tokens(shape: ModelShape, num_bytes: int, config: PolicyConfig | None, page_size: int = 1) -> int:
-    """Return how many tokens the pool holds when it shares ``num_bytes`` with the side buffers of the policy rkv."""
-    per_token = shape.kv_bytes + (shape.side_bytes(config, prompt_hits=True) if config is not None else 0.0)
+def pool_tokens(
+    shape: ModelShape,
+    num_bytes: int,
+    config: PolicyConfig | None,
+    page_size: int = 1,
+    *,
+    looks_at_nothing: bool = False,
+) -> int:
+    """Return how many tokens the pool holds when it shares ``num_bytes`` with the side buffers of the policy rkv.
+
+    A policy that looks at no queries, keys or values has none.
+    """
+    side_bytes = 0.0 if config is None or looks_at_nothing else shape.side_bytes(config, prompt_hits=True)
+    per_token = shape.kv_bytes + side_bytes
     return int(num_bytes / per_token) // page_size * page_size
 
 

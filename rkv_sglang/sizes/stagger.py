@@ -18,16 +18,19 @@ NUM_HASHED_OUTPUTS = 16
 def most_head_start(config: PolicyConfig) -> int:
     """Return the largest head start, in tokens: fewer than the buffer, so that something is evicted.
 
-    Nor may a compaction come before the outputs that decide are resident.
+    Nor may a compaction come before the outputs that decide are resident. Whole blocks, so that whole blocks are above
+    the budget.
     """
-    return max(min(config.buffer - 1, config.capacity - NUM_HASHED_OUTPUTS), 0)
+    most = max(min(config.buffer - 1, config.capacity - NUM_HASHED_OUTPUTS), 0)
+    return most // config.block * config.block
 
 
 def head_start(config: PolicyConfig, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> int | None:
     """Return by how many tokens the first compaction comes early, 0 to ``most_head_start``; None if not known yet.
 
     BLAKE2b, 8 bytes, over the tokens of the prompt and the first ``NUM_HASHED_OUTPUTS`` of the output, each a signed
-    64-bit integer; the digest is read as one integer. All numbers are little-endian.
+    64-bit integer; the digest is read as one integer, which chooses among the multiples of ``config.block``. All
+    numbers are little-endian.
 
     Args:
         prompt_ids: Token ids.
@@ -44,4 +47,4 @@ def head_start(config: PolicyConfig, prompt_ids: Sequence[int], output_ids: Sequ
     if sys.byteorder == "big":
         ids.byteswap()
     digest = hashlib.blake2b(ids.tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % (most + 1)
+    return int.from_bytes(digest, "little") % (most // config.block + 1) * config.block

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from rkv_sglang.user_files import read_text, reason
 from rkv_sglang.view.page import page_html
 from rkv_sglang.view.record import API_KEY_VARIABLE, record
 from rkv_sglang.view.trace import Trace, read_trace, write_trace
@@ -101,13 +102,14 @@ def _prompt(options: argparse.Namespace) -> str:
         prompt = str(options.prompt)
     else:
         try:
-            prompt = options.prompt_file.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"--prompt-file {options.prompt_file} cannot be read ({error.strerror})") from error
-        except ValueError as error:
-            raise ValueError(f"--prompt-file {options.prompt_file} is not text in UTF-8") from error
+            prompt = read_text(options.prompt_file)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--prompt-file {options.prompt_file} cannot be read ({reason(error)})") from error
     if not prompt:
         raise ValueError("the prompt is empty: give --prompt or --prompt-file some text")
+    # Python keeps bytes of a command line that are no text as halves of characters, which no server takes.
+    if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ValueError("--prompt is not text in UTF-8")
     return prompt
 
 

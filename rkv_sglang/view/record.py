@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from rkv_sglang.config import NO_POLICY
+from rkv_sglang.messages import one_line, shown
 from rkv_sglang.view.http import open_url
 from rkv_sglang.view.token_text import token_texts
 from rkv_sglang.view.trace import Trace
@@ -71,8 +72,8 @@ def record(server: str, prompt: str, *, max_new_tokens: int, temperature: float,
             token_ids=[row[1] for row in rows],
             compactions=recorded["compactions"],
         )
-    except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{server} answers unlike SGLang with rkv_sglang ({error!r} in its answer)") from error
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{server} answers unlike SGLang with rkv_sglang ({shown(error)} in its answer)") from error
 
 
 def _server_info(server: str, api_key: str | None) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def _server_info(server: str, api_key: str | None) -> dict[str, Any]:
     with _opened(server, "/server_info", None, INFO_TIMEOUT_S, api_key) as response:
         try:
             info = json.load(response)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{server} is no SGLang server: its /server_info is not JSON") from error
     if not isinstance(info, dict) or info.get("kv_policy", NO_POLICY) == NO_POLICY:
         raise ValueError(f"{server} has no policy to look at: start it with --kv-policy rkv --kv-trace")
@@ -123,7 +124,7 @@ def _raise_refusal(event: dict[str, Any]) -> None:
     """Pass on that a server refuses or gives up a request whose stream had begun."""
     reason = event["meta_info"].get("finish_reason")
     if reason and reason["type"] == "abort":
-        raise ValueError(f"the server refuses: {_one_line(reason.get('message'))}")
+        raise ValueError(f"the server refuses: {one_line(reason.get('message'))}")
 
 
 def _opened(server: str, path: str, payload: dict[str, Any] | None, timeout_s: float, api_key: str | None) -> Any:
@@ -138,9 +139,9 @@ def _opened(server: str, path: str, payload: dict[str, Any] | None, timeout_s: f
             ) from error
         raise ValueError(f"the server refuses (status {error.code}): {_refusal(error)}") from error
     except urllib.error.URLError as error:
-        raise ValueError(f"{server} does not answer ({error.reason}): is a server running there?") from error
+        raise ValueError(f"{server} does not answer ({one_line(error.reason)}): is a server running there?") from error
     except (OSError, HTTPException, ValueError) as error:
-        raise ValueError(f"{server} does not answer as a server ({_one_line(error)}): check --server") from error
+        raise ValueError(f"{server} does not answer as a server ({one_line(error)}): check --server") from error
 
 
 def stream_events(server: str, response: Any) -> Iterator[dict[str, Any]]:
@@ -161,27 +162,23 @@ def stream_events(server: str, response: Any) -> Iterator[dict[str, Any]]:
             if data:
                 event = json.loads(data)
                 if "error" in event:
-                    raise ValueError(f"the server refuses: {_one_line(_message(event))}")
+                    raise ValueError(f"the server refuses: {one_line(_message(event))}")
                 yield event
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{server} answers unlike SGLang: an event of its stream is not JSON") from error
     except (OSError, HTTPException) as error:
-        raise ValueError(f"{server} broke off in the middle of the answer ({_one_line(error)})") from error
+        raise ValueError(f"{server} broke off in the middle of the answer ({one_line(error)})") from error
     raise ValueError(f"{server} stopped in the middle of the answer: look into its log")
 
 
 def _refusal(error: urllib.error.HTTPError) -> str:
     """Return what the server says, or the status's own words if that is not in its form."""
     try:
-        return _one_line(_message(json.load(error)))
-    except (OSError, HTTPException, ValueError, LookupError, TypeError):
-        return _one_line(error.reason)
+        return one_line(_message(json.load(error)))
+    except (OSError, HTTPException, ValueError, LookupError, TypeError, RecursionError):
+        return one_line(error.reason)
 
 
 def _message(answer: Any) -> Any:
     said = answer["error"]
     return said["message"] if isinstance(said, dict) else said
-
-
-def _one_line(value: Any) -> str:
-    return " ".join(str(value).split())

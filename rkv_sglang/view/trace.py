@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from rkv_sglang.cache.trace import BoolArray, kept_positions
+from rkv_sglang.messages import one_line, shown
+from rkv_sglang.user_files import read_text, reason
 
 FORMAT, VERSION = "rkv-sglang-trace", 1
 # Larger counts are no recording but damage, and would ask for more memory than there is.
 MOST = 2**31
 MOST_CELLS = 2**30
+MOST_BYTES = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +100,9 @@ def read_trace(path: str | Path) -> Trace:
         ValueError: The file cannot be read, is no trace, is one of another version, or is damaged; one line.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(read_text(path, most_bytes=MOST_BYTES))
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+        raise ValueError(f"{path} cannot be read ({reason(error)})") from error
     # Bad UTF-8 and bad JSON are ValueErrors; brackets nested without end run out of stack.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a trace: rkv-sglang view --save-trace writes one") from error
@@ -107,10 +110,14 @@ def read_trace(path: str | Path) -> Trace:
         raise ValueError(f"{path} is not a trace: rkv-sglang view --save-trace writes one")
     version = content.pop("version", None)
     if version != VERSION:
-        raise ValueError(f"{path} is a trace of version {version}, this program reads version {VERSION}: record anew")
+        raise ValueError(
+            f"{path} is a trace of version {shown(version)}, this program reads version {VERSION}: record anew"
+        )
     names = {entry.name for entry in fields(Trace)}
     if differing := sorted(names ^ content.keys()):
-        raise ValueError(f"{path} lacks fields of a trace or has others ({', '.join(differing)}): it is damaged")
+        raise ValueError(
+            f"{path} lacks fields of a trace or has others ({one_line(', '.join(differing))}): it is damaged"
+        )
     try:
         return Trace(**content)
     except ValueError as error:

@@ -76,7 +76,7 @@ def test_every_head_holds_its_own_kept_tokens_in_order_and_nothing_else_changes(
     torch.manual_seed(seed)
     # Alone, as on a CPU, or with others, as on a GPU; or in runs of layers, as a long one there.
     most_tokens = rng.choice([0, 15, 60, 1000])
-    monkeypatch.setattr(compact, "_most_tokens", lambda *_: most_tokens)
+    monkeypatch.setattr(compact, "most_tokens_together", lambda *_: most_tokens)
     num_layers, num_kv_heads, group_size, head_dim = rng.randint(1, 3), rng.randint(1, 4), rng.randint(1, 3), 8
     window, num_requests = rng.randint(1, 4), rng.randint(1, 3)
     buffers = make_pool(num_layers, 200, num_kv_heads, head_dim, dtype)
@@ -152,7 +152,7 @@ def kept_scores(*arguments) -> list[torch.Tensor | None]:
 
 @pytest.mark.parametrize("most_tokens", [0, 8])
 def test_what_a_stateful_policy_scored_comes_back_with_the_tokens_that_it_kept(most_tokens, monkeypatch):
-    monkeypatch.setattr(compact, "_most_tokens", lambda *_: most_tokens)
+    monkeypatch.setattr(compact, "most_tokens_together", lambda *_: most_tokens)
     window, budget, num_kv_heads, prompt_len = 2, 6, 2, 3
     buffers = make_pool(2, 32, num_kv_heads, 4, torch.float32)
     slots, policy = torch.arange(1, 20), CountingPolicy()
@@ -198,7 +198,7 @@ def test_layers_are_taken_together_in_order_and_never_more_than_fit(_round, rng)
 def test_what_queries_take_counts_as_tokens(monkeypatch):
     """Room for two requests of 13 tokens: with queries worth 14 tokens each, every request is a run of its own."""
     most_tokens, plan = 26, plan_compaction(prompt_len=0, resident_len=13, budget=9, page_size=1)
-    monkeypatch.setattr(compact, "_most_tokens", lambda *_: most_tokens)
+    monkeypatch.setattr(compact, "most_tokens_together", lambda *_: most_tokens)
     buffers = make_pool(1, 60, 1, 4, torch.float32)
     token_bytes = compact.working_bytes_per_token(buffers.keys, 8)
     requests = [DueRequest(plan, torch.arange(13) + 13 * i, 13) for i in range(4)]
@@ -218,7 +218,7 @@ def test_what_queries_take_counts_as_tokens(monkeypatch):
 def test_no_indices_stay_but_those_asked_for(monkeypatch):
     """Three parts of two requests, of which the third request is traced: nothing else outlives its part."""
     window, budget, plan = 2, 6, plan_compaction(prompt_len=0, resident_len=13, budget=6, page_size=1)
-    monkeypatch.setattr(compact, "_most_tokens", lambda *_: 26)
+    monkeypatch.setattr(compact, "most_tokens_together", lambda *_: 26)
     buffers, of_parts, living = make_pool(2, 90, 2, 4, torch.float32), [], []
 
     def compact_and_watch(*arguments: object) -> object:

@@ -136,6 +136,14 @@ def test_the_files_that_contributors_are_sent_to_exist() -> None:
     assert [path for path in paths if not any((root / path).exists() for root in roots)] == []
 
 
+def test_the_tests_that_promises_rest_on_exist() -> None:
+    text = (ROOT / "docs" / "trust.md").read_text()
+    for promise, how in table(text, "promise", "how it is tested"):
+        paths = [span for span in spans(how) if "/" in span or span.endswith(".py")]
+        assert paths, promise
+        assert [path for path in paths if not any((ROOT / base / path).exists() for base in ("", "tests/e2e"))] == []
+
+
 def test_the_tests_readme_names_every_folder_and_only_what_exists() -> None:
     text = (ROOT / "tests" / "README.md").read_text()
     named = {row[0].strip("`") for row in table(text, "folder", "what is tested")}

@@ -132,13 +132,14 @@ def test_forced_retraction_with_histories_longer_than_the_pool_ends_every_reques
 
 def test_shared_prompts_hit_as_without_a_policy_and_unused_nodes_are_evicted(seed):
     rng = random.Random(seed)
+    setting = Setting(budget=16, buffer=8)
     shared = [random_ids(rng, 64) for _ in range(4)]
     # One after another: what is found depends on nothing but the tree.
-    requests = [greedy(shared[i % 4] + random_ids(rng, 6), CAPACITY - 4, when_idle=True) for i in range(40)]
+    requests = [greedy(shared[i % 4] + random_ids(rng, 6), 24 - 4, when_idle=True) for i in range(40)]
     hits = {}
-    for name, flags in (("policy", SETTING.flags), ("stock", [])):
-        # 40 answers do not fit, so nodes that nobody uses are evicted all the time.
-        result = run_scheduler([*FLAGS, *pool(1024), *flags], requests)
+    for name, flags in (("policy", setting.flags), ("stock", [])):
+        # Of 40 answers less than half fit, so nodes that nobody uses are evicted all the time.
+        result = run_scheduler([*FLAGS, *pool(640), *flags], requests)
         result.assert_clean()
         hits[name] = [output.cached_tokens for output in result.outputs]
     assert hits["policy"] == hits["stock"]
@@ -152,7 +153,7 @@ def test_shared_prompts_of_long_requests_hit_as_without_a_policy(seed):
     requests = [greedy(prompt, 1, when_idle=True) for prompt in shared]
     # All at once, as soon as the four prompts are in the tree. No two go on with the same token, else they would find
     # more, depending on which comes first.
-    requests += [greedy([*shared[i % 4], 3 + i, 7, 7], 200, when_idle=i == 0) for i in range(40)]
+    requests += [greedy([*shared[i % 4], 3 + i, 7, 7], 100, when_idle=i == 0) for i in range(40)]
     hits = {}
     for name, flags in (("policy", SETTING.flags), ("stock", [])):
         result = run_scheduler([*FLAGS, *pool(16384 if name == "stock" else 2048), *flags], requests)

@@ -5,15 +5,12 @@ import pytest
 from devtools.tiny_models import tiny_model_path
 from rkv_sglang.policies.registry import POLICIES
 from tests.e2e.workload import assert_same_tokens, greedy, outputs_at_retractions, retracting, six_prompts
-from tests.support.harness.environment import PROBE_DIR, PROJECT_ROOT
 from tests.support.harness.scheduler import run_scheduler
-from tests.support.harness.server import Server
 from tests.support.oracle.dense import dense_generate
 from tests.support.oracle.policy_scores import score_function
 
 BUDGET, BUFFER = 37, 23
 NUM_TOKENS = 180
-THIRD_PARTY_DIR = PROJECT_ROOT / "tests" / "policies" / "third_party"
 
 
 @pytest.mark.parametrize("model_name, page_size", [("llama-gqa", 16), ("qwen3", 1)])
@@ -53,24 +50,3 @@ def test_a_stateful_policy_forgets_what_a_retraction_dropped():
             recompute_at=points,
         )
         assert_same_tokens(output.output_ids, expected, f"request {i}, recomputed at {points}")
-
-
-@pytest.mark.server
-def test_a_policy_of_another_package_serves():
-    model = tiny_model_path("llama-gqa")
-    prompt = six_prompts()[0]
-    flags = ["--model-path", str(model), "--kv-policy", "every_nth", "--kv-policy-config", '{"stride": 3}']
-    flags += ["--rkv-budget", str(BUDGET), "--rkv-buffer", str(BUFFER)]
-    env = {"PYTHONPATH": f"{THIRD_PARTY_DIR}:{PROBE_DIR}:{PROJECT_ROOT}"}
-    with Server(flags, env=env) as server:
-        params = {"temperature": 0, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
-        answer = server.generate(list(prompt), params)
-        server.assert_clean()
-
-    def every_third(inputs):
-        num_kv_heads, resident_len, _ = inputs.keys.shape
-        scored = range(resident_len - inputs.window_queries.shape[1])
-        return inputs.keys.new_tensor([[float(i % 3 == 0) for i in scored]] * num_kv_heads)
-
-    expected = dense_generate(model, prompt, NUM_TOKENS, budget=BUDGET, buffer=BUFFER, score=every_third)
-    assert answer["output_ids"] == expected.output_ids

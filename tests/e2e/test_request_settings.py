@@ -1,17 +1,23 @@
 """Requests with settings of their own share batches, each answers as if alone, and says how it was compressed."""
 
 import json
+import random
 import re
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from devtools.tiny_models import tiny_model_path
 from rkv_sglang.cache.trace import kept_positions
+from rkv_sglang.config import PolicyConfig
+from rkv_sglang.integration.runtime.requests import config_for, wants_trace
 from tests.e2e.workload import Setting, assert_same_tokens, greedy, oracle, six_prompts
+from tests.garbage.neighbours import assert_one_line, mutated
 from tests.support.harness.scheduler import Request, run_scheduler
 from tests.support.harness.server import Server
 
@@ -148,6 +154,83 @@ def test_a_bad_request_gets_400_and_one_line_and_the_server_serves_on(server):
     expected = oracle(MODEL, tuple(prompt), 100, Setting(budget=20, buffer=7))
     assert_same_tokens(asked["output_ids"], expected, "its own settings")
     server.assert_clean()
+
+
+GARBAGE = {"kv_policy": "rkv", "kv_budget": 64, "kv_buffer": 16, "kv_trace": True, "of_others": {"a": [1]}}
+IN_PARAMS = {"max_new_tokens": 2, "temperature": 0}
+# Every endpoint that passes custom_params on, and the body around them.
+PASSED_ON = {
+    "/generate": lambda asked: {"text": "count on", "sampling_params": {**IN_PARAMS, "custom_params": asked}},
+    "/vertex_generate": lambda asked: {
+        "instances": [{"text": "count on"}],
+        "parameters": {"sampling_params": {**IN_PARAMS, "custom_params": asked}},
+    },
+    "/v1/completions": lambda asked: {"model": "m", "prompt": "count", "max_tokens": 2, "custom_params": asked},
+    "/v1/chat/completions": lambda asked: {
+        "model": "m",
+        "messages": [{"role": "user", "content": "count on"}],
+        "max_tokens": 2,
+        "custom_params": asked,
+    },
+    "/invocations": lambda asked: PASSED_ON["/v1/chat/completions"](asked),
+}
+
+
+def resident_bytes(server: Server) -> int:
+    assert server._process is not None
+    main = psutil.Process(server._process.pid)
+    return sum(process.memory_info().rss for process in [main, *main.children(recursive=True)])
+
+
+@pytest.mark.server
+def test_garbage_gets_400_and_one_line_from_every_endpoint_and_nothing_stays_of_it(server, rng):
+    config = PolicyConfig(budget=SERVER.budget, buffer=SERVER.buffer, trace=True)
+    seen = []
+
+    def send(number):
+        path = list(PASSED_ON)[number % len(PASSED_ON)]
+        asked = mutated(random.Random(first + number), GARBAGE)
+        try:
+            config_for(asked, config, 16384)
+            wants_trace(asked, config)
+            expected = {200}
+        except ValueError:
+            expected = {400}
+        text = json.dumps(PASSED_ON[path](asked))
+        # What is no JSON, or no text, is SGLang's to refuse; of other types than an object, too.
+        if "NaN" in text or "Infinity" in text or "\\ud8" in text or not isinstance(asked, dict):
+            expected = {200, 400}
+        answer = requests.post(server.url + path, data=text, headers={"Content-Type": "application/json"}, timeout=120)
+        seen.append((path, answer.status_code))
+        assert answer.status_code in expected, (path, asked, answer.status_code, answer.text[:500])
+        if answer.status_code == 400 and expected == {400}:
+            error = answer.json()
+            assert_one_line(error.get("message") or error["error"]["message"])
+
+    with ThreadPoolExecutor(8) as pool:
+        first = rng.randrange(2**31)
+        list(pool.map(send, range(200)))
+        before = resident_bytes(server)
+        first += 200
+        list(pool.map(send, range(400)))
+    assert resident_bytes(server) - before < 16 * 2**20
+    assert {(path, status) for path in PASSED_ON for status in (200, 400)} <= set(seen)
+    prompt = list(six_prompts()[0])
+    answer = server.generate(prompt, {"max_new_tokens": 100, "ignore_eos": True})
+    assert_same_tokens(answer["output_ids"], oracle(MODEL, tuple(prompt), 100, SERVER), "after garbage")
+    server.assert_clean()
+
+
+@pytest.mark.server
+def test_the_other_endpoints_drop_custom_params(server):
+    message = [{"role": "user", "content": "count on"}]
+    for path, body in (
+        ("/v1/messages", {"model": "m", "messages": message, "max_tokens": 2}),
+        ("/api/chat", {"model": "m", "messages": message, "stream": False, "options": {"num_predict": 2}}),
+        ("/api/generate", {"model": "m", "prompt": "count on", "stream": False, "options": {"num_predict": 2}}),
+    ):
+        answer = requests.post(server.url + path, json={**body, "custom_params": {"kv_budget": 1}}, timeout=60)
+        assert answer.status_code == 200, (path, answer.text)
 
 
 @pytest.mark.server

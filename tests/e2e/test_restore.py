@@ -225,18 +225,21 @@ def test_a_pause_that_delays_no_compaction_changes_no_token():
 
 
 @pytest.mark.parametrize(
-    "control, why",
+    "controls, why",
     [
-        (Control(192, "FlushCacheReqInput"), "the cache was flushed"),
+        ([Control(192, "FlushCacheReqInput")], "the cache was flushed"),
         (
-            Control(192, "UpdateWeightFromDiskReqInput", {"model_path": str(MODEL), "flush_cache": False}),
+            [Control(192, "UpdateWeightFromDiskReqInput", {"model_path": str(MODEL), "flush_cache": False})],
             "the weights changed",
         ),
+        # A trainer may write weights between these two by itself.
+        ([Control(192, "BeginWeightUpdateReqInput"), Control(200, "EndWeightUpdateReqInput")], "the weights changed"),
+        ([Control(180, "BeginWeightUpdateReqInput"), Control(192, "EndWeightUpdateReqInput")], "the weights changed"),
     ],
-    ids=["flush", "weights"],
+    ids=["flush", "weights", "a push begins", "a push ends"],
 )
-def test_old_kv_does_not_come_back_after_a_flush_or_new_weights(control, why):
-    result = paused(control)
+def test_old_kv_does_not_come_back_after_a_flush_or_new_weights(controls, why):
+    result = paused(*controls)
     end = result.outputs[0].finish_reason
     assert end["type"] == "abort" and end["status_code"] == 503
     assert why in end["message"] and "does not fit the KV pool of 100 tokens" in end["message"]

@@ -11,6 +11,8 @@ from pathlib import Path
 from devtools.tiny_models import VOCAB_SIZE
 from tests.support.harness.scheduler import Request, RunResult
 from tests.support.oracle.dense import DenseResult, dense_generate
+from tests.support.oracle.policy_scores import score_function
+from tests.support.oracle.scores import ScoreFunction
 
 SHARED_PREFIX_LEN = 71
 # Below this a choice between two tokens, or between two cached tokens, is a matter of summation order.
@@ -19,20 +21,29 @@ NEAR_TIE = 1e-4
 
 @dataclass(frozen=True)
 class Setting:
-    """Flags of the policy."""
+    """Flags of the policy. With ``block`` its choice is made once for a request, in blocks of so many tokens."""
 
     budget: int
     buffer: int
     window: int = 8
     stagger: bool = False
+    policy: str = "rkv"
+    block: int | None = None
 
     @property
     def flags(self) -> list[str]:
         return [
-            *("--kv-policy", "rkv", "--rkv-budget", str(self.budget)),
+            *("--kv-policy", self.policy, "--kv-granularity", "head" if self.block is None else "request"),
+            *("--rkv-budget", str(self.budget)),
             *("--rkv-buffer", str(self.buffer), "--rkv-window", str(self.window)),
             *["--rkv-stagger"] * self.stagger,
         ]
+
+    @property
+    def score(self) -> ScoreFunction:
+        """The oracle's score of the policy."""
+        is_drawn_at_once = self.block is not None and self.policy == "random_attention"
+        return score_function(self.policy, **({"whole_request": True} if is_drawn_at_once else {}))
 
     def early(self, prompt: Sequence[int], outputs: Sequence[int]) -> int:
         """Return how early a request's first compaction is with the flag, as its definition says it."""
@@ -40,7 +51,8 @@ class Setting:
         digest = hashlib.blake2b(struct.pack(f"<{len(ids)}q", *ids), digest_size=8).digest()
         (number,) = struct.unpack("<Q", digest)
         # It leaves one token to evict, and 16 to decide it.
-        choices = [phi for phi in range(self.buffer) if phi == 0 or self.budget + self.buffer - phi >= 16]
+        step = self.block or 1
+        choices = [phi for phi in range(0, self.buffer, step) if phi == 0 or self.budget + self.buffer - phi >= 16]
         return choices[number % len(choices)]
 
 
@@ -60,8 +72,10 @@ def six_prompts(seed: int = 5) -> tuple[tuple[int, ...], ...]:
 
 
 @cache
-def oracle(model: Path, prompt: tuple[int, ...], max_new_tokens: int, setting: Setting) -> DenseResult:
-    """Return what a request must answer."""
+def oracle(
+    model: Path, prompt: tuple[int, ...], max_new_tokens: int, setting: Setting, guess: tuple[int, ...] = ()
+) -> DenseResult:
+    """Return what a request must answer; ``guess`` may hasten it, whatever it says."""
     return dense_generate(
         model,
         prompt,
@@ -70,6 +84,9 @@ def oracle(model: Path, prompt: tuple[int, ...], max_new_tokens: int, setting: S
         buffer=setting.buffer,
         window=setting.window,
         early=setting.early if setting.stagger else None,
+        guessed_output_ids=guess,
+        score=setting.score,
+        block=setting.block,
     )
 
 

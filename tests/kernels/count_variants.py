@@ -1,14 +1,16 @@
 """Count how often each kernel is compiled by the warm-up and then by batches of other sizes, with no GPU here.
 
-Every launch compiles for sm_90 what a GPU would be given, and launches nothing. Prints the counts as JSON, those after
-the warm-up and those at the end. Triton's interpreter must be off.
+Every launch compiles for sm_90 what a GPU would be given, and launches nothing. Prints the counts as JSON, a line for
+each case: those after the warm-up and those at the end. Triton's interpreter must be off.
 
-    python -m tests.kernels.count_variants POLICY [HEAD_DIM WINDOW NUM_KV_HEADS GROUP_SIZE]
+    python -m tests.kernels.count_variants POLICY[,HEAD_DIM,WINDOW,NUM_KV_HEADS,GROUP_SIZE] ...
 """
 
 import json
+import os
 import random
 import sys
+import traceback
 from typing import Any
 
 import torch
@@ -49,7 +51,23 @@ def kernel_counts() -> dict[str, int]:
 
 
 def main() -> None:
-    """Run from the command line."""
+    """Run from the command line: each case in a fork, where nothing is compiled yet."""
+    for case in sys.argv[1:]:
+        policy, *shape = case.split(",")
+        child = os.fork()
+        if child == 0:
+            try:
+                print(json.dumps(counts_of(policy, tuple(map(int, shape)) or LLAMA_8B)), flush=True)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        if os.waitpid(child, 0)[1] != 0:
+            sys.exit(f"the case {case} failed")
+
+
+def counts_of(policy_name: str, shape: tuple[int, ...]) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the counts after the warm-up and at the end."""
     launch = JITFunction.run
 
     def compile_only(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -61,8 +79,8 @@ def main() -> None:
     torch.cuda.synchronize = lambda device: None
 
     rng = random.Random(0)
-    head_dim, window, num_kv_heads, group_size = map(int, sys.argv[2:]) if sys.argv[2:] else LLAMA_8B
-    policy = make_policy(PolicyConfig(policy=sys.argv[1], window=window))
+    head_dim, window, num_kv_heads, group_size = shape
+    policy = make_policy(PolicyConfig(policy=policy_name, window=window))
     keys, values = (
         PagedBuffers.from_tensors([torch.zeros(64, num_kv_heads, head_dim).bfloat16() for _ in range(NUM_LAYERS)])
         for _ in "kv"
@@ -91,7 +109,7 @@ def main() -> None:
         step_queries = rings.new_zeros(num_requests, num_qo_heads * head_dim)
         for some in rings.split(capture.LAYERS_PER_LAUNCH):
             capture.capture_queries(some, row_of_request, [step_queries] * len(some), indices, indices)
-    print(json.dumps([after_warm_up, kernel_counts()]))
+    return after_warm_up, kernel_counts()
 
 
 if __name__ == "__main__":

@@ -29,24 +29,30 @@ UNEVEN = [(72, 5, 1, 1), (120, 7, 3, 1), (72, 5, 1, 5), (80, 8, 5, 3), (96, 1, 1
 
 
 # The other policies run a part of the same kernels, or none.
-@pytest.mark.parametrize(
-    ("policy", "shape"),
-    [*((policy, ()) for policy in RUN), *(("rkv", shape) for shape in UNEVEN), ("longflow", UNEVEN[1])],
-    ids=str,
-)
-def test_no_batch_needs_a_kernel_that_the_warm_up_did_not_compile(policy, shape):
+CASES = [*((policy, ()) for policy in RUN), *(("rkv", shape) for shape in UNEVEN), ("longflow", UNEVEN[1])]
+
+
+@pytest.fixture(scope="module")
+def counts() -> dict[tuple, list[dict[str, int]]]:
+    """Return of each case the kernels compiled by the warm-up, and by all that came then."""
     # A process of its own: in this one kernels are interpreted.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    words = [",".join(map(str, (policy, *shape))) for policy, shape in CASES]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.count_variants", policy, *map(str, shape)],
+        [sys.executable, "-m", "tests.kernels.count_variants", *words],
         capture_output=True,
         text=True,
         cwd=ROOT,
         env=environment,
-        timeout=600,
+        timeout=800,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    after_warm_up, at_the_end = json.loads(done.stdout)
+    return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize(("policy", "shape"), CASES, ids=str)
+def test_no_batch_needs_a_kernel_that_the_warm_up_did_not_compile(counts, policy, shape):
+    after_warm_up, at_the_end = counts[policy, shape]
     assert len(after_warm_up) >= 11 and all(after_warm_up[name] for name in RUN[policy])
     assert at_the_end == after_warm_up
 

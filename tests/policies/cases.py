@@ -23,6 +23,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("longflow", {}),
     ("random", {"seed": 0}),
     ("random", {"seed": 2**32 - 1}),
+    ("random_attention", {"seed": 0}),
+    ("random_attention", {"seed": 2**32 - 1}),
 ]
 
 

@@ -10,13 +10,25 @@ import pytest
 import torch
 
 from rkv_sglang.config import PolicyConfig
-from rkv_sglang.policies import POLICIES, RKV, ScoreInputs, SnapKV, is_stateful, make_policy, needs_values, policy_names
+from rkv_sglang.policies import (
+    POLICIES,
+    RKV,
+    ScoreInputs,
+    SnapKV,
+    granularities_of,
+    is_blind,
+    is_stateful,
+    make_policy,
+    needs_values,
+    policy_names,
+)
 from rkv_sglang.policies.parameters import check_parameters
+from rkv_sglang.policy_names import BLIND_NAMES
 from tests.policies.cases import CASES, policy_of
 from tests.support.harness.environment import PROJECT_ROOT
 
 THIRD_PARTY_DIR = PROJECT_ROOT / "tests" / "policies" / "third_party"
-BUILT_IN = ("rkv", "snapkv", "h2o", "streaming_llm", "keydiff", "manifoldkv", "longflow", "random")
+BUILT_IN = ("rkv", "snapkv", "h2o", "streaming_llm", "keydiff", "manifoldkv", "longflow", "random", "random_attention")
 
 
 @pytest.fixture
@@ -60,6 +72,26 @@ def test_what_compaction_must_hand_over() -> None:
     policies = {name: policy_of(name, parameters) for name, parameters in CASES}
     assert {name for name, policy in policies.items() if needs_values(policy)} == {"longflow"}
     assert {name for name, policy in policies.items() if is_stateful(policy)} == {"h2o", "random"}
+    assert {name for name, policy in policies.items() if is_blind(policy)} == {*BLIND_NAMES}
+
+
+def test_where_each_choice_can_be_made() -> None:
+    class OfAnotherPackage:
+        """Says nothing of it."""
+
+    granularities = {name: granularities_of(policy) for name, policy in POLICIES.items()}
+    assert granularities == {
+        **dict.fromkeys(BUILT_IN, ("head", "request")),
+        **dict.fromkeys(("manifoldkv", "longflow"), ("head",)),
+        "random_attention": ("request", "head"),
+    }
+    assert granularities_of(OfAnotherPackage) == ("head",)
+    for name, own in granularities.items():
+        for granularity in {"head", "request"} - {*own}:
+            with pytest.raises(
+                ValueError, match=f"^--kv-granularity {granularity} does not go with --kv-policy {name}:"
+            ):
+                make_policy(PolicyConfig(policy=name, granularity=granularity))
 
 
 def test_settings_with_a_flag_reach_the_policies_that_have_them() -> None:

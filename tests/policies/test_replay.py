@@ -50,6 +50,7 @@ def test_the_top_scorers_the_window_and_the_prompt_are_kept(
                     queries=group.transpose(0, 1).double().numpy(),
                     positions=resident,
                     received=received[head],
+                    head=head,
                 ),
                 **case[1],
             )

@@ -21,6 +21,7 @@ def one_head(inputs: ScoreInputs, head: int, values: Tensor, positions: list[int
         values=values[:, head].double().cpu().numpy(),
         queries=rows.double().cpu().numpy(),
         positions=positions,
+        head=head,
     )
 
 
@@ -127,7 +128,7 @@ def test_stateless_policies_look_at_no_state() -> None:
     keys = make_keys("clustered", (NUM_TOKENS, NUM_KV_HEADS, HEAD_DIM))
     queries, values, state = make_queries(keys, WINDOW, GROUP), torch.randn_like(keys), torch.rand(NUM_KV_HEADS, 9)
     for policy in (policy_of(*case) for case in CASES):
-        bare = policy.score(ScoreInputs(queries, keys, PROMPT_LEN, values=values))
+        bare = policy.score(ScoreInputs(queries, keys, PROMPT_LEN, values=values, logical_len=99))
         full = policy.score(ScoreInputs(queries, keys, PROMPT_LEN, values=values, logical_len=99, state=state))
         assert torch.equal(bare, full) != is_stateful(policy)
 

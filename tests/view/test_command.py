@@ -1,5 +1,6 @@
 """The command line writes a page, or one line of what is wrong and nothing else."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import pytest
 from rkv_sglang.cli import main
 from rkv_sglang.view.trace import read_trace, write_trace
 from tests.cache.trace_cases import random_history
+from tests.support.once import served_once
 from tests.view.expected import trace_of
 from tests.view.stand_in import events, server_info, stand_in
 
@@ -55,6 +57,26 @@ def test_a_recording_is_shown_and_kept(folder, server, trace, capsys):
     assert (shown["tokens"], shown["totals"]) == (trace.tokens, trace.totals)
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_prompt_file_is_sent_as_it_is_but_for_a_mark_in_front(folder, server, mark):
+    for name in ("file.txt", "fifo"):
+        content = f"{mark}one\r\ntwo\n\r\x0b\ufeff".encode()
+        if name == "fifo":
+            served = served_once(folder / name, content)
+        else:
+            (folder / name).write_bytes(content)
+            served = contextlib.nullcontext()
+        with served:
+            assert main(["view", "--server", server.url, "--prompt-file", name]) == 0
+    assert [asked["text"] for asked in server.asked] == ["one\r\ntwo\n\r\x0b\ufeff"] * 2
+
+
+def test_a_trace_may_begin_with_a_mark_and_come_through_a_fifo(folder, trace):
+    content = b"\xef\xbb\xbf" + (folder / "a.json").read_bytes()
+    with served_once(folder / "fifo", content):
+        assert read_trace("fifo") == trace
+
+
 def test_two_traces_are_shown_and_the_page_has_a_name_of_its_own(folder, capsys):
     assert main(["view", "--trace", "a.json", "--trace", "b.json"]) == 0
     assert len(embedded((folder / "kv-view.html").read_text())) == 2
@@ -90,6 +112,7 @@ def test_flags_that_do_not_fit_give_one_line_and_2(folder, server, capsys, argum
         (["--server", "URL", "--prompt", "x", "--save-trace", "nowhere/t.json"], "nowhere/t.json cannot be written"),
         (["--server", "URL", "--prompt", ""], "prompt is empty"),
         (["--server", "URL", "--prompt-file", "empty.txt"], "prompt is empty"),
+        (["--server", "URL", "--prompt", "caf\udce9"], "--prompt is not text in UTF-8"),
         (["--server", "URL", "--prompt-file", "missing.txt"], "missing.txt cannot be read"),
         (["--server", "URL", "--prompt-file", "bytes.txt"], "not text in UTF-8"),
         (["--server", "http://127.0.0.1:1", "--prompt", "x"], "is a server running there"),

@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 from sglang.cli.serve import _extract_model_type_override, _normalize_positional_model_path
 from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
 
-from rkv_sglang.integration.startup.server_args import RKVServerArgs
+from rkv_sglang.integration.startup.server_args import RKVServerArgs, unread_config_file
+from rkv_sglang.messages import one_line
 
 MODEL_FLAG = "--model-path"
 # The name for which SGLang looks at no model.
@@ -55,7 +56,7 @@ def read_arguments(
             options, unknown = parser.parse_known_args(words)
         # An action may end the process or raise what it likes.
         except (argparse.ArgumentError, ValueError, SystemExit) as error:
-            message = _one_line(error)
+            message = _told(error)
             flags, is_missing = _flags_of(message)
             left = list(_without(flags, words, parser))
             if not flags & seen:
@@ -67,6 +68,10 @@ def read_arguments(
             words = left + ([MODEL_FLAG, NO_MODEL] if is_missing else [])
             seen |= flags
         else:
+            unread = unread_config_file(options)
+            if unread:
+                problems.append(unread)
+                options.config = None
             return options, problems + [_unknown(group, parser) for group in _groups(unknown)]
 
 
@@ -74,10 +79,10 @@ def _without_model_type(words: list[str], problems: list[str]) -> list[str]:
     try:
         backend, words = _extract_model_type_override(words)
     except ValueError as error:
-        problems.append(f"{_one_line(error)} leave --model-type out")
+        problems.append(f"{_told(error)} leave --model-type out")
         return [word for word in words if not word.startswith("--model-type")]
     if backend not in ("auto", "llm"):
-        problems.append(f"--model-type {backend} serves no language model: leave --model-type out")
+        problems.append(f"--model-type {one_line(backend)} serves no language model: leave --model-type out")
     return list(words)
 
 
@@ -88,7 +93,7 @@ def _with_config_file(parser: argparse.ArgumentParser, words: list[str], problem
         return list(ConfigArgumentMerger(parser).merge_config_with_args(words))
     # Whatever a file may hold: SGLang looks at little of it before it uses it.
     except Exception as error:
-        problems.append(f"--config cannot be used ({_one_line(error)}): name one YAML file of flags and values")
+        problems.append(f"--config cannot be used ({_told(error)}): name one YAML file of flags and values")
         where = words.index("--config")
         return words[:where] + words[where + 2 :]
 
@@ -127,8 +132,8 @@ def _unknown(group: list[str], parser: argparse.ArgumentParser) -> str:
     name = group[0].partition("=")[0]
     known: dict[str, Any] = parser._option_string_actions
     close = difflib.get_close_matches(name, known, 1, 0.8)
-    return f"unrecognized arguments: {' '.join(group)}; " + (f"write {close[0]}" if close else "leave it out")
+    return f"unrecognized arguments: {one_line(' '.join(group))}; " + (f"write {close[0]}" if close else "leave it out")
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _told(error: BaseException) -> str:
+    return one_line(error) or type(error).__name__

@@ -5,6 +5,8 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from rkv_sglang.messages import one_line
+
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=", re.ASCII)
 # Words of a shell that run the rest of the line as it is.
 _PREFIXES = ("env", "exec", "nohup", "time")
@@ -73,4 +75,4 @@ def _is_serve(program: str, rest: Iterator[str]) -> bool:
                 break
             elif not word.startswith("-"):
                 break
-    raise ValueError(f"--command starts no SGLang server with {program}: {_EXAMPLE}")
+    raise ValueError(f"--command starts no SGLang server with {one_line(program)}: {_EXAMPLE}")

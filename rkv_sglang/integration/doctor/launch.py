@@ -12,7 +12,7 @@ from importlib.metadata import entry_points
 from typing import TextIO
 
 from rkv_sglang.integration.doctor.command_line import Launch, read_launch
-from rkv_sglang.integration.doctor.report import PLUGIN_GROUP, check_plugin, check_sglang
+from rkv_sglang.integration.doctor.report import PLUGIN_GROUP, check_plugin, check_sglang, import_problem
 
 
 def check_command(text: str, model_config: str | None = None, out: TextIO | None = None) -> int:
@@ -44,8 +44,13 @@ def _look(launch: Launch, model_config: str | None) -> tuple[list[str], str]:
         # Its flags are not known.
         return [sglang.problem], ""
     from rkv_sglang.config import NO_POLICY, POLICY_FIELD
-    from rkv_sglang.integration.doctor.arguments import read_arguments, server_parser
-    from rkv_sglang.integration.doctor.resolution import look_at_server
+
+    try:
+        from rkv_sglang.integration.doctor.arguments import read_arguments, server_parser
+        from rkv_sglang.integration.doctor.resolution import look_at_server
+    # SGLang makes folders and asks the machine as it is imported.
+    except Exception as error:
+        return [import_problem(error)], ""
 
     parser = server_parser()
     options, problems = read_arguments(parser, launch.arguments, is_serve=launch.is_serve)

@@ -11,6 +11,7 @@ from typing import TextIO
 from rkv_sglang import __version__
 from rkv_sglang.integration.hooking.hook import Hook
 from rkv_sglang.integration.hooking.install import PLUGIN_NAME, SUPPORTED_SGLANG, target_problem, version_problem
+from rkv_sglang.messages import one_line
 
 PLUGIN_GROUP = "sglang.srt.plugins"
 
@@ -97,8 +98,9 @@ def check_device() -> Finding:
     """Name the device that a server would use."""
     try:
         import torch
-    except ImportError as error:
-        problem = f"torch cannot be imported ({error}): reinstall torch for this machine"
+    # Whatever a library that does not fit this machine raises.
+    except Exception as error:
+        problem = f"torch cannot be imported ({_told(error)}): {_mend(error, 'reinstall torch for this machine')}"
         return Finding(subject="device", detail="unknown", problem=problem)
     if not torch.cuda.is_available():
         return Finding(subject="device", detail=f"CPU, the torch path ({torch.get_num_threads()} threads)")
@@ -126,7 +128,7 @@ def check_plugin(plugins: Iterable[EntryPoint], allowed: str) -> Finding:
         found[0].load()
     # Whatever an import raises, SGLang would log it and serve on without the plugin.
     except Exception as error:
-        problem = f"the plugin cannot be loaded ({type(error).__name__}: {error}): run pip install rkv-sglang again"
+        problem = f"the plugin cannot be loaded ({_told(error)}): {_mend(error, 'run pip install rkv-sglang again')}"
         return Finding(subject="plugin", detail="found, but it does not load", problem=problem)
     return Finding(subject="plugin", detail=f"found: {found[0].value}")
 
@@ -134,10 +136,30 @@ def check_plugin(plugins: Iterable[EntryPoint], allowed: str) -> Finding:
 def _check_all_hooks() -> Finding:
     try:
         from rkv_sglang.integration.hooks.table import HOOKS
-    except (ImportError, AttributeError) as error:
-        problem = f"SGLang lacks what the plugin needs ({error}): install sglang=={SUPPORTED_SGLANG[-1]} unmodified"
+    # Not only what is missing: SGLang makes folders and asks the machine as it is imported.
+    except Exception as error:
+        problem = import_problem(error)
         return Finding(subject="hooks", detail="cannot be imported", problem=problem)
     return check_hooks(HOOKS, target_problem)
+
+
+def import_problem(error: Exception) -> str:
+    """Return one line for an error that the import of what is hooked, or of SGLang's arguments, raised."""
+    mend = _mend(error, f"install sglang=={SUPPORTED_SGLANG[-1]} unmodified")
+    return f"SGLang cannot be imported, or lacks what the plugin needs ({_told(error)}): {mend}"
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def _mend(error: Exception, otherwise: str) -> str:
+    """Return what to do about an import's error; a folder that cannot be made is no fault of the installation."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return otherwise
+    # Caches are below it.
+    is_at_home = str(error.filename).startswith(os.path.expanduser("~"))
+    return "set HOME to a folder that you may write to" if is_at_home else "make that a place that you may write to"
 
 
 def check_hooks(hooks: tuple[Hook, ...], problem_of: Callable[[Hook], str | None]) -> Finding:

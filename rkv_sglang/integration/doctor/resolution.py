@@ -16,8 +16,11 @@ from sglang.srt.utils import get_device
 
 from rkv_sglang.integration.doctor.arguments import MODEL_FLAG, NO_MODEL
 from rkv_sglang.integration.hooking.install import installation_problems
+from rkv_sglang.integration.startup.policy_parameters import read_parameters
 from rkv_sglang.integration.startup.refusals import flag_problems, model_problems, refused_values
-from rkv_sglang.integration.startup.server_args import RKVServerArgs
+from rkv_sglang.integration.startup.server_args import PARAMETERS_FIELD, RKVServerArgs
+from rkv_sglang.messages import one_line
+from rkv_sglang.user_files import read_text, reason
 
 NEVER_CHECKED = "the weights and the memory that they leave; the pools and layers that the scheduler builds"
 GPU_UNCHECKED = "what SGLang would choose for a GPU, as there is none here"
@@ -39,6 +42,7 @@ def look_at_server(
     from rkv_sglang.integration.hooks.table import HOOKS
 
     problems = list(installation_problems(HOOKS))
+    options = _with_parameters(options, problems)
     unchecked = [NEVER_CHECKED]
     # As far as SGLang gets before it looks at the model, which is where flags are refused.
     early = _args(options, model_path=NO_MODEL)
@@ -59,12 +63,22 @@ def look_at_server(
     return problems, unchecked
 
 
+def _with_parameters(options: argparse.Namespace, problems: list[str]) -> argparse.Namespace:
+    """Return the options with the content of a file of parameters, which can be read but once, in its name's place."""
+    try:
+        parameters = read_parameters(getattr(options, PARAMETERS_FIELD))
+    except ValueError as error:
+        problems.append(str(error))
+        parameters = {}
+    return argparse.Namespace(**{**vars(options), PARAMETERS_FIELD: parameters})
+
+
 def _look_at_resolved(options: argparse.Namespace, folder: str, model_path: str) -> Iterator[str]:
     """Yield what is refused once model and defaults are known. ``model_path`` is the name of the model in messages."""
 
     def told(error: Exception) -> str:
         # A folder that stands for the model is gone when this is read.
-        return _one_line(error).replace(folder, model_path)
+        return one_line(error).replace(folder, model_path)
 
     names = {"model_path": folder, "served_model_name": options.served_model_name or model_path}
     is_dummy = folder.lower() in ("none", NO_MODEL)
@@ -127,18 +141,14 @@ def _folder_of(model_config: str) -> Iterator[str]:
         ValueError: The file holds no JSON object; one line.
     """
     try:
-        text = Path(model_config).expanduser().read_text(encoding="utf-8")
+        text = read_text(os.path.expanduser(model_config))
         is_object = isinstance(json.loads(text), dict)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"--model-config {model_config} cannot be read ({_one_line(error)}): name a model's config.json"
+            f"--model-config {model_config} cannot be read ({reason(error)}): name a model's config.json"
         ) from None
     if not is_object:
         raise ValueError(f"--model-config {model_config} holds no JSON object: name a model's config.json")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(text, encoding="utf-8")
         yield folder
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -1,15 +1,16 @@
-"""Hooks on answers: their ``meta_info`` says whether, and how much, their KV was compressed."""
+"""Hooks on answers: every one leaves by the same door, and its ``meta_info`` says how much its KV was compressed."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from rkv_sglang.config import NO_POLICY, POLICY_FIELD
 from rkv_sglang.integration.hooking.hook import Hook, names
-from rkv_sglang.integration.hooks.owners import REQ
+from rkv_sglang.integration.hooks.owners import MANAGERS, REQ, SCHEDULER
 from rkv_sglang.integration.runtime.current import get_runtime
-from rkv_sglang.integration.runtime.requests import known_state_of, trace_of
+from rkv_sglang.integration.runtime.requests import end_request, known_state_of, trace_of
 from rkv_sglang.sizes.lengths import RequestState
 
 COMPACTIONS_KEY = "kv_compactions"
@@ -17,31 +18,43 @@ RESIDENT_KEY, EVICTED_KEY = "kv_resident_tokens", "kv_evicted_tokens"
 KEYS = (POLICY_FIELD, COMPACTIONS_KEY, RESIDENT_KEY, EVICTED_KEY)
 # Only for requests that asked for it.
 TRACE_KEY = "kv_trace"
+# What SGLang's tokenizer manager says of a request that was aborted without a reason while it waited.
+WAS_WAITING = "Abort in waiting queue"
 
 
 def answer_info(req: Any) -> dict[str, Any]:
     """Return what a finished request's ``meta_info`` gets.
 
-    ``kv_resident_tokens`` are those held at the end, the last token not among them (its KV is never computed);
-    ``kv_evicted_tokens`` are counted over the whole life, so a token evicted again after a retraction counts twice.
-    ``kv_trace`` is there if the request asked for it; with tensor parallelism it knows the first rank's heads.
+    ``kv_resident_tokens`` are those held at the end, the last token not among them (its KV is never computed), and 0 of
+    one that ended while it waited; ``kv_evicted_tokens`` are counted over the whole life, so a token evicted again
+    after a retraction counts twice.
+    ``kv_trace`` is there if the request asked for it; with tensor parallelism it knows the first rank's heads, and
+    where all heads keep the same it has one row for all.
     """
     runtime = get_runtime()
     config = runtime.config_of(req)
     # Scheduler.handle_generate_request may refuse a request before it knows how many tokens that one may generate.
     state = known_state_of(req) or RequestState(len(req.origin_input_ids), max_new_tokens=0)
-    seen = len(req.origin_input_ids) + max(len(req.output_ids) - 1, 0)
     info = {
         POLICY_FIELD: NO_POLICY if config is None else config.policy,
         COMPACTIONS_KEY: state.compactions,
-        RESIDENT_KEY: seen - state.evicted_tokens,
+        RESIDENT_KEY: _held_at_the_end(req, state),
         EVICTED_KEY: state.evicted_in_all,
     }
     trace = trace_of(req)
     if trace is not None:
-        keys = runtime.parts.buffers.keys
-        info[TRACE_KEY] = {"num_layers": keys.num_layers, "num_kv_heads": keys.num_kv_heads, "compactions": trace}
+        num_layers, num_kv_heads = runtime.trace_shape
+        info[TRACE_KEY] = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "compactions": trace}
     return info
+
+
+def _held_at_the_end(req: Any, state: RequestState) -> int:
+    # These count prefills and decode steps; a retraction sets them to 0.
+    if req.extend_batch_idx == 0:
+        return 0
+    if req.decode_batch_idx == 0:
+        return int(req.extend_end)
+    return len(req.origin_input_ids) + len(req.output_ids) - 1 - state.evicted_tokens
 
 
 @functools.cache
@@ -70,6 +83,19 @@ def use_policy_streamer(result: Any, scheduler: Any) -> Any:
     return streamer_class(result)
 
 
+def end_as_others(_: Callable[..., None], scheduler: Any, abort_req: Any, req: Any) -> None:
+    """Send, as a request's last output, what SGLang would report of its end past the stream of outputs."""
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    told = abort_req.finished_reason
+    if told is None and req.finished():
+        reason = req.finished_reason
+    else:
+        told = told or {"message": WAS_WAITING}
+        reason = FINISH_ABORT(told["message"], told.get("status_code"), told.get("err_type"))
+    end_request(scheduler, req, reason)
+
+
 def unpack_answer_info(_: None, manager: Any, meta_info: dict[str, Any], state: Any, *args: Any, **kwargs: Any) -> None:
     """Make the policy's fields plain values: SGLang gathers what comes along in lists, one entry a token."""
     for key in (*KEYS, TRACE_KEY):
@@ -94,7 +120,25 @@ STREAMER_HOOKS: tuple[Hook, ...] = (
                 "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer",
                 "build_additional_customized_info has_additional_customized_info",
             ),
-            *names(REQ, "finished origin_input_ids output_ids"),
+            *names(REQ, "decode_batch_idx extend_batch_idx extend_end finished origin_input_ids output_ids"),
+        ),
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.send_abort_output",
+        kind="AROUND",
+        function=end_as_others,
+        signature="(self, abort_req, req)",
+        why=(
+            "What ends while it waits is reported past the detokenizer, which keeps its text for the next request of "
+            "that id, and without the policy's fields."
+        ),
+        upstream="The scheduler ends every request through its output streamer.",
+        uses=(
+            f"{SCHEDULER}.output_streamer",
+            "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer.stream_output",
+            f"{MANAGERS}.io_struct.AbortReq.finished_reason",
+            f"{MANAGERS}.schedule_batch.FINISH_ABORT",
+            *names(REQ, "finished finished_reason return_logprob to_finish"),
         ),
     ),
 )

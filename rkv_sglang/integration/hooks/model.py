@@ -30,6 +30,9 @@ def leave_room_for_side_buffers(profile: Callable[..., int], configurator: Any, 
     from sglang.srt.runtime_context import get_parallel
 
     available_bytes = profile(configurator, pre_model_load_memory)
+    runtime = get_runtime()
+    if runtime.looks_at_nothing:
+        return available_bytes
     model, tp_size = configurator.model_config, get_parallel().tp_size
     shape = ModelShape(
         num_layers=model.num_hidden_layers,
@@ -40,7 +43,6 @@ def leave_room_for_side_buffers(profile: Callable[..., int], configurator: Any, 
         kv_itemsize=torch.empty(0, dtype=configurator.kv_cache_dtype).element_size(),
         query_itemsize=model.dtype.itemsize,
     )
-    runtime = get_runtime()
     side_bytes = shape.side_bytes(
         runtime.config, stateful=is_stateful(runtime.policy), prompt_hits=keeps_prompt_hits(runtime.policy)
     )
@@ -91,23 +93,11 @@ MODEL_HOOKS: tuple[Hook, ...] = (
         why="The query window must exist, at a fixed address, before decode CUDA graphs are captured.",
         upstream="A `kv_policy` object that ModelRunner builds together with its memory pools.",
         uses=(
-            *names(MODEL_RUNNER, "model token_to_kv_pool req_to_token_pool dtype device"),
+            *names(MODEL_RUNNER, "model model_config token_to_kv_pool req_to_token_pool dtype device"),
+            f"{MODEL_CONFIG}.get_total_num_kv_heads",
             *names(ATTENTION, "layer_id k_scale_float v_scale_float tp_q_head_num qk_head_dim"),
             *names(KV_POOL, "k_buffer v_buffer dtype size start_layer"),
             f"{ROWS}.req_to_token",
-        ),
-    ),
-    Hook(
-        target="sglang.srt.layers.radix_attention.RadixAttention.forward",
-        kind="BEFORE",
-        function=record_queries,
-        signature="(self, q, k, v, forward_batch, save_kv_cache=True, key_value_num_tokens=None, **kwargs)",
-        why="The score needs the queries of the last tokens, and no later place sees them for every attention backend.",
-        upstream="A call `forward_batch.kv_policy.observe(layer, q)` in RadixAttention.forward.",
-        uses=(
-            f"{ATTENTION}.layer_id",
-            *names(FORWARD_BATCH, "forward_mode req_pool_indices positions"),
-            f"{FORWARD_MODE}.is_decode",
         ),
     ),
     Hook(
@@ -125,6 +115,23 @@ MODEL_HOOKS: tuple[Hook, ...] = (
             *names(FORWARD_MODE, "is_decode is_extend"),
             *names(BATCH, "reqs orig_seq_lens seq_lens extend_lens"),
             "sglang.srt.model_executor.forward_batch_info.clamp_position",
+        ),
+    ),
+)
+
+# Only where the policy looks at queries.
+CAPTURE_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="sglang.srt.layers.radix_attention.RadixAttention.forward",
+        kind="BEFORE",
+        function=record_queries,
+        signature="(self, q, k, v, forward_batch, save_kv_cache=True, key_value_num_tokens=None, **kwargs)",
+        why="The score needs the queries of the last tokens, and no later place sees them for every attention backend.",
+        upstream="A call `forward_batch.kv_policy.observe(layer, q)` in RadixAttention.forward.",
+        uses=(
+            f"{ATTENTION}.layer_id",
+            *names(FORWARD_BATCH, "forward_mode req_pool_indices positions"),
+            f"{FORWARD_MODE}.is_decode",
         ),
     ),
 )

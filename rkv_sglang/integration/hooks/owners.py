@@ -2,6 +2,7 @@
 
 MANAGERS = "sglang.srt.managers"
 MEM_CACHE = "sglang.srt.mem_cache"
+PENALTIES = "sglang.srt.sampling.penaltylib"
 OVERRIDES = "sglang.srt.arg_groups.overrides"
 RUNTIME_CONTEXT = "sglang.srt.runtime_context"
 
@@ -21,3 +22,4 @@ KV_POOL = f"{MEM_CACHE}.memory_pool.MHATokenToKVPool"
 ROWS = f"{MEM_CACHE}.memory_pool.ReqToTokenPool"
 ALLOCATOR = f"{MEM_CACHE}.allocator.PagedTokenToKVPoolAllocator"
 TREE = f"{MEM_CACHE}.unified_radix_cache.UnifiedRadixCache"
+WEIGHTS = f"{MANAGERS}.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"

@@ -25,19 +25,23 @@ def start_scheduler(init: Callable[..., None], scheduler: Any, server_args: Any,
     if policy_name(server_args) == NO_POLICY:
         return init(scheduler, server_args, *args, **kwargs)
     # Here, so that a scheduler without a policy loads none of it.
+    from sglang.srt.arg_groups.overrides import resolving_view
+
     from rkv_sglang.integration.hooks.admission import ADMISSION_HOOKS
     from rkv_sglang.integration.hooks.answers import STREAMER_HOOKS
     from rkv_sglang.integration.hooks.metrics import METRICS_HOOKS
-    from rkv_sglang.integration.hooks.model import MODEL_HOOKS
+    from rkv_sglang.integration.hooks.model import CAPTURE_HOOKS, MODEL_HOOKS
     from rkv_sglang.integration.hooks.restore import RESTORE_HOOKS
     from rkv_sglang.integration.hooks.scheduler import SCHEDULER_HOOKS
     from rkv_sglang.integration.runtime.current import set_runtime
     from rkv_sglang.integration.runtime.runtime import Runtime
     from rkv_sglang.integration.startup.refusals import refuse_runtime
 
-    runtime = Runtime(config_from_args(server_args))
+    runtime = Runtime(config_from_args(resolving_view(server_args)))
     set_runtime(runtime)
-    install(MODEL_HOOKS + ADMISSION_HOOKS + RESTORE_HOOKS + SCHEDULER_HOOKS + STREAMER_HOOKS + METRICS_HOOKS)
+    capture_hooks = () if runtime.looks_at_nothing else CAPTURE_HOOKS
+    install(MODEL_HOOKS + capture_hooks + ADMISSION_HOOKS + RESTORE_HOOKS)
+    install(SCHEDULER_HOOKS + STREAMER_HOOKS + METRICS_HOOKS)
     init(scheduler, server_args, *args, **kwargs)
     refuse_runtime(scheduler)
     runtime.bind_scheduler(scheduler)

@@ -17,14 +17,17 @@ from rkv_sglang.integration.hooks.owners import (
     KV_POOL,
     MANAGERS,
     MEM_CACHE,
+    PENALTIES,
     REPORTER,
     REQ,
     REQ_KV,
     ROWS,
     SCHEDULER,
     TREE,
+    WEIGHTS,
 )
 from rkv_sglang.integration.runtime.current import get_runtime
+from rkv_sglang.integration.runtime.penalties import count_earlier_tokens, count_next_tokens
 from rkv_sglang.integration.runtime.restore import (
     EVICTED_ATTRIBUTE,
     drop_host_copies,
@@ -72,13 +75,20 @@ def keep_resident_ids(refresh: Callable[[Any], None], req: Any) -> None:
 def restore_before_extend(prepare: Callable[[Any], None], batch: Any) -> None:
     """Put back the KV of requests that wait to be restored, then let SGLang prefill the rest, of each its last token.
 
-    Afterwards ``batch.orig_seq_lens`` counts evicted tokens too, as it does for all compacted requests.
+    Afterwards ``batch.orig_seq_lens`` counts evicted tokens too, as it does for all compacted requests, and penalties
+    those generated before, of requests that are computed again, too.
     """
     is_any_restored = restore_waiting(batch)
     prepare(batch)
+    count_earlier_tokens(batch)
     if is_any_restored:
         evicted = evicted_tokens_of(batch, batch.orig_seq_lens.dtype)
         batch.orig_seq_lens = batch.orig_seq_lens + evicted.to(batch.orig_seq_lens.device, non_blocking=True)
+
+
+def count_tokens_in_turn(batch: Any) -> None:
+    """Count each request's tokens for its penalties one by one, whatever was scheduled in between."""
+    count_next_tokens(batch)
 
 
 def sample_at_logical_positions(sample: Callable[..., Any], runner: Any, logits_output: Any, forward_batch: Any) -> Any:
@@ -100,8 +110,8 @@ def drop_after_flush(is_flushed: bool, scheduler: Any, *args: Any, **kwargs: Any
         drop_host_copies(scheduler, "the cache was flushed before its compressed KV was put back")
 
 
-def drop_before_weights(manager: Any, source: str) -> None:
-    """Drop KV of the old weights."""
+def drop_old_weights(manager: Any, *args: Any, **kwargs: Any) -> None:
+    """Drop KV of weights that are replaced now, or may have been since the last look."""
     runtime = get_runtime()
     if runtime.is_bound:
         drop_host_copies(runtime.parts.scheduler, "the weights changed before its compressed KV was put back")
@@ -144,10 +154,9 @@ RESTORE_HOOKS: tuple[Hook, ...] = (
         why="A preempted request with a history longer than the pool would wait for ever to be prefilled again.",
         upstream="Retraction keeps a host copy of the compacted KV.",
         uses=(
-            *names(SCHEDULER, "_release_aborted_request max_total_num_tokens send_abort_output"),
-            *names(REQ, "finished origin_input_ids output_ids to_finish"),
+            *names(SCHEDULER, "_release_aborted_request max_total_num_tokens output_streamer"),
+            *names(REQ, "finished finished_reason origin_input_ids output_ids to_finish"),
             f"{MANAGERS}.schedule_batch.FINISH_ABORT",
-            f"{MANAGERS}.scheduler._make_abort_req",
         ),
     ),
     Hook(
@@ -187,6 +196,30 @@ RESTORE_HOOKS: tuple[Hook, ...] = (
             f"{ROWS}.write",
             f"{SCHEDULER}.metrics_reporter",
             f"{REPORTER}.is_stats_logging_rank",
+            f"{BATCH}.sampling_info",
+            "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.penalizer_orchestrator",
+            *names(f"{PENALTIES}.BatchedPenalizerOrchestrator", "is_required penalizers"),
+            *names(f"{PENALTIES}.BatchedFrequencyPenalizer", "cumulated_frequency_penalties frequency_penalties"),
+            *names(f"{PENALTIES}.BatchedMinNewTokensPenalizer", "is_prepared len_output_tokens"),
+            *names(f"{PENALTIES}.BatchedPresencePenalizer", "cumulated_presence_penalties presence_penalties"),
+            *names(f"{PENALTIES}.BatchedRepetitionPenalizer", "cumulated_repetition_penalties repetition_penalties"),
+        ),
+    ),
+    Hook(
+        target="sglang.srt.managers.schedule_batch.ScheduleBatch.cumulate_penalty_output_tokens",
+        kind="REPLACE",
+        function=count_tokens_in_turn,
+        signature="(self)",
+        why=(
+            "Under overlap scheduling a prefill between two decode steps, such as one that restores a request, leaves "
+            "a token of each request out of its penalties and counts another twice."
+        ),
+        upstream="Penalties count the token that follows the last one counted, not the last one known.",
+        uses=(
+            *names(BATCH, "device enable_overlap reqs sampling_info"),
+            *names(REQ, "beam_group kv origin_input_ids output_ids"),
+            f"{REQ_KV}.kv_allocated_len",
+            f"{PENALTIES}.BatchedPenalizerOrchestrator.cumulate_output_tokens",
         ),
     ),
     Hook(
@@ -208,13 +241,27 @@ RESTORE_HOOKS: tuple[Hook, ...] = (
         uses=(f"{SCHEDULER}.waiting_queue",),
     ),
     Hook(
-        target=(
-            "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager._observe_weight_load"
-        ),
+        target=f"{WEIGHTS}._observe_weight_load",
         kind="BEFORE",
-        function=drop_before_weights,
+        function=drop_old_weights,
         signature="(self, source)",
-        why="All ways to load new weights pass here; KV of the old ones must not come back in a restored request.",
+        why="New weights that SGLang loads pass here; KV of the old ones must not come back in a restored request.",
         upstream="The same call before weights are loaded.",
+    ),
+    Hook(
+        target=f"{WEIGHTS}.begin_weight_update",
+        kind="BEFORE",
+        function=drop_old_weights,
+        signature="(self, recv_req)",
+        why="Weights that a trainer writes into the server's memory by itself are announced here, and loaded nowhere.",
+        upstream="The same call when weights begin to change.",
+    ),
+    Hook(
+        target=f"{WEIGHTS}.end_weight_update",
+        kind="BEFORE",
+        function=drop_old_weights,
+        signature="(self, recv_req)",
+        why="A request may be preempted, and its KV copied, while a trainer writes weights into the server's memory.",
+        upstream="The same call when weights have changed.",
     ),
 )

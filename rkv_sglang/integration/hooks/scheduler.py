@@ -40,13 +40,14 @@ SCHEDULER_HOOKS: tuple[Hook, ...] = (
         upstream="A call `self.kv_policy.before_decode(running_batch)` after the merge in get_next_batch_to_run.",
         uses=(
             *names(SCHEDULER, "enable_overlap forward_ct forward_stream forward_stream_ctx schedule_stream"),
-            *names(SCHEDULER, "token_to_kv_pool_allocator tree_cache"),
+            *names(SCHEDULER, "token_to_kv_pool_allocator tp_group tp_size tree_cache"),
+            "sglang.srt.distributed.parallel_state.GroupCoordinator.device_group",
             *names(BATCH, "batch_is_full req_to_token_pool reqs seq_lens seq_lens_cpu seq_lens_sum"),
             *names(REQ, "decode_batch_idx finished kv rid skip_radix_cache_insert"),
             *names(REQ_KV, "cache_protected_len holds_kv kv_allocated_len kv_committed_len req_pool_idx"),
             f"{ROWS}.req_to_token",
-            *names(ALLOCATOR, "free_group_begin free_group_end page_size"),
-            f"{TREE}.free_kv_row",
+            *names(ALLOCATOR, "free_group_begin free_group_end free_page_ids page_size"),
+            *names(TREE, "all_values_flatten free_kv_row"),
         ),
     ),
     Hook(

@@ -11,7 +11,12 @@ from typing import Any
 from rkv_sglang.config import NO_POLICY
 from rkv_sglang.integration.hooking.hook import Hook, names
 from rkv_sglang.integration.hooks.owners import MODEL_CONFIG, OVERRIDES
-from rkv_sglang.integration.startup.server_args import config_from_args, policy_name, resolved_fields
+from rkv_sglang.integration.startup.server_args import (
+    PARAMETERS_FIELD,
+    config_from_args,
+    policy_name,
+    resolved_fields,
+)
 
 
 def refuse_early(server_args: Any, previous: Callable[[Any], None]) -> None:
@@ -21,6 +26,7 @@ def refuse_early(server_args: Any, previous: Callable[[Any], None]) -> None:
     """
     previous(server_args)
     if policy_name(server_args) != NO_POLICY:
+        _read_parameters(server_args)
         _refuse_flags(server_args)
 
 
@@ -37,6 +43,24 @@ def refuse_resolved(server_args: Any, previous: Callable[[Any], None]) -> None:
     _stop_if(lambda: refuse_model(model_config_of(server_args)))
     # What /server_info shows: with the policy's own defaults, whatever spelling was used.
     declare_resolution(server_args, "rkv_sglang", **resolved_fields(config_from_args(resolving_view(server_args))))
+
+
+def _read_parameters(server_args: Any) -> None:
+    """Have all processes go by what is in a file of parameters now: read again, it may be another, gone or empty."""
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+
+    from rkv_sglang.integration.startup.errors import stop
+    from rkv_sglang.integration.startup.policy_parameters import read_parameters
+
+    try:
+        parameters = read_parameters(getattr(resolving_view(server_args), PARAMETERS_FIELD))
+    except ValueError as error:
+        problem = str(error)
+    else:
+        declare_resolution(server_args, "rkv_sglang", **{PARAMETERS_FIELD: parameters})
+        return
+    # Outside the handler, so that a caller sees one error and not a chain.
+    stop(problem)
 
 
 def _refuse_flags(server_args: Any) -> None:
@@ -72,7 +96,7 @@ STEP_HOOKS: tuple[Hook, ...] = (
         upstream="A place for plugins to check the arguments as they came.",
         uses=(
             "sglang.srt.arg_groups.resolution_hooks.register_resolution_hook",
-            "sglang.srt.arg_groups.overrides.resolving_view",
+            *names(OVERRIDES, "declare_resolution resolving_view"),
             "sglang.srt.environ.envs",
         ),
     ),

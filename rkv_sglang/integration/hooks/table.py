@@ -8,7 +8,7 @@ from rkv_sglang.integration.hooks.admission import ADMISSION_HOOKS
 from rkv_sglang.integration.hooks.answers import META_INFO_HOOKS, STREAMER_HOOKS
 from rkv_sglang.integration.hooks.flags import ARGS_HOOKS
 from rkv_sglang.integration.hooks.metrics import METRICS_HOOKS
-from rkv_sglang.integration.hooks.model import MODEL_HOOKS
+from rkv_sglang.integration.hooks.model import CAPTURE_HOOKS, MODEL_HOOKS
 from rkv_sglang.integration.hooks.processes import CONTROLLER_HOOKS, LAUNCHER_HOOKS, PROCESS_HOOKS
 from rkv_sglang.integration.hooks.restore import RESTORE_HOOKS
 from rkv_sglang.integration.hooks.scheduler import SCHEDULER_HOOKS
@@ -19,6 +19,7 @@ HOOKS: tuple[Hook, ...] = (
     *STEP_HOOKS,
     *PROCESS_HOOKS,
     *MODEL_HOOKS,
+    *CAPTURE_HOOKS,
     *CONTROLLER_HOOKS,
     *LAUNCHER_HOOKS,
     *ADMISSION_HOOKS,

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rkv_sglang.cache.buffers import KVBuffers
+from rkv_sglang.cache.prompt_hits import PromptHitsRoom
 from rkv_sglang.cache.query_window import QueryWindow
 from rkv_sglang.cache.step_tensors import warm_up_step
-from rkv_sglang.config import PolicyConfig
+from rkv_sglang.config import REQUEST, PolicyConfig
 from rkv_sglang.integration.runtime.metrics import PolicyMetrics
+from rkv_sglang.integration.startup.errors import RefusedError
+from rkv_sglang.integration.startup.policy_trial import score_problem
 from rkv_sglang.kernels.dispatch import runs_triton
 from rkv_sglang.kernels.warmup import warm_up
-from rkv_sglang.policies import Policy
+from rkv_sglang.policies import POLICIES, Policy, is_blind, keeps_prompt_hits
 from rkv_sglang.sizes.query_rows import num_query_rows
 
 if TYPE_CHECKING:
@@ -21,18 +25,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelParts:
-    """Parts on the model's side, there once its KV pool is.
+class Scored:
+    """What scores are made of; there once the KV pool is, and only where the policy looks at keys or queries.
 
     Attributes:
         buffers: The KV pool, all layers of this rank.
         query_window: The last queries of the requests that are about to be compacted.
         first_layer: The model's number of the pool's first layer.
+        prompt_hits_room: What long prompts found within themselves; none for other policies.
     """
 
     buffers: KVBuffers
     query_window: QueryWindow
     first_layer: int
+    prompt_hits_room: PromptHitsRoom = field(default_factory=lambda: PromptHitsRoom(is_used=False))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,32 +47,45 @@ class Parts:
 
     Attributes:
         scheduler: SGLang's.
-        buffers, query_window: As in ``ModelParts``.
+        scored: None where nothing is looked at: no query is recorded then.
         metrics: None where the scheduler reports none.
     """
 
     scheduler: Scheduler
-    buffers: KVBuffers
-    query_window: QueryWindow
+    scored: Scored | None
     metrics: PolicyMetrics | None
 
+    def timed(self) -> contextlib.AbstractContextManager[None]:
+        """Observe how long the work within takes, if the scheduler reports metrics."""
+        return contextlib.nullcontext() if self.metrics is None else self.metrics.timed()
 
-def model_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy) -> ModelParts:
+
+def looks_at_nothing(config: PolicyConfig, policy: Policy) -> bool:
+    """Return whether the policy, as it is set, needs no queries, keys or values."""
+    return config.granularity == REQUEST and is_blind(policy)
+
+
+def scored_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy) -> Scored:
     """Take the KV pool, allocate the query window, and compile what will run on them.
 
     Call it before CUDA graphs are captured.
     """
     from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.runtime_context import get_parallel
 
     layers = [module for module in model_runner.model.modules() if isinstance(module, RadixAttention)]
     pool: Any = model_runner.token_to_kv_pool
     layers.sort(key=lambda layer: layer.layer_id)
+    parallel = get_parallel()
     buffers = KVBuffers.from_layers(
         pool.k_buffer,
         pool.v_buffer,
         dtype=pool.dtype,
         key_scales=[layer.k_scale_float or 1.0 for layer in layers],
         value_scales=[layer.v_scale_float or 1.0 for layer in layers],
+        first_layer=pool.start_layer,
+        # Ranks that are more than the heads share them.
+        first_kv_head=parallel.tp_rank * model_runner.model_config.get_total_num_kv_heads() // parallel.tp_size,
     )
     req_to_token = model_runner.req_to_token_pool.req_to_token
     num_requests = req_to_token.shape[0]
@@ -80,6 +99,7 @@ def model_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy)
         dtype=model_runner.dtype,
         device=model_runner.device,
     )
+    _refuse_strange_scores(policy, config, buffers, query_window)
     warm_up(
         buffers.keys,
         buffers.values,
@@ -91,4 +111,28 @@ def model_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy)
     )
     if runs_triton(buffers.keys):
         warm_up_step(query_window, req_to_token)
-    return ModelParts(buffers=buffers, query_window=query_window, first_layer=pool.start_layer)
+    return Scored(
+        buffers=buffers,
+        query_window=query_window,
+        first_layer=pool.start_layer,
+        prompt_hits_room=PromptHitsRoom(is_used=keeps_prompt_hits(policy)),
+    )
+
+
+def _refuse_strange_scores(policy: Policy, config: PolicyConfig, buffers: KVBuffers, query_window: QueryWindow) -> None:
+    """Refuse a policy of another package whose scores are none; those of this one have their tests."""
+    if type(policy) in POLICIES.values():
+        return
+    keys, (_, _, _, num_qo_heads, head_dim) = buffers.keys, query_window.rings.shape
+    problem = score_problem(
+        policy,
+        window=config.window,
+        capacity=config.capacity,
+        num_qo_heads=num_qo_heads,
+        num_kv_heads=keys.num_kv_heads,
+        head_dim=head_dim,
+        v_head_dim=buffers.values.head_dim,
+        device=keys.device,
+    )
+    if problem is not None:
+        raise RefusedError(f"--kv-policy {config.policy} cannot be served: {problem}; mend or uninstall its package")

@@ -95,6 +95,9 @@ def _least_growth(req: Any, resident_len: int) -> int:
     """
     runtime = get_runtime()
     config = runtime.config_of(req)
+    if runtime.looks_at_nothing:
+        # No rows.
+        return 0
     if config is None or config.capacity >= runtime.config.capacity or not runtime.may_compact(req):
         return 0
     scheduler = runtime.parts.scheduler

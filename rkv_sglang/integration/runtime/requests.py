@@ -1,4 +1,4 @@
-"""Requests: what one asks of the policy, in its ``custom_params``, and where it carries what the policy remembers."""
+"""Requests: what one asks of the policy, in ``custom_params``, where it carries its state, and how one is ended."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from rkv_sglang.config import NO_POLICY, POLICY_FIELD, PolicyConfig
+from rkv_sglang.messages import shown
 from rkv_sglang.sizes.lengths import RequestState
+from rkv_sglang.sizes.pages import ceil_to_page
 from rkv_sglang.sizes.stagger import head_start
 
 BUDGET_FIELD, BUFFER_FIELD = "kv_budget", "kv_buffer"
@@ -16,8 +18,6 @@ FIELDS = (POLICY_FIELD, BUDGET_FIELD, BUFFER_FIELD, TRACE_FIELD)
 # Names that can only be meant for the policy: those that start so, and these. All others are somebody else's.
 OWN_PREFIXES = ("kv_", "rkv_")
 OWN_NAMES = ("kv", "rkv")
-# Characters of a client's value that a message repeats.
-MOST_SHOWN = 80
 
 # A request carries these under these names; SGLang's Req is a plain class.
 STATE_ATTRIBUTE = "rkv_state"
@@ -56,6 +56,22 @@ def trace_of(req: Any) -> list[dict[str, Any]] | None:
     return getattr(req, TRACE_ATTRIBUTE, None)
 
 
+def end_request(scheduler: Any, req: Any, reason: Any) -> None:
+    """Send the last output of a request that ends while it waits, in the stream of outputs that all others end in.
+
+    Its slots, if it had any, are freed already. Past that stream (``AbortReq``) it would lack the policy's fields and
+    the tokens not sent yet, and the detokenizer would keep its text, and put it in front of the answer to the next
+    request under the same id.
+
+    Args:
+        scheduler: SGLang's.
+        req: The request; afterwards it is finished.
+        reason: SGLang's ``FINISH_ABORT``; with an HTTP status of 400 or more, that is how an answer in one piece ends.
+    """
+    req.finished_reason, req.to_finish = reason, None
+    scheduler.output_streamer.stream_output([req], req.return_logprob)
+
+
 def _refuse_strange_fields(custom_params: Any) -> None:
     """Refuse what would pass for settings of the policy and be none."""
     if not isinstance(custom_params, Mapping):
@@ -66,13 +82,7 @@ def _refuse_strange_fields(custom_params: Any) -> None:
     for name in custom_params:
         low = str(name).lower()
         if name not in FIELDS and (low.startswith(OWN_PREFIXES) or low in OWN_NAMES):
-            raise ValueError(f"custom_params has no {_shown(name)}: it takes {', '.join(FIELDS)}")
-
-
-def _shown(value: Any) -> str:
-    """Return a value of a client's as it stands in a message, of bounded length."""
-    text = repr(value)
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+            raise ValueError(f"custom_params has no {shown(name)}: it takes {', '.join(FIELDS)}")
 
 
 def config_for(custom_params: Any, server: PolicyConfig, pool_size: int) -> PolicyConfig | None:
@@ -94,7 +104,7 @@ def config_for(custom_params: Any, server: PolicyConfig, pool_size: int) -> Poli
     policy = custom_params.get(POLICY_FIELD, server.policy)
     if policy not in (NO_POLICY, server.policy):
         raise ValueError(
-            f"{POLICY_FIELD} {_shown(policy)} is not what this server runs: leave it out, or set it to "
+            f"{POLICY_FIELD} {shown(policy)} is not what this server runs: leave it out, or set it to "
             f"{server.policy!r} or {NO_POLICY!r}"
         )
     if policy == NO_POLICY:
@@ -102,21 +112,24 @@ def config_for(custom_params: Any, server: PolicyConfig, pool_size: int) -> Poli
             raise ValueError(f"{POLICY_FIELD} {NO_POLICY!r} has no {' or '.join(asked)}: leave one of them out")
         return None
     for name, value in asked.items():
-        least = server.window + 1 if name == BUDGET_FIELD else 1
+        least = server.least_budget if name == BUDGET_FIELD else server.block
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             why = f" (the window of {server.window} is kept inside it)" if name == BUDGET_FIELD else ""
             raise ValueError(
-                f"{name} {_shown(value)} is not an integer of at least {least}{why}: set it to {least} or more"
+                f"{name} {shown(value)} is not an integer of at least {least}{why}: set it to {least} or more"
             )
-    config = replace(
-        server, budget=asked.get(BUDGET_FIELD, server.budget), buffer=asked.get(BUFFER_FIELD, server.buffer)
-    )
-    if asked and config.capacity >= pool_size:
+        if name == BUFFER_FIELD and value % server.block != 0:
+            raise ValueError(
+                f"{name} {shown(value)} is no multiple of the {server.block} tokens that this server drops together: "
+                f"set it to {shown(ceil_to_page(value, server.block))}"
+            )
+    budget, buffer = asked.get(BUDGET_FIELD, server.budget), asked.get(BUFFER_FIELD, server.buffer)
+    if asked and budget + buffer >= pool_size:
         raise ValueError(
-            f"{BUDGET_FIELD} {config.budget} and {BUFFER_FIELD} {config.buffer} together exceed this server's KV pool "
+            f"{BUDGET_FIELD} {shown(budget)} and {BUFFER_FIELD} {shown(buffer)} together exceed this server's KV pool "
             f"of {pool_size} tokens: set them lower"
         )
-    return config
+    return replace(server, budget=budget, buffer=buffer)
 
 
 def wants_trace(custom_params: Any, server: PolicyConfig) -> bool:
@@ -129,7 +142,7 @@ def wants_trace(custom_params: Any, server: PolicyConfig) -> bool:
         return False
     value = custom_params[TRACE_FIELD]
     if not isinstance(value, bool):
-        raise ValueError(f"{TRACE_FIELD} {_shown(value)} is not a boolean: set it to true or leave it out")
+        raise ValueError(f"{TRACE_FIELD} {shown(value)} is not a boolean: set it to true or leave it out")
     if value and not server.trace:
         raise ValueError(f"{TRACE_FIELD} is off on this server: start it with --kv-trace or leave {TRACE_FIELD} out")
     return value

@@ -14,7 +14,7 @@ import torch
 
 from rkv_sglang.cache.host_copy import HostCopy, load_slots, save_slots
 from rkv_sglang.integration.runtime.current import get_runtime
-from rkv_sglang.integration.runtime.requests import known_state_of, state_of
+from rkv_sglang.integration.runtime.requests import end_request, known_state_of, state_of, trace_of
 from rkv_sglang.integration.runtime.runtime import Runtime
 from rkv_sglang.sizes.reservation import most_growth, tokens_to_reserve
 
@@ -79,8 +79,7 @@ def save_if_too_long(req: Any) -> None:
         return
     state.host_copy = _save(runtime, req, saved_len)
     # Else a request that ends while it waits would be kept, with its copy, until its row is needed.
-    if runtime.parts.query_window.has_row(req.kv.req_pool_idx, req):
-        runtime.parts.query_window.release(req.kv.req_pool_idx)
+    runtime.forget_queries(req)
 
 
 def _save(runtime: Runtime, req: Any, saved_len: int) -> HostCopy | None:
@@ -97,17 +96,22 @@ def _save(runtime: Runtime, req: Any, saved_len: int) -> HostCopy | None:
         torch.distributed.all_reduce(is_saved, torch.distributed.ReduceOp.MIN, group=scheduler.tp_cpu_group)
         copy = copy if is_saved.item() else None
     if copy is None:
-        logger.warning("The host has no memory for the %d cached tokens of request %s.", saved_len, req.rid)
+        logger.warning("No memory is left for a copy of the %d cached tokens of request %s.", saved_len, req.rid)
     return copy
 
 
 def forget_what_was_cached(req: Any) -> None:
     """Forget what a retracted request had cached, unless it comes back; keep generated tokens out of the tree.
 
-    Their KV, computed again, would be shared, and compaction writes there.
+    Their KV, computed again, would be shared, and compaction writes there. SGLang lets the whole answer go where the
+    prompt came as embeddings; then nothing of it counts any more.
     """
     state = state_of(req)
-    if state.host_copy is None:
+    if len(req.output_ids) == 0:
+        state.forget_answer()
+        if (trace := trace_of(req)) is not None:
+            trace.clear()
+    elif state.host_copy is None:
         state.forget_cache()
     state.next_check = 0
     if len(req.output_ids) > 0 and get_runtime().may_compact(req):
@@ -252,7 +256,6 @@ def drop_host_copies(scheduler: Any, why: str) -> None:
 
 def _abort(scheduler: Any, req: Any, why: str) -> None:
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
-    from sglang.srt.managers.scheduler import _make_abort_req
 
     history_len = len(req.origin_input_ids) + len(req.output_ids)
     message = (
@@ -260,7 +263,6 @@ def _abort(scheduler: Any, req: Any, why: str) -> None:
         f"not fit the KV pool of {scheduler.max_total_num_tokens} tokens to be computed again, and {why}: send it "
         "again, and give the pool more memory (--mem-fraction-static) or do not preempt requests of this length."
     )
-    req.to_finish = FINISH_ABORT(message, status_code=HTTPStatus.SERVICE_UNAVAILABLE)
     scheduler._release_aborted_request(req)
-    scheduler.send_abort_output(_make_abort_req(req, finished_reason=req.to_finish.to_json()), req)
+    end_request(scheduler, req, FINISH_ABORT(message, status_code=HTTPStatus.SERVICE_UNAVAILABLE))
     get_runtime().stats.requests_aborted += 1

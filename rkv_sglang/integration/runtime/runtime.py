@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rkv_sglang.cache.compact import Compacted, DueRequest, compact_requests
-from rkv_sglang.cache.prompt_hits import PromptHitsRoom
-from rkv_sglang.cache.step_tensors import read_slots, subtract_evicted
-from rkv_sglang.cache.trace import pack_compaction
-from rkv_sglang.config import PolicyConfig
+from rkv_sglang.cache.step_tensors import subtract_evicted
+from rkv_sglang.config import HEAD, REQUEST, PolicyConfig
+from rkv_sglang.integration.runtime import drop, gather
+from rkv_sglang.integration.runtime.jobs import Job, on_forward_stream
 from rkv_sglang.integration.runtime.metrics import metrics_for
-from rkv_sglang.integration.runtime.parts import ModelParts, Parts, model_parts
+from rkv_sglang.integration.runtime.parts import Parts, Scored, looks_at_nothing, scored_parts
 from rkv_sglang.integration.runtime.requests import (
     CONFIG_ATTRIBUTE,
     TRACE_ATTRIBUTE,
@@ -22,35 +20,18 @@ from rkv_sglang.integration.runtime.requests import (
     head_start_of,
     known_state_of,
     state_of,
-    trace_of,
     wants_trace,
 )
 from rkv_sglang.integration.runtime.stats import PolicyStats
 from rkv_sglang.integration.startup.memory_report import report_memory
-from rkv_sglang.policies import keeps_prompt_hits, make_policy
-from rkv_sglang.sizes.compaction_plan import CompactionPlan, plan_compaction
-from rkv_sglang.sizes.lengths import NEVER, RequestState, can_ever_compact, decodes_again, steps_until_due
+from rkv_sglang.policies import make_policy
+from rkv_sglang.sizes.lengths import NEVER, can_ever_compact, decodes_again, steps_until_due
 from rkv_sglang.sizes.stagger import most_head_start
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.model_executor.model_runner import ModelRunner
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One request to compact in this step.
-
-    Attributes:
-        slots: Of every resident token, temporal order, ``[plan.resident_len]``, int64; a copy.
-    """
-
-    req: Req
-    state: RequestState
-    config: PolicyConfig
-    plan: CompactionPlan
-    slots: torch.Tensor
 
 
 class Runtime:
@@ -60,9 +41,15 @@ class Runtime:
         self.config = config
         self.policy = make_policy(config)
         self.stats = PolicyStats()
-        self.prompt_hits_room = PromptHitsRoom(is_used=keeps_prompt_hits(self.policy))
-        self._model_parts: ModelParts | None = None
+        # The one place that chooses between the two ways.
+        self._way: Any = gather if config.granularity == HEAD else drop
+        self._scored: Scored | None = None
         self._parts: Parts | None = None
+
+    @property
+    def looks_at_nothing(self) -> bool:
+        """Whether the policy, as it is set, needs no queries, keys or values: nothing is recorded then."""
+        return looks_at_nothing(self.config, self.policy)
 
     @property
     def is_bound(self) -> bool:
@@ -82,17 +69,18 @@ class Runtime:
 
     def bind_model_runner(self, model_runner: ModelRunner) -> None:
         """Take the KV pool and allocate the query window, before CUDA graphs are captured."""
-        self._model_parts = model_parts(model_runner, self.config, self.policy)
+        if not self.looks_at_nothing:
+            self._scored = scored_parts(model_runner, self.config, self.policy)
 
     def bind_scheduler(self, scheduler: Scheduler) -> None:
         """Take the scheduler once it is built, and say what was set up."""
-        model = self._model_parts
-        if model is None:
+        scored = self._scored
+        if scored is None and not self.looks_at_nothing:
             raise RuntimeError("SGLang built a scheduler without a KV pool; please report this with the server's flags")
-        query_window = model.query_window
-        metrics = metrics_for(scheduler, side_bytes=query_window.num_bytes)
-        self.bind(Parts(scheduler=scheduler, buffers=model.buffers, query_window=query_window, metrics=metrics))
-        report_memory(scheduler, self.config, side_bytes=query_window.num_bytes, num_query_rows=query_window.num_rows)
+        side_bytes = 0 if scored is None else scored.query_window.num_bytes
+        self.bind(Parts(scheduler=scheduler, scored=scored, metrics=metrics_for(scheduler, side_bytes=side_bytes)))
+        num_query_rows = 0 if scored is None else scored.query_window.num_rows
+        report_memory(scheduler, self.config, side_bytes=side_bytes, num_query_rows=num_query_rows)
 
     def bind(self, parts: Parts) -> None:
         """Take the parts, once."""
@@ -100,10 +88,10 @@ class Runtime:
 
     def record_queries(self, layer_id: int, queries: torch.Tensor, forward_batch: Any) -> None:
         """Record one decode step's queries of one layer (called within the forward pass, so within CUDA graphs)."""
-        model = self._model_parts
-        if model is not None and (model.query_window.always_capture or model.query_window.active):
-            model.query_window.capture(
-                layer_id - model.first_layer, queries, forward_batch.req_pool_indices, forward_batch.positions
+        scored = self._scored
+        if scored is not None and (scored.query_window.always_capture or scored.query_window.active):
+            scored.query_window.capture(
+                layer_id - scored.first_layer, queries, forward_batch.req_pool_indices, forward_batch.positions
             )
 
     def read_request(self, req: Req) -> None:
@@ -135,7 +123,8 @@ class Runtime:
 
         Runs on the scheduler's thread before admission, so freed slots are there for waiting requests, and while the
         forward pass in flight has already been counted in every length. Mutates the KV pool, the requests' lengths,
-        the allocator and ``batch.seq_lens``; never ``orig_seq_lens``, which stays logical, nor ``req_to_token``.
+        the allocator and ``batch.seq_lens``, or the map instead of the pool; never ``orig_seq_lens``, which stays
+        logical.
         """
         forward_ct = self.parts.scheduler.forward_ct
         due = [
@@ -147,9 +136,9 @@ class Runtime:
             due = [i for i in due if self._is_due(batch.reqs[i], forward_ct)]
             if due:
                 self._compact(batch, due)
-            else:
+            elif self.parts.scored is not None:
                 with self.on_forward_stream():
-                    self.parts.query_window.flush()
+                    self.parts.scored.query_window.flush()
 
     def _is_due(self, req: Req, forward_ct: int) -> bool:
         """Decide for one request; see that it has a query row in time; set when to look again."""
@@ -168,50 +157,20 @@ class Runtime:
         if remaining > self.config.window:
             state.next_check = forward_ct + remaining - self.config.window
             return False
-        query_window = self.parts.query_window
-        if not query_window.has_row(req.kv.req_pool_idx, req):
-            query_window.acquire(req.kv.req_pool_idx, req, _runs_under)
+        scored = self.parts.scored
+        if scored is not None and not scored.query_window.has_row(req.kv.req_pool_idx, req):
+            scored.query_window.acquire(req.kv.req_pool_idx, req, _runs_under)
         state.next_check = forward_ct + remaining
         return remaining == 0
 
     def _compact(self, batch: ScheduleBatch, due: list[int]) -> None:
         """Compact the requests of ``batch.reqs`` whose indices are in ``due``, and bring every length up to it."""
-        buffers, query_window, metrics = self.parts.buffers, self.parts.query_window, self.parts.metrics
-        jobs = self._jobs(batch, [batch.reqs[i] for i in due])
-        pool_size = self.parts.scheduler.max_total_num_tokens
-        with self.on_forward_stream() as stream, metrics.timed() if metrics is not None else contextlib.nullcontext():
-            query_window.flush()
-            requests, places = [], []
-            # All slots are views of one tensor.
-            if stream is not None and jobs[0].slots.is_cuda:
-                jobs[0].slots.record_stream(stream)
-            for job in jobs:
-                logical_len = job.state.logical_len(job.plan.resident_len)
-                hits = self.prompt_hits_room.hits_of(
-                    job.state, buffers, capacity=job.config.capacity, most_tokens=pool_size
-                )
-                wants = trace_of(job.req) is not None
-                requests.append(DueRequest(job.plan, job.slots, logical_len, job.state.kept_scores, hits, wants))
-                places.append((job.req.kv.req_pool_idx, logical_len))
-            results = compact_requests(
-                buffers,
-                requests,
-                lambda part, layers: query_window.read(places[part], layers),
-                self.policy,
-                self.config.window,
-                query_bytes=query_window.row_bytes,
-            )
-            for job, result in zip(jobs, results, strict=True):
-                _trace(job, result)
-        allocator = self.parts.scheduler.token_to_kv_pool_allocator
-        # Each free by itself would copy the allocator's whole list of free slots.
-        allocator.free_group_begin()
-        for job, result in zip(jobs, results, strict=True):
-            job.state.kept_scores = result.kept_scores
-            self._shrink(job)
-        allocator.free_group_end()
-        if metrics is not None:
-            metrics.count(self.stats)
+        jobs = [self._job(batch.reqs[i]) for i in due]
+        self._way.compact(self.parts, self.policy, self.config.window, batch, jobs)
+        for job in jobs:
+            self._shorten(job)
+        if self.parts.metrics is not None:
+            self.parts.metrics.count(self.stats)
         evicted = [0] * len(batch.reqs)
         for i, job in zip(due, jobs, strict=True):
             evicted[i] = job.plan.evicted_tokens
@@ -221,23 +180,8 @@ class Runtime:
         # leaves the batch; here room appears without that.
         batch.batch_is_full = False
 
-    def _jobs(self, batch: ScheduleBatch, reqs: list[Req]) -> list[Job]:
-        """Plan the compaction of some requests of the batch; nothing is changed."""
-        plans = [self._plan(req) for req in reqs]
-        # Under overlap the scheduler may rewrite the map before the device gets to the move, so the slots are copied
-        # now, on the scheduler's stream.
-        slots = read_slots(
-            batch.req_to_token_pool.req_to_token,
-            [req.kv.req_pool_idx for req in reqs],
-            [plan.resident_len for _, plan in plans],
-        )
-        return [
-            Job(req=req, state=state_of(req), config=config, plan=plan, slots=own)
-            for req, (config, plan), own in zip(reqs, plans, slots, strict=True)
-        ]
-
-    def _plan(self, req: Req) -> tuple[PolicyConfig, CompactionPlan]:
-        """Plan one request's compaction by its settings, which are returned too."""
+    def _job(self, req: Req) -> Job[Any]:
+        """Plan one request's compaction by its settings; nothing is changed."""
         state, config, kv = state_of(req), self.config_of(req), req.kv
         if config is None or kv.cache_protected_len > state.prompt_len or kv.kv_committed_len != kv.kv_allocated_len:
             raise RuntimeError(
@@ -245,54 +189,42 @@ class Runtime:
                 f"{state.prompt_len}, {kv.kv_committed_len} of {kv.kv_allocated_len} slots are committed; compacting "
                 "would write shared slots. Please report this with the server's flags"
             )
-        plan = plan_compaction(
+        plan = self._way.plan(
+            config,
             prompt_len=state.prompt_len,
             resident_len=kv.kv_allocated_len,
-            budget=config.budget,
             page_size=self.parts.scheduler.token_to_kv_pool_allocator.page_size,
         )
-        return config, plan
+        return Job(req=req, state=state, config=config, plan=plan)
 
-    def _shrink(self, job: Job) -> None:
-        """Free the pages past what is kept and shorten the request's lengths."""
-        req, plan, kv = job.req, job.plan, job.req.kv
+    def _shorten(self, job: Job[Any]) -> None:
+        """Bring the request's lengths up to its compaction."""
+        kv = job.req.kv
         # From here on tokens and slots no longer match, so the tree must not take this request's tail.
-        req.skip_radix_cache_insert = True
-        if plan.freed_start < plan.freed_end:
-            self.parts.scheduler.tree_cache.free_kv_row(kv, [(plan.freed_start, plan.freed_end)])
-        kv.kv_allocated_len = kv.kv_committed_len = plan.kept_len
-        if job.config.buffer > self.config.window:
-            self.parts.query_window.release(kv.req_pool_idx)
-        job.state.record(plan)
-        self.stats.count(plan, job.state)
+        job.req.skip_radix_cache_insert = True
+        kv.kv_allocated_len = kv.kv_committed_len = job.plan.kept_len
+        if self.parts.scored is not None and job.config.buffer > self.config.window:
+            self.parts.scored.query_window.release(kv.req_pool_idx)
+        job.state.record(job.plan)
+        self.stats.count(job.plan, job.state)
 
     def on_forward_stream(self) -> contextlib.AbstractContextManager[Any]:
         """Enter the stream on which forward passes run, behind what the scheduler's stream has done so far."""
-        scheduler = self.parts.scheduler
-        if not scheduler.enable_overlap:
-            return contextlib.nullcontext()
-        scheduler.forward_stream.wait_stream(scheduler.schedule_stream)
-        return _enter(scheduler.forward_stream_ctx, scheduler.forward_stream)
+        return on_forward_stream(self.parts.scheduler)
 
+    def forget_queries(self, req: Req) -> None:
+        """Take back the row of a request whose queries are not needed any more, if it has one."""
+        scored = self.parts.scored
+        if scored is not None and scored.query_window.has_row(req.kv.req_pool_idx, req):
+            scored.query_window.release(req.kv.req_pool_idx)
 
-def _trace(job: Job, result: Compacted) -> None:
-    """Add to the request's trace, if it has one, what was kept; ``job.state`` has not recorded the plan yet."""
-    trace = trace_of(job.req)
-    if trace is not None and result.kept_indices is not None:
-        # Waits for the current stream, which must be the one that fills the indices; only who asks for it pays.
-        trace.append(
-            pack_compaction(
-                result.kept_indices.cpu(),
-                resident_len=job.plan.generated_len,
-                evicted_before=job.state.evicted_tokens,
-            )
-        )
-
-
-@contextlib.contextmanager
-def _enter(context: Any, stream: Any) -> Any:
-    with context:
-        yield stream
+    @property
+    def trace_shape(self) -> tuple[int, int]:
+        """Layers and KV heads that a trace has rows of: one for all where they keep the same."""
+        if self.config.granularity == REQUEST or self.parts.scored is None:
+            return 1, 1
+        keys = self.parts.scored.buffers.keys
+        return keys.num_layers, keys.num_kv_heads
 
 
 def _runs_under(req_pool_idx: int, owner: Any) -> bool:

@@ -32,7 +32,7 @@ class PolicyStats:
         """Count one compaction that ``state`` has recorded; only read here."""
         self.compactions += 1
         self.evicted_tokens += plan.evicted_tokens
-        self.requests_compressed += state.compactions == 1
+        self.requests_compressed += state.compactions + state.discarded_compactions == 1
         self.peak_private_tokens = max(self.peak_private_tokens, plan.generated_len)
 
     def as_dict(self) -> dict[str, int]:

@@ -46,10 +46,22 @@ def report_memory(scheduler: Any, config: PolicyConfig, *, side_bytes: int, num_
         output_len,
         counts["without"],
     )
-    for warning in capacity_warnings(
+    warnings = capacity_warnings(
         counts["with"], max_running_requests=scheduler.max_running_requests, max_graph_bs=_max_graph_bs(scheduler)
-    ):
+    )
+    for warning in (*pool_warnings(config, pool_size), *warnings):
         logger.warning(warning)
+
+
+def pool_warnings(config: PolicyConfig, pool_size: int) -> list[str]:
+    """Return one line if a pool of so many tokens is too small for any request to be compacted."""
+    # A request is compacted when it holds so many generated tokens, and at least one of a prompt.
+    if config.capacity < pool_size:
+        return []
+    return [
+        f"The KV pool of {pool_size} tokens cannot hold a prompt and --kv-budget {config.budget} plus --kv-buffer "
+        f"{config.buffer} generated tokens, so nothing will ever be compacted: set them lower, or make the pool larger"
+    ]
 
 
 def capacity_warnings(count: int, *, max_running_requests: int, max_graph_bs: int | None) -> list[str]:

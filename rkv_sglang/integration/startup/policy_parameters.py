@@ -1,9 +1,12 @@
 """``--kv-policy-config``: the parameters of a policy, as JSON or as the path of a JSON file."""
 
 import json
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+from rkv_sglang.messages import shown
+from rkv_sglang.user_files import read_text, reason
 
 FLAG = "--kv-policy-config"
 _EXAMPLE = """write for example '{"kernel_size": 5}', or the path of a file that holds it"""
@@ -11,6 +14,8 @@ _EXAMPLE = """write for example '{"kernel_size": 5}', or the path of a file that
 
 def read_parameters(given: Any) -> dict[str, Any]:
     """Return the parameters by name; whether a policy takes them is for the policy to say.
+
+    A file is read, and one like a shell's ``<(...)`` can be read only once.
 
     Args:
         given: Text that starts with ``{`` is JSON, other text is a path. Callers in Python may give a mapping.
@@ -21,23 +26,22 @@ def read_parameters(given: Any) -> dict[str, Any]:
     if isinstance(given, Mapping):
         return dict(given)
     if not isinstance(given, str):
-        raise ValueError(f"{FLAG} {given!r} is neither text nor a mapping: {_EXAMPLE}")
+        raise ValueError(f"{FLAG} {shown(given)} is neither text nor a mapping: {_EXAMPLE}")
     text, source = given, ""
     if not given.lstrip().startswith("{"):
-        source = f" {given!r}"
+        source = f" {shown(given)}"
         try:
-            text = Path(given).expanduser().read_text(encoding="utf-8")
-        except (OSError, RuntimeError, ValueError) as error:
-            why = (isinstance(error, OSError) and error.strerror) or str(error)
+            text = read_text(os.path.expanduser(given))
+        except (OSError, ValueError) as error:
             raise ValueError(
-                f"{FLAG}{source} is neither a JSON object nor a readable file ({why}): {_EXAMPLE}"
+                f"{FLAG}{source} is neither a JSON object nor a readable file ({reason(error)}): {_EXAMPLE}"
             ) from None
     try:
         parameters = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{FLAG}{source} is not JSON ({error}): {_EXAMPLE}") from None
     if not isinstance(parameters, dict):
-        raise ValueError(f"{FLAG}{source} holds {json.dumps(parameters)[:40]}, no JSON object: {_EXAMPLE}")
+        raise ValueError(f"{FLAG}{source} holds {shown(parameters)}, no JSON object: {_EXAMPLE}")
     return parameters
 
 

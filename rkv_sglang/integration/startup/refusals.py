@@ -7,6 +7,7 @@ from rkv_sglang.config import NO_POLICY
 from rkv_sglang.integration.startup.errors import RefusedError
 from rkv_sglang.integration.startup.refused_settings import REFUSED_SETTINGS, RefusedSetting
 from rkv_sglang.integration.startup.server_args import config_problems, policy_name
+from rkv_sglang.integration.startup.verify_switch import verify_problem
 
 _WHOLE_CACHE_LAYERS = ("full_attention", "attention")
 
@@ -30,6 +31,7 @@ def flag_problems(server_args: Any) -> Iterator[str]:
     if policy == NO_POLICY:
         return
     yield from config_problems(server_args)
+    yield from filter(None, [verify_problem()])
     for refused, value in refused_values(server_args):
         is_variable = not refused.setting.startswith("--")
         shown = refused.setting if value is True else f"{refused.setting} {value}"

@@ -3,19 +3,24 @@
 import argparse
 import itertools
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from sglang.srt import server_args as sglang_args
 
-from rkv_sglang.config import NO_POLICY, POLICY_FIELD, PolicyConfig, value_problems
+from rkv_sglang.config import GRANULARITIES, NO_POLICY, POLICY_FIELD, REQUEST, PolicyConfig, value_problems
+from rkv_sglang.messages import shown
 from rkv_sglang.policy_names import policy_names
+from rkv_sglang.sizes.compaction_plan import block_of_pages
+from rkv_sglang.sizes.pages import ceil_to_page
 
 GROUP_TITLE = "KV policy (rkv_sglang)"
 
-_PARAMETERS_FIELD = "kv_policy_config"
+PARAMETERS_FIELD = "kv_policy_config"
 # The record's fields of each setting. Those of every policy have a second one, as other ports of R-KV spell it.
 _FIELDS_OF_SETTING = {
+    "granularity": ("kv_granularity", "rkv_granularity"),
     "budget": ("kv_budget", "rkv_budget"),
     "buffer": ("kv_buffer", "rkv_buffer"),
     "window": ("kv_window", "rkv_window"),
@@ -30,8 +35,11 @@ _HELP = {
     POLICY_FIELD: "How the private KV cache of a decoding request is bounded. 'none' leaves SGLang as it is; every "
     "other policy keeps the prompt and at most --kv-budget plus --kv-buffer generated tokens per layer and KV head, "
     "and chooses them in its own way: R-KV (arXiv 2505.24133), SnapKV (2404.14469), H2O (2306.14048), StreamingLLM "
-    "(2309.17453), KeyDiff (2504.15364), ManifoldKV (2602.08343), LongFlow (2603.11504), at random, or as an installed "
-    "package does.",
+    "(2309.17453), KeyDiff (2504.15364), ManifoldKV (2602.08343), LongFlow (2603.11504), at random, anew at every "
+    "compaction (2609.03430) or once, or as an installed package does.",
+    "kv_granularity": "Where the choice of what stays is made. 'head': every layer and KV head keeps tokens of its "
+    "own. 'request': all of them keep the same, in blocks of 16 tokens, or of a page where it is larger; nothing is "
+    "moved in the cache then, only its map is rewritten. A policy may have a default of its own.",
     "kv_budget": "Generated tokens kept per layer and KV head after a compaction, the window included. More keeps "
     "more of the reasoning and takes more memory. Unit: tokens.",
     "kv_buffer": "Generated tokens that may gather above the budget before the next compaction. Fewer take less "
@@ -48,7 +56,7 @@ _HELP = {
     "kv_trace": "Let requests ask for a record of their compactions with custom_params {'kv_trace': true}, as "
     "`rkv-sglang view` does. The scheduler then waits for the device at each compaction of such a request; others pay "
     "nothing.",
-    _PARAMETERS_FIELD: "Parameters of the policy by name, as JSON such as '{\"mix_lambda\": 0.2}' or as the path of a "
+    PARAMETERS_FIELD: "Parameters of the policy by name, as JSON such as '{\"mix_lambda\": 0.2}' or as the path of a "
     "JSON file. They come before the flags of the same name.",
 }
 
@@ -62,6 +70,7 @@ class RKVServerArgs(sglang_args.ServerArgs, dict=True):  # type: ignore[misc, ca
 
     kv_policy: str = NO_POLICY
     # None: not named, so the policy's own default holds, or else that of PolicyConfig.
+    kv_granularity: str | None = None
     kv_budget: int | None = None
     kv_buffer: int | None = None
     kv_window: int | None = None
@@ -72,6 +81,7 @@ class RKVServerArgs(sglang_args.ServerArgs, dict=True):  # type: ignore[misc, ca
     kv_trace: bool = PolicyConfig.trace
     kv_policy_config: str | dict[str, Any] = "{}"
     # Second spellings.
+    rkv_granularity: str | None = None
     rkv_budget: int | None = None
     rkv_buffer: int | None = None
     rkv_window: int | None = None
@@ -81,7 +91,7 @@ class RKVServerArgs(sglang_args.ServerArgs, dict=True):  # type: ignore[misc, ca
     # Where SGLang publishes the fields: get_memory().kv_policy and so on.
     _NS_BY_FIELD = {  # noqa: RUF012
         **sglang_args.ServerArgs._NS_BY_FIELD,
-        **dict.fromkeys((POLICY_FIELD, *itertools.chain(*_FIELDS_OF_SETTING.values()), _PARAMETERS_FIELD), "memory"),
+        **dict.fromkeys((POLICY_FIELD, *itertools.chain(*_FIELDS_OF_SETTING.values()), PARAMETERS_FIELD), "memory"),
     }
 
     @staticmethod
@@ -92,8 +102,24 @@ class RKVServerArgs(sglang_args.ServerArgs, dict=True):  # type: ignore[misc, ca
         group = parser.add_argument_group(GROUP_TITLE)
         _add_flag(group, (POLICY_FIELD,), NO_POLICY, choices=policy_names())
         for setting, spellings in _FIELDS_OF_SETTING.items():
-            _add_flag(group, spellings, _DEFAULT_OF_SETTING[setting])
-        _add_flag(group, (_PARAMETERS_FIELD,), "{}")
+            options = {"choices": GRANULARITIES} if setting == "granularity" else {}
+            _add_flag(group, spellings, _DEFAULT_OF_SETTING[setting], **options)
+        _add_flag(group, (PARAMETERS_FIELD,), "{}")
+
+    @classmethod
+    def from_cli_args(cls, args: argparse.Namespace) -> Any:
+        """Make the record of parsed arguments; refuse a ``--config`` file that would pass unread and asks for a policy.
+
+        Raises:
+            RefusedError: The arguments or that file name a policy.
+        """
+        problem = unread_config_file(args)
+        if problem and (policy_name(args) != NO_POLICY or _names_a_policy(args.config)):
+            # Here, so that processes without a policy load one module less.
+            from rkv_sglang.integration.startup.errors import stop
+
+            stop(problem)
+        return super().from_cli_args(args)
 
 
 def _add_flag(group: Any, spellings: tuple[str, ...], shown_default: Any, **options: Any) -> None:
@@ -106,9 +132,29 @@ def _add_flag(group: Any, spellings: tuple[str, ...], shown_default: Any, **opti
     group.add_argument(*map(_flag, spellings), dest=name, help=f"{_HELP[name]} Default: {shown_default}.", **options)
 
 
+def unread_config_file(args: argparse.Namespace) -> str | None:
+    """Return one line if parsed arguments still hold a ``--config``: SGLang takes it out only where it reads the file.
+
+    It looks for the word ``--config`` alone, so ``--config=FILE`` and abbreviations go by without an effect.
+    """
+    if not getattr(args, "config", None):
+        return None
+    return f"SGLang reads no file for --config={args.config}: write --config {args.config}, with a space"
+
+
+def _names_a_policy(path: str) -> bool:
+    try:
+        text = Path(path).read_text(errors="replace")
+    except (OSError, ValueError):
+        return False
+    return any(spelling in text for spelling in (POLICY_FIELD, _flag(POLICY_FIELD).lstrip("-")))
+
+
 def policy_name(server_args: Any) -> str:
     """Return the policy asked for, ``"none"`` for a record of SGLang's own class."""
-    return str(getattr(server_args, POLICY_FIELD, NO_POLICY))
+    name = getattr(server_args, POLICY_FIELD, NO_POLICY)
+    # Callers in Python may give anything; it is refused later, by this name.
+    return name if isinstance(name, str) else shown(name)
 
 
 def config_from_args(server_args: Any) -> PolicyConfig:
@@ -138,10 +184,11 @@ def _read_config(server_args: Any) -> tuple[PolicyConfig | None, list[str]]:
         return PolicyConfig(policy=NO_POLICY), []
     # Here, so that processes without a policy load neither policies nor torch for them.
     from rkv_sglang.integration.startup.policy_parameters import read_parameters
-    from rkv_sglang.policies import default_sizes, make_policy
+    from rkv_sglang.policies import default_settings, make_policy
 
     policy, problems = server_args.kv_policy, []
     settings: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
     parameters: dict[str, Any] = {}
     for setting in _FIELDS_OF_SETTING:
         given, problem = _given(server_args, setting)
@@ -149,14 +196,19 @@ def _read_config(server_args: Any) -> tuple[PolicyConfig | None, list[str]]:
         problems += [problem] if problem else []
     try:
         if isinstance(policy, str) and policy:
-            settings = {**default_sizes(policy), **settings}
+            defaults = default_settings(policy)
     except ValueError as error:
         problems.append(str(error))
     try:
-        parameters = read_parameters(getattr(server_args, _PARAMETERS_FIELD))
+        parameters = read_parameters(getattr(server_args, PARAMETERS_FIELD))
     except ValueError as error:
         problems.append(str(error))
-    values = {**_DEFAULT_OF_SETTING, "policy": policy, "parameters": parameters, **settings}
+    values = {**_DEFAULT_OF_SETTING, "policy": policy, "parameters": parameters, **defaults, **settings}
+    if values["granularity"] == REQUEST:
+        # Unknown until SGLang has decided it, and then this is asked again.
+        block = values["block"] = block_of_pages(getattr(server_args, "page_size", None) or 1)
+        if "buffer" not in settings:
+            values["buffer"] = ceil_to_page(values["buffer"], block)
     problems += value_problems(SimpleNamespace(**values))
     if problems:
         return None, problems
@@ -184,7 +236,7 @@ def _given(server_args: Any, setting: str) -> tuple[dict[str, Any], str | None]:
         (first, value), (second, other) = values.items()
         if value != other:
             problem = (
-                f"{_flag(first)} {value!r} and {_flag(second)} {other!r} are two spellings of one setting: "
+                f"{_flag(first)} {shown(value)} and {_flag(second)} {shown(other)} are two spellings of one setting: "
                 f"set {_flag(first)} only"
             )
     return {setting: next(iter(values.values()))} if values else {}, problem

@@ -13,7 +13,18 @@ from rkv_sglang.kernels.score.attention import h2o_scores_paged, rkv_scores_page
 from rkv_sglang.kernels.score.mean_keys import keydiff_scores_paged, manifoldkv_scores_paged
 from rkv_sglang.kernels.score.places import places_of, spread
 from rkv_sglang.kernels.score.values import longflow_scores_paged
-from rkv_sglang.policies import H2O, RKV, KeyDiff, LongFlow, ManifoldKV, Random, SnapKV, StreamingLLM
+from rkv_sglang.policies import (
+    H2O,
+    RKV,
+    KeyDiff,
+    LongFlow,
+    ManifoldKV,
+    Random,
+    RandomAttention,
+    SnapKV,
+    StreamingLLM,
+    is_stateful,
+)
 
 
 @dataclass(frozen=True)
@@ -94,20 +105,24 @@ def _longflow(policy: LongFlow, inputs: PagedInputs) -> Tensor:
     return longflow_scores_paged(inputs.keys, inputs.values, inputs.batch, inputs.queries)
 
 
-def _streaming_llm(policy: StreamingLLM, inputs: PagedInputs) -> Tensor:
-    places = places_of(inputs.batch, [0] * inputs.batch.num_requests)
-    scores = policy.of_places(places.tokens, places.kv_lens)
-    return spread(scores, places, inputs.keys, inputs.batch.window)
-
-
-def _random(policy: Random, inputs: PagedInputs) -> Tensor:
-    evicted = [past.logical_len - n for past, n in zip(inputs.history, inputs.batch.kv_lens_cpu, strict=True)]
-    places = places_of(inputs.batch, evicted)
-    scores = policy.of_positions(places.tokens + places.shifts)
-    scores = spread(scores, places, inputs.keys, inputs.batch.window)
-    for scored, before in inputs.kept_before(scores):
+def _by_place(policy: StreamingLLM | Random, inputs: PagedInputs) -> Tensor:
+    """Score for a policy that gives all layers and heads the same."""
+    places = places_of(inputs.batch, [past.logical_len for past in inputs.history])
+    scores = spread(policy.score_places(places), places, inputs.keys, inputs.batch.window)
+    for scored, before in inputs.kept_before(scores) if is_stateful(policy) else ():
         scored.copy_(before)
     return scores
+
+
+def _random_attention(policy: RandomAttention, inputs: PagedInputs) -> Tensor:
+    keys = inputs.keys
+    places = places_of(inputs.batch, [past.logical_len for past in inputs.history])
+    layers, heads = (
+        torch.arange(first, first + count, device=keys.device)
+        for first, count in ((keys.first_layer, keys.num_layers), (keys.first_kv_head, keys.num_kv_heads))
+    )
+    hashed = policy.of_tokens(places).repeat(keys.num_layers, keys.num_kv_heads, 1)
+    return spread(policy.of_heads(hashed, layers, heads), places, keys, inputs.batch.window)
 
 
 # By exact class: what a subclass overrides, a kernel would not know.
@@ -115,11 +130,12 @@ PAGED_SCORERS: dict[type, PagedScorer] = {
     RKV: _rkv,
     SnapKV: _snapkv,
     H2O: _h2o,
-    StreamingLLM: _streaming_llm,
+    StreamingLLM: _by_place,
     KeyDiff: _keydiff,
     ManifoldKV: _manifoldkv,
     LongFlow: _longflow,
-    Random: _random,
+    Random: _by_place,
+    RandomAttention: _random_attention,
 }
 
 

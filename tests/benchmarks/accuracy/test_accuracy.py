@@ -1,20 +1,25 @@
 """The accuracy benchmark without a model: what counts as right, what is kept, and what the figures mean."""
 
+import contextlib
 import json
 import math
 import random
+import signal
 import subprocess
 import sys
 import threading
+import time
 import types
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from benchmarks.accuracy.checker import check
+from benchmarks.accuracy.checker import Verdict, check
+from benchmarks.accuracy.judge import Judge
 from benchmarks.accuracy.problems import DRY_RUN_PROBLEMS, Problem, load_problems
 from benchmarks.accuracy.report import markdown, plot
 from benchmarks.accuracy.rows import NOTHING_COMPRESSED, PARTLY_COMPRESSED, accuracy_rows, busy_seconds
@@ -25,6 +30,7 @@ from benchmarks.common.settings import Setting, parse_setting
 from benchmarks.common.tables import ACCURACY
 from devtools.launch import Server, ServerError
 
+ROOT = Path(__file__).resolve().parents[3]
 NONE, RKV = parse_setting("none"), parse_setting("rkv:64:16")
 SAMPLING = Sampling(instruction="Box it.", temperature=0.6, top_p=0.95, max_tokens=64, seed=0)
 
@@ -81,6 +87,56 @@ def test_a_number_before_a_cut_is_no_answer_but_a_boxed_one_is() -> None:
 def test_a_known_answer_that_cannot_be_read_is_an_error() -> None:
     with pytest.raises(ValueError, match="cannot be read"):
         check("\\boxed{1}", "")
+
+
+@pytest.fixture(scope="module")
+def judge() -> Iterator[Judge]:
+    with Judge(cpu_seconds=1) as judge:
+        yield judge
+
+
+# Python multiplies for hours, and hears no signal meanwhile.
+ENDLESS = r"\boxed{9^{9^{9^{9}}}}"
+
+
+def test_the_judge_says_what_the_checker_says(judge: Judge) -> None:
+    questions = [(r"\boxed{540}", "540"), (r"\boxed{1}", "2"), ("no", "2"), (r"\boxed{\text{ü}}", r"\text{ü}")]
+    for text, answer in questions:
+        assert judge.verdict(text, answer) == check(text, answer)
+    assert judge.verdict("Then we add 42", "42", truncated=True).outcome == "none"
+
+
+def test_an_answer_without_end_is_unjudged_and_the_next_is_judged(judge: Judge) -> None:
+    assert judge.verdict(ENDLESS, "3") == Verdict("unjudged", "")
+    assert judge.verdict("\\boxed{3}", "3").outcome == "right"
+
+
+def test_a_long_number_is_an_answer_like_any_other(judge: Judge) -> None:
+    assert judge.verdict("\\boxed{10^{5000}}", "3").outcome == "wrong"
+
+
+def test_what_the_checker_spends_on_others_does_not_count(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a busy machine the clock runs and the process does not.
+    judge.require("42")
+    assert judge._process is not None
+    judge._process.send_signal(signal.SIGSTOP)
+    timer = threading.Timer(2.5, judge._process.send_signal, [signal.SIGCONT])
+    timer.start()
+    assert judge.verdict("\\boxed{42}", "42").outcome == "right"
+    timer.join()
+
+
+def test_known_answers_are_read_at_the_start_or_refused_in_one_line(judge: Judge) -> None:
+    judge.require("\\frac{1}{2}")
+    with pytest.raises(ValueError, match=r"^the known answer '' cannot be read$"):
+        judge.require("")
+
+
+def test_without_the_checkers_library_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "math_verify.py").write_text("raise ModuleNotFoundError")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    with Judge() as judge, pytest.raises(ModuleNotFoundError, match="pip install 'math-verify"):
+        judge.require("1")
 
 
 def test_answers_of_every_known_problem_are_right_and_those_of_the_others_wrong() -> None:
@@ -236,6 +292,9 @@ def test_rows_say_when_they_prove_nothing(tmp_path: Path) -> None:
     assert math.isnan(float(alone["pass_diff"])) and NOTHING_COMPRESSED in markdown([alone], "GPU")
     (baseline,) = accuracy_rows("some", {NONE: {"p": [make_sample()]}})
     assert baseline["note"] == ""
+    (unjudged,) = accuracy_rows("some", {NONE: {"p": [make_sample(outcome="unjudged"), make_sample()]}})
+    assert (unjudged["unjudged"], unjudged["pass_at_1"]) == (0.5, 0)
+    assert unjudged["note"] == "1 samples could not be judged"
     write_table(tmp_path, ACCURACY, [baseline, alone], {})
     assert plot(tmp_path).stat().st_size > 5000
 
@@ -245,16 +304,22 @@ class _Answers(BaseHTTPRequestHandler):
 
     asked: list[dict[str, Any]]
     refuse_after: int
+    # So many are answered at once, the others when it may go on.
+    answer_after: int
+    go_on: threading.Event
+    content: str
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.asked.append(body)
+        if len(self.asked) > self.answer_after:
+            self.go_on.wait()
         refused = len(self.asked) > self.refuse_after
         number = body["messages"][0]["content"].split()[1]
         answer = {
             "choices": [
                 {
-                    "message": {"content": f"\\boxed{{{number}}}"},
+                    "message": {"content": self.content or f"\\boxed{{{number}}}"},
                     "finish_reason": "stop",
                     "meta_info": {"kv_compactions": 2, "kv_evicted_tokens": 32},
                 }
@@ -262,10 +327,12 @@ class _Answers(BaseHTTPRequestHandler):
             "usage": {"prompt_tokens": 5, "completion_tokens": 7},
         }
         content = json.dumps({"message": "no more"} if refused else answer).encode()
-        self.send_response(500 if refused else 200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
+        # Who asked may have ended.
+        with contextlib.suppress(OSError):
+            self.send_response(500 if refused else 200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -273,7 +340,8 @@ class _Answers(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[Server, type[_Answers]]]:
-    answers = type("Answers", (_Answers,), {"asked": [], "refuse_after": 10**9})
+    answers = type("Answers", (_Answers,), {"asked": [], "refuse_after": 10**9, "answer_after": 10**9, "content": ""})
+    answers.go_on = threading.Event()
     http = ThreadingHTTPServer(("127.0.0.1", 0), answers)
     thread = threading.Thread(target=http.serve_forever, daemon=True)
     thread.start()
@@ -284,18 +352,20 @@ def server(tmp_path: Path) -> Iterator[tuple[Server, type[_Answers]]]:
     thread.join()
 
 
-def test_a_run_goes_on_behind_an_interruption(tmp_path: Path, server: tuple[Server, type[_Answers]]) -> None:
+def test_a_run_goes_on_behind_an_interruption(
+    tmp_path: Path, server: tuple[Server, type[_Answers]], judge: Judge
+) -> None:
     launched, answers = server
     wanted = [(Problem(f"say {i} now", "3"), sample) for sample in range(2) for i in range(5)]
     store = SampleStore(tmp_path, "none", {})
     answers.refuse_after = 4
     with pytest.raises(ServerError, match=r"refused a request: .*no more"):
-        run_samples(launched, store, wanted, SAMPLING, 1, 60)
+        run_samples(launched, store, wanted, SAMPLING, 1, 60, judge)
     assert len(store.samples) == 4
     answers.refuse_after = 10**9
     store = SampleStore(tmp_path, "none", {})
     todo = [(problem, sample) for problem, sample in wanted if (problem.key, sample) not in store.samples]
-    run_samples(launched, store, todo, SAMPLING, 3, 60)
+    run_samples(launched, store, todo, SAMPLING, 3, 60, judge)
     assert set(store.samples) == {(problem.key, sample) for problem, sample in wanted}
     # One was refused, and no finished one was asked for again.
     assert len(answers.asked) == 4 + 1 + 6
@@ -305,6 +375,49 @@ def test_a_run_goes_on_behind_an_interruption(tmp_path: Path, server: tuple[Serv
     body = answers.asked[0]
     assert (body["temperature"], body["top_p"], body["max_tokens"], body["return_meta_info"]) == (0.6, 0.95, 64, True)
     assert body["messages"] == [{"role": "user", "content": "say 0 now\n\nBox it."}]
+
+
+SIGTERM_SCRIPT = """
+import sys
+from pathlib import Path
+from benchmarks.accuracy.judge import Judge
+from benchmarks.accuracy.problems import Problem
+from benchmarks.accuracy.run import Sampling, run_samples
+from benchmarks.accuracy.store import SampleStore
+from devtools.launch import Server, exit_on_sigterm
+
+exit_on_sigterm()
+server = Server(url=sys.argv[1], process=None, log_path=Path("log"))
+sampling = Sampling(instruction="", temperature=0, top_p=1, max_tokens=1, seed=0)
+todo = [(Problem(f"say {i} now", "3"), 0) for i in range(9)]
+with Judge(cpu_seconds=600) as judge:
+    run_samples(server, SampleStore(Path(sys.argv[2]), "x", {}), todo, sampling, 3, 7200, judge)
+"""
+
+
+@pytest.mark.parametrize("busy", ["requests", "checker"])
+def test_sigterm_ends_a_run_with_requests_under_way_and_an_answer_being_judged(
+    tmp_path: Path, server: tuple[Server, type[_Answers]], busy: str
+) -> None:
+    launched, answers = server
+    answers.answer_after = 0 if busy == "requests" else 1
+    answers.content = ENDLESS
+    command = [sys.executable, "-c", SIGTERM_SCRIPT, launched.url, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        try:
+            while len(answers.asked) < 3 + answers.answer_after:
+                assert run.poll() is None
+                time.sleep(0.05)
+            while busy == "checker" and not psutil.Process(run.pid).children():
+                time.sleep(0.05)
+            children = psutil.Process(run.pid).children()
+            run.terminate()
+            # Nobody answers before this ends.
+            assert run.wait(30) == 128 + signal.SIGTERM
+            assert not psutil.wait_procs(children, timeout=10)[1]
+        finally:
+            answers.go_on.set()
+            run.kill()
 
 
 def test_samples_of_a_problem_have_seeds_of_their_own() -> None:
@@ -319,5 +432,5 @@ def test_samples_of_a_problem_have_seeds_of_their_own() -> None:
 )
 def test_bad_options_are_one_line(flags: list[str], message: str) -> None:
     command = [sys.executable, "-m", "benchmarks.accuracy", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[3], timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 2 and message in done.stderr.splitlines()[-1]

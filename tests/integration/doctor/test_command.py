@@ -32,6 +32,7 @@ from tests.integration.startup.refusal_kit import (
     message_of,
     tiny_config_dir,
 )
+from tests.support.once import served_once
 
 LAUNCH = "python -m sglang.launch_server --model-path meta/some-8b --kv-policy rkv"
 
@@ -160,6 +161,17 @@ def test_the_settings_of_a_config_file_count(tmp_path: Path, llama: str) -> None
     )
     file.write_text("kv-policy: rkv\nmodel-path: meta/some-8b\n")
     assert judge(f"python -m sglang.launch_server --config {file}", llama)[0] == 0
+    begins(refused(f"{LAUNCH} --config={file}", llama), f"SGLang reads no file for --config={file}: write --config ")
+
+
+def test_parameters_that_can_be_read_once_are_read_once(tmp_path: Path, llama: str) -> None:
+    command = LAUNCH.replace("rkv", "random")
+    for content, beginning in ((b'\xef\xbb\xbf{"seed": 17}', "would start with"), (b"{", "--kv-policy-config '")):
+        with served_once(tmp_path / "fifo", content) as path:
+            assert judge(f"{command} --kv-policy-config {path}", llama)[1][0].startswith(beginning)
+        path.unlink()
+    with served_once(tmp_path / "config.json", Path(llama).read_bytes()) as path:
+        assert judge(command, str(path))[0] == 0
 
 
 @pytest.mark.parametrize("text", [None, "- a\n- b\n", "kv-policy: [\n", "1: 2\n"])

@@ -1,21 +1,31 @@
 """The doctor: silent where all is well, and otherwise the last line says what is wrong and how to mend it."""
 
 import io
+import os
+import sys
 from importlib.metadata import EntryPoint, PackageNotFoundError
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rkv_sglang import __version__, cli
 from rkv_sglang.integration.doctor import report as doctor
+from rkv_sglang.integration.doctor.launch import check_command
 from rkv_sglang.integration.doctor.report import Finding, check_device, check_hooks, check_plugin, check_sglang, report
 from rkv_sglang.integration.hooking.hook import Hook
 from rkv_sglang.integration.hooks.table import HOOKS
 from rkv_sglang.integration.startup.refused_settings import REFUSED_SETTINGS
 from rkv_sglang.policies import policy_names
+from tests.integration.children import Child
 
 PLUGIN = EntryPoint("rkv_sglang", "rkv_sglang.integration.plugin:register", doctor.PLUGIN_GROUP)
 OTHER = EntryPoint("other", "no.such.module:register", doctor.PLUGIN_GROUP)
+
+
+# SGLang and torch set some of these for their child processes, of which this may be one.
+def _caches() -> list[str]:
+    return [name for name in os.environ if name.endswith("_CACHE_DIR")]
 
 
 def test_this_installation_is_ready(capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,6 +36,45 @@ def test_this_installation_is_ready(capsys: pytest.CaptureFixture[str]) -> None:
     subjects = [line.split()[1] for line in lines[:-1]]
     assert subjects == ["rkv_sglang", "python", "sglang", "torch", "triton", "flashinfer", "device", "plugin", "hooks"]
     assert __version__ in lines[0]
+
+
+def test_without_a_writable_home_the_last_line_names_it_and_nothing_traces_back(tmp_path: Path) -> None:
+    child = Child(tmp_path, ["-m", "rkv_sglang.cli", "doctor"], {"HOME": "/dev/null", **dict.fromkeys(_caches(), "")})
+    status, out, err = child.finish()
+    assert (status, err) == (1, "")
+    lines = out.splitlines()
+    assert "'/dev/null/.cache'" in lines[-1] and lines[-1].endswith(": set HOME to a folder that you may write to")
+    assert [line for line in lines[:-1] if not line.startswith(("ok  ", "FAIL"))] == []
+
+
+@pytest.mark.parametrize(
+    ("error", "mend"),
+    [
+        (NotADirectoryError(20, "Not a directory", os.path.expanduser("~/.cache/x")), "set HOME to a folder that you"),
+        (PermissionError(13, "Permission denied", "/var/x"), "make that a place that you may write to"),
+        (ModuleNotFoundError("No module named 'sglang.srt.x'"), "install sglang=="),
+        (OSError("libcudart.so.12: cannot open shared object file"), "install sglang=="),
+        (KeyError("sglang"), "install sglang=="),
+        (RuntimeError("two\nlines"), "install sglang=="),
+    ],
+)
+def test_whatever_an_import_raises_is_one_line_with_its_mend(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, mend: str
+) -> None:
+    class Broken:
+        def find_spec(self, name: str, *args: Any) -> None:
+            if name in ("rkv_sglang.integration.hooks.table", "rkv_sglang.integration.doctor.arguments"):
+                raise error
+
+    for module in ("rkv_sglang.integration.hooks.table", "rkv_sglang.integration.doctor.arguments"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    outputs = [io.StringIO(), io.StringIO()]
+    assert doctor.diagnose(outputs[0]) == 1
+    assert check_command("sglang serve m --kv-policy rkv", out=outputs[1]) == 1
+    problems = [output.getvalue().splitlines()[-1] for output in outputs]
+    assert problems[0] == problems[1] and f": {mend}" in problems[0]
+    assert outputs[1].getvalue().count("\n") == 1
 
 
 def test_details_name_every_hook_every_policy_and_every_refusal(capsys: pytest.CaptureFixture[str]) -> None:

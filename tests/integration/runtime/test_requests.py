@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rkv_sglang.config import PolicyConfig
-from rkv_sglang.integration.runtime.requests import FIELDS, MOST_SHOWN, config_for
+from rkv_sglang.integration.runtime.requests import FIELDS, config_for
+from rkv_sglang.messages import MOST_SHOWN
 
 SERVER = PolicyConfig(policy="rkv", budget=32, buffer=16)
 POOL = 4096

@@ -43,9 +43,10 @@ def saved(monkeypatch):
     runtime = SimpleNamespace(
         config=PolicyConfig(budget=24, buffer=16),
         config_of=lambda req: PolicyConfig(budget=24, buffer=16),
+        looks_at_nothing=False,
+        forget_queries=lambda req: None,
         parts=SimpleNamespace(
             scheduler=SimpleNamespace(max_total_num_tokens=90, page_size=1),
-            query_window=SimpleNamespace(has_row=lambda req_pool_idx, req: False),
         ),
     )
     monkeypatch.setattr(restore, "get_runtime", lambda: runtime)

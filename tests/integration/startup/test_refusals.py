@@ -1,6 +1,8 @@
 """Nothing that a policy cannot serve rightly gets past the launcher, and one line says what to do instead."""
 
 import argparse
+import os
+import pickle
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -18,9 +20,10 @@ from rkv_sglang.integration.hooks.steps import STEP_HOOKS
 from rkv_sglang.integration.startup.errors import RefusedError, stop
 from rkv_sglang.integration.startup.refusals import refuse
 from rkv_sglang.integration.startup.refused_settings import ATTENTION_BACKENDS, REFUSED_SETTINGS, RefusedSetting
-from rkv_sglang.integration.startup.server_args import RKVServerArgs
+from rkv_sglang.integration.startup.server_args import RKVServerArgs, config_from_args
 from tests.integration.children import Child
 from tests.integration.startup.refusal_kit import REFUSED_CASES, REFUSED_VALUES, TINY, message_of, tiny_config_dir
+from tests.support.once import served_once
 
 ALLOWED = [
     "",
@@ -178,10 +181,39 @@ class TestResolution:
         path = tiny_config_dir(tmp_path, transformers.Gemma2Config(**TINY), "Gemma2ForCausalLM")
         assert "sliding_attention" in message_of(self.args(path, kv_policy="rkv").resolve_once)
 
+    @pytest.mark.parametrize("mark", ["", "\ufeff"])
+    def test_a_file_of_parameters_is_read_once_and_its_content_handed_on(self, tmp_path: Path, mark: str) -> None:
+        with served_once(tmp_path / "fifo", f'{mark}{{"seed": 17}}\r\n'.encode()) as path:
+            args = self.args("dummy", kv_policy="random", kv_policy_config=str(path))
+            args.resolve_once()
+        path.unlink()
+        # As a scheduler gets them, and as it looks at them.
+        views = [resolving_view(args), resolving_view(pickle.loads(pickle.dumps(args)))]
+        assert [config_from_args(view).parameters for view in views] == [{"seed": 17}] * 2
+        for view in views:
+            refuse(view)
+        assert args.resolved_dict()["kv_policy_config"] == {"seed": 17}
+
+    def test_a_changed_file_changes_nothing(self, tmp_path: Path) -> None:
+        path = tmp_path / "parameters.json"
+        path.write_text('{"seed": 17}')
+        args = self.args("dummy", kv_policy="random", kv_policy_config=str(path))
+        args.resolve_once()
+        path.write_text('{"seed": 18}')
+        assert config_from_args(resolving_view(pickle.loads(pickle.dumps(args)))).parameters == {"seed": 17}
+
+    @pytest.mark.parametrize("content", ["", "[1]", '{"seed": 1', '{"no_such": 1}'])
+    def test_what_a_fifo_brings_is_refused_in_one_line(self, tmp_path: Path, content: str) -> None:
+        with served_once(tmp_path / "fifo", content.encode()) as path:
+            args = self.args("dummy", kv_policy="random", kv_policy_config=str(path))
+            assert message_of(args.resolve_once).startswith("--kv-policy-config ")
+
     def test_without_a_policy_nothing_is_refused_or_changed(self, tmp_path: Path) -> None:
         path = tiny_config_dir(tmp_path, transformers.Gemma2Config(**TINY), "Gemma2ForCausalLM")
         before = sys.excepthook
-        self.args(path, rkv_buffer=0, enable_mixed_chunk=True).resolve_once()
+        os.mkfifo(tmp_path / "unread")
+        unread = str(tmp_path / "unread")
+        self.args(path, rkv_buffer=0, enable_mixed_chunk=True, kv_policy_config=unread).resolve_once()
         assert sys.excepthook is before
 
 

@@ -15,6 +15,7 @@ from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
 
 from rkv_sglang.config import PolicyConfig
+from rkv_sglang.integration.startup.errors import RefusedError
 from rkv_sglang.integration.startup.server_args import GROUP_TITLE, RKVServerArgs, config_from_args, policy_name
 from rkv_sglang.policies import SnapKV, policy_names
 from tests.integration.children import Child
@@ -28,8 +29,9 @@ THIRD_PARTY_DIR = PROJECT_ROOT / "tests" / "policies" / "third_party"
 # A value other than the default for every setting.
 VALUES: dict[str, Any] = {
     "policy": "rkv",
+    "granularity": "request",
     "budget": 321,
-    "buffer": 45,
+    "buffer": 48,
     "window": 6,
     "mix_lambda": 0.25,
     "kernel_size": 3,
@@ -40,7 +42,7 @@ VALUES: dict[str, Any] = {
 }
 FIELDS = {"policy": "kv_policy", "parameters": "kv_policy_config"}
 # Settings of every policy have a second spelling.
-SHARED = ("budget", "buffer", "window", "stagger", "trace")
+SHARED = ("granularity", "budget", "buffer", "window", "stagger", "trace")
 FIELDS |= {setting: f"kv_{setting}" for setting in SHARED}
 SECOND_FIELDS = {setting: f"rkv_{setting}" for setting in SHARED}
 
@@ -62,6 +64,8 @@ def argv_of(setting: str, value: Any) -> list[str]:
     return [flag_of(setting)] if value is True else [flag_of(setting), text_of(value)]
 
 
+# Tokens of a block follow from the page size.
+BLOCK = {"block": 16}
 ALL_FIELDS = {field_of(setting): value for setting, value in VALUES.items()}
 
 
@@ -84,7 +88,7 @@ def parse(parser: argparse.ArgumentParser, *argv: str) -> Any:
 
 
 def test_every_setting_has_a_field_with_its_default() -> None:
-    assert set(VALUES) == {setting.name for setting in fields(PolicyConfig)}
+    assert {*VALUES, *BLOCK} == {setting.name for setting in fields(PolicyConfig)}
     args = RKVServerArgs(model_path="m", kv_policy="rkv")
     assert config_from_args(args) == PolicyConfig(policy="rkv")
     assert policy_name(RKVServerArgs(model_path="m")) == "none"
@@ -103,21 +107,51 @@ def test_flags_are_in_a_group_of_their_own(parser: argparse.ArgumentParser) -> N
     STOCK.add_cli_args(stock)
     assert set(parser._option_string_actions) == set(stock._option_string_actions) | in_group
     for setting in fields(PolicyConfig):
+        if setting.name in BLOCK:
+            continue
         help_text = parser._option_string_actions[flag_of(setting.name)].help
         default = {"policy": "none", "parameters": "{}"}.get(setting.name, setting.default)
         assert help_text is not None and help_text.endswith(f"Default: {default}.")
         assert ("Unit: tokens." in help_text) == (setting.type in (int, "int"))
 
 
+@pytest.mark.parametrize(
+    ("argv", "text", "is_refused"),
+    [
+        (("--config=FILE", "--kv-policy", "rkv"), "tp-size: 1", True),
+        (("--config=FILE",), "kv-policy: rkv", True),
+        (("--config=FILE",), "kv_policy: rkv", True),
+        (("--conf", "FILE"), "kv-policy: rkv", True),
+        # As SGLang itself has it.
+        (("--config=FILE",), "tp-size: 1", False),
+        (("--config=/none/here.yaml",), "", False),
+    ],
+)
+def test_a_config_file_that_sglang_would_not_read_cannot_hide_a_policy(
+    parser: argparse.ArgumentParser, tmp_path: Any, argv: tuple[str, ...], text: str, is_refused: bool
+) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text(text)
+    words = [word.replace("FILE", str(file)) for word in argv]
+    options = parser.parse_args(["--model-path", "dummy", *words])
+    if not is_refused:
+        assert policy_name(RKVServerArgs.from_cli_args(options)) == "none"
+        return
+    with pytest.raises(
+        RefusedError, match=re.escape(f"SGLang reads no file for --config={file}: write --config {file}")
+    ):
+        RKVServerArgs.from_cli_args(options)
+
+
 @pytest.mark.parametrize("setting", VALUES)
 def test_each_flag_reaches_its_own_setting(parser: argparse.ArgumentParser, setting: str) -> None:
     args = parse(parser, "--kv-policy", "rkv", *argv_of(setting, VALUES[setting]))
-    expected = {"policy": "rkv", setting: VALUES[setting]}
+    expected = {"policy": "rkv", setting: VALUES[setting], **(BLOCK if setting == "granularity" else {})}
     assert config_from_args(args) == PolicyConfig(**expected)
 
 
 def test_argv_config_file_and_keywords_agree(parser: argparse.ArgumentParser, tmp_path: Any) -> None:
-    expected = PolicyConfig(**VALUES)
+    expected = PolicyConfig(**VALUES, **BLOCK)
     argv = [word for setting, value in VALUES.items() for word in argv_of(setting, value)]
     assert config_from_args(parse(parser, *argv)) == expected
     assert config_from_args(RKVServerArgs(model_path="m", **ALL_FIELDS)) == expected
@@ -135,7 +169,7 @@ def test_argv_config_file_and_keywords_agree(parser: argparse.ArgumentParser, tm
 def test_both_spellings_reach_the_setting(parser: argparse.ArgumentParser, tmp_path: Any, setting: str) -> None:
     value, second = VALUES[setting], SECOND_FIELDS[setting]
     flag = "--" + second.replace("_", "-")
-    expected = PolicyConfig(**{"policy": "rkv", setting: value})
+    expected = PolicyConfig(**{"policy": "rkv", setting: value, **(BLOCK if setting == "granularity" else {})})
     words = [flag] if value is True else [flag, str(value)]
     assert config_from_args(parse(parser, "--kv-policy", "rkv", *words)) == expected
     assert config_from_args(RKVServerArgs(model_path="m", kv_policy="rkv", **{second: value})) == expected
@@ -300,7 +334,7 @@ def test_a_record_survives_pickling_before_and_after_it_is_resolved(resolved: An
     for args in (RKVServerArgs(model_path="m", **ALL_FIELDS), resolved):
         copy = pickle.loads(pickle.dumps(args))
         assert type(copy) is RKVServerArgs
-        assert config_from_args(copy) == config_from_args(resolving_view(copy)) == PolicyConfig(**VALUES)
+        assert config_from_args(copy) == config_from_args(resolving_view(copy)) == PolicyConfig(**VALUES, **BLOCK)
     with pytest.raises(AttributeError):
         pickle.loads(pickle.dumps(resolved)).kv_budget = 5
 
@@ -315,7 +349,7 @@ def test_the_published_arguments_have_the_settings(resolved: Any) -> None:
     before = runtime_context.snapshot_context()
     try:
         runtime_context.publish(resolved, role="tokenizer")
-        assert config_from_args(runtime_context.get_memory()) == PolicyConfig(**VALUES)
+        assert config_from_args(runtime_context.get_memory()) == PolicyConfig(**VALUES, **BLOCK)
     finally:
         runtime_context.restore_context(before)
     assert {name: resolved.resolved_dict()[name] for name in ALL_FIELDS} == ALL_FIELDS

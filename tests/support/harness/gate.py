@@ -28,11 +28,15 @@ class Control:
         at_step: The pass.
         message: Name of a class of ``sglang.srt.managers.io_struct``, such as ``PauseGenerationReqInput``.
         fields: What it is made with.
+        after_tokens: Not before the running request of this id has this many output tokens.
+        wait: Not before so many passes after the control before it.
     """
 
     at_step: int
     message: str
     fields: dict[str, Any] = field(default_factory=dict)
+    after_tokens: tuple[str, int] | None = None
+    wait: int = 0
 
 
 class Gate:
@@ -48,6 +52,7 @@ class Gate:
         self._scheduler: Any = None
         self._pass = -1
         self._idle_passes = 0
+        self._last_control_pass = 0
 
     def register(self) -> None:
         """Register the hooks; SGLang applies them when the scheduler process loads its plugins."""
@@ -102,8 +107,9 @@ class Gate:
             if self._is_abort_due(arrival):
                 due.append(AbortReq(rid=arrival.rid))
                 self._to_abort.remove(arrival)
-        while self._controls and self._pass >= self._controls[0].at_step:
+        while self._controls and self._is_control_due(self._controls[0]):
             control = self._controls.pop(0)
+            self._last_control_pass = self._pass
             due.append(getattr(io_struct, control.message)(**control.fields))
         if due:
             self._idle_passes = 0
@@ -115,12 +121,14 @@ class Gate:
     def _is_abort_due(self, arrival: Arrival) -> bool:
         if arrival.abort_at_step is not None:
             return self._pass >= arrival.abort_at_step
-        if arrival.abort_after_tokens is None:
+        return arrival.abort_after_tokens is not None and self._has_tokens(arrival.rid, arrival.abort_after_tokens)
+
+    def _is_control_due(self, control: Control) -> bool:
+        if self._pass < max(control.at_step, self._last_control_pass + control.wait):
             return False
+        return control.after_tokens is None or self._has_tokens(*control.after_tokens)
+
+    def _has_tokens(self, rid: str, num_tokens: int) -> bool:
         scheduler = self._scheduler
         batches = [batch for batch in (scheduler.running_batch, scheduler.last_batch) if batch is not None]
-        return any(
-            req.rid == arrival.rid and len(req.output_ids) >= arrival.abort_after_tokens
-            for batch in batches
-            for req in batch.reqs
-        )
+        return any(req.rid == rid and len(req.output_ids) >= num_tokens for batch in batches for req in batch.reqs)

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import pkgutil
 import select
 import signal
 import sys
@@ -36,7 +37,8 @@ def main(connection: Connection) -> None:
         job = connection.recv()
         connection.send(os.getpid())
         _enter(job)
-        answer = _Run(job, connection).answer()
+        # A job may be a function, which runs here, or a scheduler that is started and spoken to.
+        answer = pkgutil.resolve_name(job["call"])(job) if "call" in job else _Run(job, connection).answer()
     except BaseException:
         answer = {"status": "failed", "message": "the harness itself failed: " + traceback.format_exc()}
     sys.stdout.flush()
@@ -82,6 +84,7 @@ class _Run:
         self._schedulers: list[Any] = []
         self._stage = "launcher"
         self._seconds: dict[str, float] = {}
+        self._outputs: dict[str, dict[str, Any]] = {}
 
     def answer(self) -> dict[str, Any]:
         try:
@@ -89,7 +92,8 @@ class _Run:
         except _Timeout:
             return {"status": "timeout", "at": self._stage}
         except _Died as error:
-            return {"status": "failed", "message": str(error), "exit_code": self._exit_code()}
+            code = self._exit_code()
+            return {"status": "failed", "message": str(error), "exit_code": code, "outputs": self._outputs}
         finally:
             for process in self._schedulers:
                 process.kill()
@@ -115,7 +119,12 @@ class _Run:
         server_args, port_args = pickle.loads(resolved["arguments"])
         init_info = self._start_schedulers(resolved["arguments"], server_args.tp_size)
         self._next_stage("requests")
-        outputs = self._speak(port_args)
+        tokenizer = None
+        if not server_args.skip_tokenizer_init:
+            from sglang.srt.utils.hf_transformers_utils import get_tokenizer
+
+            tokenizer = get_tokenizer(server_args.model_path)
+        outputs = self._speak(port_args, tokenizer)
         if self._exit_code():
             raise _Died("the scheduler failed after its last request")
         self._next_stage("")
@@ -174,18 +183,20 @@ class _Run:
             # The test process is gone: nobody waits for the answer.
             raise _Timeout
 
-    def _speak(self, port_args: Any) -> dict[str, dict[str, Any]]:
+    def _speak(self, port_args: Any, tokenizer: Any) -> dict[str, dict[str, Any]]:
         from sglang.srt.managers.io_struct import ShutdownReq, sock_recv, sock_send
         from sglang.srt.utils.network import get_zmq_socket
 
         context = zmq.Context(1)
         to_scheduler = get_zmq_socket(context, zmq.PUSH, port_args.scheduler_input_ipc_name, True)
         from_scheduler = get_zmq_socket(context, zmq.PULL, port_args.tokenizer_ipc_name, True)
-        outputs: dict[str, dict[str, Any]] = {}
+        # With a tokenizer the outputs go to the detokenizer; here they come together.
+        from_scheduler.bind(port_args.detokenizer_ipc_name)
+        outputs = self._outputs
         try:
             for rid, request in self._job["requests"]:
                 outputs[rid] = empty_output(len(request.input_ids))
-                sock_send(to_scheduler, generate_message(rid, request))
+                sock_send(to_scheduler, generate_message(rid, request, tokenizer))
             while any(output["finish_reason"] is None for output in outputs.values()):
                 if from_scheduler.poll(100):
                     take(outputs, sock_recv(from_scheduler))

@@ -4,27 +4,26 @@ import array
 from typing import Any
 
 
-def generate_message(rid: str, request: Any) -> Any:
+def generate_message(rid: str, request: Any, tokenizer: Any = None) -> Any:
+    """Return the message of a request; stop strings and ``min_new_tokens`` need the ``tokenizer``."""
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.sampling.sampling_params import SamplingParams
 
     sampling_params = SamplingParams(**{"temperature": 0.0, **request.sampling_params})
-    sampling_params.normalize(None)
-    return TokenizedGenerateReqInput(
-        rid=rid,
-        input_text=None,
-        input_ids=array.array("q", request.input_ids),
-        input_embeds=None,
-        mm_inputs=None,
-        token_type_ids=None,
-        sampling_params=sampling_params,
-        return_logprob=request.return_logprob,
-        logprob_start_len=request.logprob_start_len,
-        top_logprobs_num=0,
-        token_ids_logprob=None,
-        stream=False,
-        **request.extra,
-    )
+    sampling_params.normalize(tokenizer)
+    fields: dict[str, Any] = {
+        "input_text": None,
+        "input_ids": array.array("q", request.input_ids),
+        "input_embeds": None,
+        "mm_inputs": None,
+        "token_type_ids": None,
+        "return_logprob": request.return_logprob,
+        "logprob_start_len": request.logprob_start_len,
+        "top_logprobs_num": 0,
+        "token_ids_logprob": None,
+        "stream": False,
+    }
+    return TokenizedGenerateReqInput(rid=rid, sampling_params=sampling_params, **{**fields, **request.extra})
 
 
 def empty_output(prompt_tokens: int) -> dict[str, Any]:
@@ -36,17 +35,19 @@ def empty_output(prompt_tokens: int) -> dict[str, Any]:
         "retractions": 0,
         "output_logprobs": [],
         "input_logprobs": [],
+        "info": {},
     }
 
 
 def take(outputs: dict[str, dict[str, Any]], message: Any) -> None:
-    from sglang.srt.managers.io_struct import AbortReq, BatchTokenIDOutput
+    from sglang.srt.managers.io_struct import AbortReq, BatchTokenIDOutput, unwrap_from_pickle
 
     if isinstance(message, AbortReq):
         # Aborted before it ran.
         outputs[message.rid]["finish_reason"] = message.finished_reason or {"type": "abort", "message": "in the queue"}
     if not isinstance(message, BatchTokenIDOutput):
         return
+    info: Any = unwrap_from_pickle(message.customized_info) or {}
     for index, rid in enumerate(message.rids):
         output = outputs[rid]
         # Each message carries what is new since the last one.
@@ -54,6 +55,7 @@ def take(outputs: dict[str, dict[str, Any]], message: Any) -> None:
         output["finish_reason"] = message.finished_reasons[index]
         output["cached_tokens"] = message.cached_tokens[index]
         output["retractions"] = message.retraction_counts[index]
+        output["info"].update({key: values[index][-1] for key, values in info.items() if values[index]})
         for key, values in (
             ("output_logprobs", message.output_token_logprobs_val),
             ("input_logprobs", message.input_token_logprobs_val),

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import pkgutil
 import signal
 import sys
 import traceback
@@ -49,7 +50,11 @@ def scheduler_process(job: dict[str, Any], arguments: bytes, tp_rank: int, write
     torch.set_num_threads(job["num_threads"])
     # As in a spawned child, the arguments are unpickled before the plugins are loaded.
     server_args, port_args = pickle.loads(arguments)
-    Gate(job["arrivals"], job["controls"]).register()
+    if "driver" in job:
+        # Decides in this process what arrives when, instead of the gate.
+        pkgutil.resolve_name(job["driver"])(job, tp_rank)
+    else:
+        Gate(job["arrivals"], job["controls"]).register()
     # It swallows its exception after printing it; the parent sees the exit code.
     failed: list[bool] = []
     signal.signal(signal.SIGQUIT, lambda signum, frame: None)

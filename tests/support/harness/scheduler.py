@@ -30,12 +30,17 @@ _START_TIMEOUT_S = 240.0
 
 
 class SchedulerFailed(RuntimeError):
-    """The scheduler or its start failed. ``log`` is all that was printed, ``exit_code`` that of the process."""
+    """The scheduler or its start failed.
 
-    def __init__(self, message: str, log: str, exit_code: int | None) -> None:
+    ``log`` is all that was printed, ``exit_code`` that of the process, ``outputs`` what had come back of each request;
+    its ``finish_reason`` is None if it had not ended.
+    """
+
+    def __init__(self, message: str, log: str, exit_code: int | None, outputs: "list[Output]") -> None:
         super().__init__(f"{message} (exit code {exit_code}); the end of its log:\n{log[-6000:]}")
         self.log = log
         self.exit_code = exit_code
+        self.outputs = outputs
 
 
 class LauncherRefused(SchedulerFailed):
@@ -72,7 +77,10 @@ class Request:
 
 @dataclass(kw_only=True)
 class Output:
-    """What came back for one request; ``finish_reason`` as in SGLang (``{"type": "length", ..}``)."""
+    """What came back for one request; ``finish_reason`` as in SGLang (``{"type": "length", ..}``).
+
+    ``info`` is what plugins added to its last output, by their names.
+    """
 
     output_ids: list[int]
     finish_reason: dict[str, Any]
@@ -81,6 +89,7 @@ class Output:
     retractions: int
     output_logprobs: list[float]
     input_logprobs: list[float | None]
+    info: dict[str, Any]
 
 
 @dataclass(kw_only=True)
@@ -114,6 +123,7 @@ def run_scheduler(
     env: dict[str, str] | None = None,
     timeout: float = 240.0,
     num_threads: int = 1,
+    with_tokenizer: bool = False,
 ) -> RunResult:
     """Start a scheduler with these command-line flags, run the requests to their end, stop it.
 
@@ -124,6 +134,7 @@ def run_scheduler(
         env: Environment variables for this run, such as ``SGLANG_TEST_RETRACT``.
         timeout: Seconds for the whole run.
         num_threads: Threads of torch; one is fastest for a tiny model.
+        with_tokenizer: Give the scheduler the model's, which stop strings, grammars and ``min_new_tokens`` need.
 
     Raises:
         LauncherRefused: The flags were refused before a scheduler was started.
@@ -144,7 +155,7 @@ def run_scheduler(
     ]
     defaults = [*DEFAULT_FLAGS, *device_flags()]
     job = {
-        "flags": [*with_defaults(flags, defaults), "--skip-tokenizer-init"],
+        "flags": [*with_defaults(flags, defaults), *["--skip-tokenizer-init"] * (not with_tokenizer)],
         "env": child_environment(probe_file, env),
         "folder": str(folder),
         "num_threads": num_threads,
@@ -164,12 +175,30 @@ def run_scheduler(
         raise TimeoutError(f"the run took longer than {timeout} s ({answer['at']}); the end of its log:\n{log[-6000:]}")
     if answer["status"] != "ok":
         failure = LauncherRefused if answer["status"] == "refused" else SchedulerFailed
-        error = failure(answer["message"], log, answer.get("exit_code"))
+        outputs = [Output(**output) for _, output in sorted(answer.get("outputs", {}).items())]
+        error = failure(answer["message"], log, answer.get("exit_code"), outputs)
         error.add_note(f"probe violations: {probe.violations[:5]}")
         error.probe = probe  # type: ignore[attr-defined]
         raise error
     outputs = [Output(**answer["outputs"][arrival.rid]) for arrival in arrivals]
     return RunResult(outputs=outputs, probe=probe, log=log, init_info=answer["init_info"], seconds=answer["seconds"])
+
+
+def run_job(job: dict[str, Any], timeout: float) -> dict[str, Any]:
+    """Have a job of one's own run: a scheduler is started with its ``flags`` and fed by its ``driver``.
+
+    Args:
+        job: As ``run_scheduler`` makes it, without requests, and ``driver``, the name of a function (``module:name``):
+            it gets the job and the rank, and registers hooks in the scheduler process. Or ``folder``, ``env`` and
+            ``call``, the name of a function that gets the job, runs in a process with SGLang imported, and returns the
+            answer.
+        timeout: Seconds for all of it.
+
+    Returns:
+        ``status`` (``ok``, ``failed``, ``refused`` or ``timeout``) and what belongs to it.
+    """
+    empty = {"num_threads": 1, "timeout": timeout, "requests": [], "arrivals": [], "controls": []}
+    return _Zygote.get().run({**empty, **job}, timeout)
 
 
 class _Zygote:
@@ -188,7 +217,8 @@ class _Zygote:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=PROJECT_ROOT,
-                env=child_environment(),
+                # SGLang compiles the repetition penalty at its first use, which takes longer than most runs.
+                env=child_environment(env={"TORCHDYNAMO_DISABLE": "1"}),
                 # Ctrl-C reaches the test process, which then ends this one in order.
                 start_new_session=True,
             )

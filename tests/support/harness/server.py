@@ -29,6 +29,8 @@ from tests.support.harness.environment import (
 )
 from tests.support.harness.probe_log import ProbeLog
 
+# A scheduler with nothing to do looks for requests all the time, on a core that tests need.
+_ALWAYS = ["--sleep-on-idle"]
 DEFAULT_FLAGS = ["--max-total-tokens", "16384", "--max-running-requests", "64", "--random-seed", "1"]
 # On a busy machine, raise it from outside.
 START_TIMEOUT_S = float(os.environ.get("RKV_TEST_START_TIMEOUT_S", "300"))
@@ -59,7 +61,7 @@ class Server:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         defaults = [*DEFAULT_FLAGS, *device_flags(), "--host", "127.0.0.1", "--port", str(self.port)]
-        self._command = [*(command or _LAUNCH), *with_defaults(flags, defaults)]
+        self._command = [*(command or _LAUNCH), *with_defaults(flags, defaults), *_ALWAYS]
         self._env = child_environment(self._probe_file, env)
         self._env["TMPDIR"] = str(self._folder)
         self._process: subprocess.Popen[bytes] | None = None

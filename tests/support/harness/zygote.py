@@ -1,6 +1,7 @@
 """The process that imports SGLang once and forks a job for every run. Started by ``scheduler.py``; one argument, the
 address of its socket. It must stay single-threaded and must not run any torch operation, or forks would hang."""
 
+import gc
 import importlib
 import os
 import select
@@ -36,7 +37,12 @@ def main(address: str) -> None:
 
     assert ModelRegistry.models
     import tests.support.harness.job as job
+    from tests.support.harness import stale_bindings
 
+    stale_bindings.install()
+    # What is there now stays: no collection in a fork looks at it, nor copies the memory that it lies in.
+    gc.collect()
+    gc.freeze()
     # Listen under another name first: the file's being there means "ready".
     listener = Listener(address + ".starting", family="AF_UNIX")
     os.rename(address + ".starting", address)

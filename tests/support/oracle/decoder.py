@@ -1,7 +1,7 @@
 """A Llama or Qwen3 decoder over one dense cache per layer, in which every KV head has kept tokens of its own."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -98,17 +98,29 @@ class Decoder:
     def forward(self, token_ids: list[int], first_position: int, caches: list[LayerCache]) -> torch.Tensor:
         """Feed tokens at consecutive logical positions and return the logits after the last, ``[vocab_size]``, fp32.
 
-        Either the caches are empty (prefill: full causal attention), or there is one token (decode: it sees all
-        resident ones, and its query is remembered). Appends to the caches.
+        The caches are empty: full causal attention, and no query is remembered. Appends to the caches.
         """
-        num_tokens = len(token_ids)
-        is_prefill = caches[0].length == 0
-        if not is_prefill and num_tokens != 1:
-            raise ValueError(f"{num_tokens} tokens cannot be fed at once to a cache that is not empty: feed one")
+        if caches[0].length:
+            raise ValueError(f"the caches hold {caches[0].length} tokens: feed one by one, or clear them")
+        hidden, _ = self._forward_layers(token_ids, first_position, caches)
+        return self._logits(hidden[-1:])[0]
+
+    def _forward_layers(
+        self, token_ids: list[int], first_position: int, caches: list[LayerCache]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the last layer's output ``[n, hidden_size]`` and each layer's queries ``[num_qo_heads, n, head_dim]``.
+
+        Every token sees all resident ones and those fed before it. Appends to the caches.
+        """
+        num_tokens, num_resident = len(token_ids), caches[0].length
         decoder = self.model.model
         hidden = decoder.embed_tokens(torch.tensor(token_ids))
         positions = torch.arange(first_position, first_position + num_tokens)
         cos, sin = (table[0] for table in decoder.rotary_emb(hidden.unsqueeze(0), positions.unsqueeze(0)))
+        visible = None
+        if num_resident and num_tokens > 1:
+            visible = torch.ones(num_tokens, num_resident + num_tokens, dtype=torch.bool).tril(num_resident)
+        all_queries = []
         for layer, layer_cache in zip(decoder.layers, caches, strict=True):
             attention = layer.self_attn
             normed = layer.input_layernorm(hidden)
@@ -117,18 +129,57 @@ class Decoder:
             values = _split_heads(attention.v_proj(normed), self.head_dim, None)
             queries, keys = apply_rotary_pos_emb(queries, keys, cos, sin, unsqueeze_dim=0)
             layer_cache.append(keys, values, positions)
-            if not is_prefill:
-                layer_cache.queries.append(queries[:, 0])
+            all_queries.append(queries)
             attended = F.scaled_dot_product_attention(
                 queries.unsqueeze(0),
                 layer_cache.keys.unsqueeze(0),
                 layer_cache.values.unsqueeze(0),
-                is_causal=is_prefill,
+                attn_mask=visible,
+                is_causal=not num_resident,
                 enable_gqa=True,
             )
             hidden = hidden + attention.o_proj(attended[0].transpose(0, 1).reshape(num_tokens, -1))
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        return self.model.lm_head(decoder.norm(hidden[-1:]))[0]
+        return hidden, all_queries
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model.lm_head(self.model.model.norm(hidden))
+        return logits
+
+
+class DecodeSteps:
+    """Decode steps over the same caches, one token each; of a large model many at a time, if a guess is at hand.
+
+    A guess of the coming tokens is fed with the token that is due. What was computed of it lies past the ``length`` of
+    the caches, unseen, and counts when that very token is fed at that very place; else it is overwritten.
+    """
+
+    def __init__(self, decoder: Decoder, caches: list[LayerCache]) -> None:
+        self._decoder = decoder
+        self._caches = caches
+        # Of each token fed ahead: the token, its logical position, the tokens resident before it; logits and queries.
+        self._ahead: deque[tuple[tuple[int, int, int], torch.Tensor, list[torch.Tensor]]] = deque()
+
+    def feed(self, token_id: int, position: int, guess: Sequence[int] = ()) -> torch.Tensor:
+        """Append one token to the caches, remember its queries, return the logits after it, ``[vocab_size]``, fp32."""
+        num_resident = self._caches[0].length
+        if not self._ahead or self._ahead[0][0] != (token_id, position, num_resident):
+            self._feed_ahead([token_id, *guess], position)
+        _, logits, queries = self._ahead.popleft()
+        for layer_cache, layer_queries in zip(self._caches, queries, strict=True):
+            layer_cache.length = num_resident + 1
+            layer_cache.queries.append(layer_queries)
+        return logits
+
+    def _feed_ahead(self, token_ids: list[int], position: int) -> None:
+        num_resident = self._caches[0].length
+        hidden, queries = self._decoder._forward_layers(token_ids, position, self._caches)
+        for layer_cache in self._caches:
+            layer_cache.length = num_resident
+        self._ahead.clear()
+        for i, (token_id, logits) in enumerate(zip(token_ids, self._decoder._logits(hidden), strict=True)):
+            place = (token_id, position + i, num_resident + i)
+            self._ahead.append((place, logits, [layer_queries[:, i] for layer_queries in queries]))
 
 
 def _split_heads(projected: torch.Tensor, head_dim: int, norm: torch.nn.Module | None) -> torch.Tensor:

@@ -4,7 +4,7 @@ Nothing here comes from the code under test. Every step is a literal reading of 
 output can be compared token by token, whatever its page size, prefix cache, scheduling or batch.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from tests.support.oracle.decoder import Decoder, LayerCache, load_model, one_thread
+from tests.support.oracle.decoder import Decoder, DecodeSteps, LayerCache, load_model, one_thread
 from tests.support.oracle.scores import ScoreFunction, ScoreInputs, rkv_scores
 
 
@@ -81,10 +81,13 @@ def dense_generate(
     eos_token_ids: Collection[int] = (),
     recompute_at: Collection[int] = (),
     restore_at: Collection[int] = (),
-    restored_in_flight: bool = False,
+    restored_in_flight: bool | Collection[int] = False,
+    evicted_at_restore: Mapping[int, int] | None = None,
     forced_output_ids: Sequence[int] | None = None,
     score: ScoreFunction | None = None,
     early: Callable[[Sequence[int], Sequence[int]], int] | None = None,
+    guessed_output_ids: Sequence[int] = (),
+    block: int | None = None,
 ) -> DenseResult:
     """Generate greedily, keeping ``budget`` generated tokens per layer and KV head at each compaction.
 
@@ -100,14 +103,19 @@ def dense_generate(
             prefilled again with full attention before the next token.
         restore_at: Numbers of output tokens after which the request is retracted and comes back with what it held: the
             last output is fed again to the cache as it is, and decode queries are counted anew.
-        restored_in_flight: At each of ``restore_at`` the next token was being computed, as under overlap scheduling: it
-            is forgotten and computed once more, after a compaction if one was due.
+        restored_in_flight: At each of ``restore_at``, or at these of them, the next token was being computed, as under
+            overlap scheduling: it is forgotten and computed once more, after a compaction if one was due.
+        evicted_at_restore: Of some of ``restore_at`` the tokens evicted since the last prefill by then. A compaction
+            that was due ran before the request was retracted, unless this says that fewer were evicted.
         forced_output_ids: Take these as outputs instead of the greedy ones: ``logprobs`` then judges a sampled answer,
             or one that went another way at a near-tie. Generation stops when they run out.
         score: The policy, such as ``policy_scores.score_function`` makes one; R-KV with the settings above when
             ``None``.
         early: Given the prompt and the first 16 outputs, by how many tokens the first compaction after each prefill
             comes early. A request that may not outgrow budget and buffer is then never compacted.
+        guessed_output_ids: What the outputs may turn out to be, such as the answer to be judged. Right ones cost less,
+            wrong ones more; the result is the same, but for the order of summation.
+        block: All layers and heads keep the same: whole blocks of so many tokens go, those of the lowest mean score.
 
     Raises:
         ValueError: The budget leaves no room beside the window, or the model is of another kind.
@@ -121,9 +129,12 @@ def dense_generate(
         )
     if forced_output_ids is not None:
         max_new_tokens = min(max_new_tokens, len(forced_output_ids))
+    if isinstance(restored_in_flight, bool):
+        restored_in_flight = restore_at if restored_in_flight else ()
     decoder = Decoder(model)
     prompt_len = len(prompt_ids)
     caches = decoder.new_caches(prompt_len + max_new_tokens, window)
+    steps = DecodeSteps(decoder, caches)
     result = DenseResult()
     num_decoded_since_prefill = 0
     is_whole = True
@@ -144,25 +155,34 @@ def dense_generate(
                 is_whole = True
                 continue
             is_restored = num_outputs in restore_at
+            is_dropped = is_restored and num_outputs in restored_in_flight
             position = prompt_len + num_outputs - 1
-            for is_in_flight in [True, False] if is_restored and restored_in_flight else [False]:
+            most_evicted = (evicted_at_restore or {}).get(num_outputs, max_new_tokens)
+            for is_in_flight in [True, False] if is_dropped else [False]:
                 num_resident_generated = caches[0].length - prompt_len
                 due_len = budget + buffer
                 if early is not None and max_new_tokens - 1 <= budget + buffer:
                     due_len = max_new_tokens
                 elif early is not None and is_whole and num_outputs >= 16:
                     due_len -= early(prompt_ids, result.output_ids[:16])
-                if num_resident_generated >= due_len and num_decoded_since_prefill >= window:
+                is_ahead = position + (is_dropped and not is_in_flight) - caches[0].length >= most_evicted
+                if num_resident_generated >= due_len and num_decoded_since_prefill >= window and not is_ahead:
                     is_whole = False
-                    num_seen = num_outputs + (is_restored and restored_in_flight and not is_in_flight)
-                    result.compactions.append(_compact(caches, num_seen, prompt_len, budget, window, score))
+                    num_seen = num_outputs + (is_dropped and not is_in_flight)
+                    sizes = (num_seen, prompt_len, budget, window)
+                    result.compactions.append(
+                        _compact(caches, *sizes, score) if block is None else _drop(caches, *sizes, score, block)
+                    )
                 if is_in_flight:
-                    decoder.forward(result.output_ids[-1:], position, caches)
+                    steps.feed(result.output_ids[-1], position)
                     num_decoded_since_prefill += 1
-            if is_restored and restored_in_flight:
+            if is_dropped:
                 for layer_cache in caches:
                     layer_cache.drop_last()
-            logits = decoder.forward(result.output_ids[-1:], position, caches)
+            # Up to the next compaction, after which nothing computed before it holds.
+            room = max(0, prompt_len + budget + buffer - caches[0].length - 1)
+            guess = guessed_output_ids[num_outputs : min(num_outputs + room, max_new_tokens)]
+            logits = steps.feed(result.output_ids[-1], position, guess)
             num_decoded_since_prefill += 1
             if is_restored:
                 num_decoded_since_prefill = 0
@@ -184,19 +204,9 @@ def _compact(
 ) -> Compaction:
     kept_positions, candidate_positions, candidate_scores, margins = [], [], [], []
     num_kept_candidates = budget - window
-    for layer_cache in caches:
+    for layer, layer_cache in enumerate(caches):
         window_start = layer_cache.length - window
-        window_queries = torch.stack(tuple(layer_cache.queries), dim=1)
-        scores = score(
-            ScoreInputs(
-                layer_cache.keys,
-                layer_cache.values,
-                window_queries,
-                layer_cache.positions,
-                prompt_len,
-                layer_cache.memory,
-            )
-        )
+        scores = _scores(layer_cache, layer, prompt_len, score)
         ranked_scores, ranked = scores[:, prompt_len:].sort(dim=-1, descending=True, stable=True)
         kept_candidates = ranked[:, :num_kept_candidates].sort(dim=-1).values + prompt_len
         num_kv_heads = scores.shape[0]
@@ -213,4 +223,55 @@ def _compact(
         torch.stack(candidate_positions),
         torch.stack(candidate_scores),
         torch.stack(margins),
+    )
+
+
+def _scores(layer_cache: LayerCache, layer: int, prompt_len: int, score: ScoreFunction) -> torch.Tensor:
+    return score(
+        ScoreInputs(
+            layer_cache.keys,
+            layer_cache.values,
+            torch.stack(tuple(layer_cache.queries), dim=1),
+            layer_cache.positions,
+            prompt_len,
+            layer_cache.memory,
+            layer,
+        )
+    )
+
+
+def _drop(
+    caches: list[LayerCache],
+    num_outputs: int,
+    prompt_len: int,
+    budget: int,
+    window: int,
+    score: ScoreFunction,
+    block: int,
+) -> Compaction:
+    """Drop whole blocks for all layers and heads at once; what is recorded is of blocks, as of one layer and head."""
+    resident_len = caches[0].length
+    of_layers = torch.stack([_scores(own, layer, prompt_len, score) for layer, own in enumerate(caches)])
+    of_tokens = of_layers.double().mean(dim=(0, 1))
+    starts = [
+        start
+        for start in range(0, resident_len, block)
+        if start >= prompt_len and start + block <= resident_len - window
+    ]
+    of_blocks = {start: float(of_tokens[start : start + block].mean()) for start in starts}
+    ranked = sorted(starts, key=lambda start: (of_blocks[start], start))
+    num_dropped = (resident_len - prompt_len - budget) // block
+    dropped = {start + offset for start in ranked[:num_dropped] for offset in range(block)}
+    kept = torch.tensor([index for index in range(resident_len) if index not in dropped])
+    before = caches[0].positions[0].clone()
+    for layer_cache in caches:
+        layer_cache.keep(kept.expand(len(layer_cache.keys), -1))
+    scores = torch.tensor([of_blocks[start] for start in starts])
+    margin = of_blocks[ranked[num_dropped]] - of_blocks[ranked[num_dropped - 1]] if len(ranked) > num_dropped else 1.0
+    return Compaction(
+        num_outputs,
+        before[kept].view(1, 1, -1),
+        before[starts].view(1, 1, -1),
+        scores.view(1, 1, -1),
+        torch.tensor([[margin]]),
     )

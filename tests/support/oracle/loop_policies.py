@@ -26,6 +26,7 @@ class OneHead:
         queries: Queries of the window by query head of the group, ``[gqa_group_size, window, head_dim]``, fp64.
         positions: Logical position of each token.
         received: Attention that the token of a position has received in all compactions before this one.
+        layer, head: Their numbers.
     """
 
     keys: Vector
@@ -33,6 +34,8 @@ class OneHead:
     queries: Vector
     positions: list[int]
     received: dict[int, float] = field(default_factory=dict)
+    layer: int = 0
+    head: int = 0
 
     @property
     def num_scored(self) -> int:
@@ -97,7 +100,7 @@ def _streaming_llm(head: OneHead, *, num_sinks: int) -> list[float]:
     scores = []
     for j in range(head.num_scored):
         is_sink = head.positions[j] < num_sinks
-        scores.append(2.0 * len(head.keys) - j if is_sink else float(j))
+        scores.append(2.0**24 - j if is_sink else float(j))
     return scores
 
 
@@ -124,13 +127,20 @@ def _longflow(head: OneHead) -> list[float]:
     return scores
 
 
-def _random(head: OneHead, *, seed: int) -> list[float]:
-    def mix(x: int) -> int:
-        x = ((x ^ (x >> 16)) * 0x45D9F3B) % 2**32
-        x = ((x ^ (x >> 16)) * 0x45D9F3B) % 2**32
-        return x ^ (x >> 16)
+def _mix(x: int) -> int:
+    x = ((x ^ (x >> 16)) * 0x45D9F3B) % 2**32
+    x = ((x ^ (x >> 16)) * 0x45D9F3B) % 2**32
+    return x ^ (x >> 16)
 
-    return [math.floor(mix(mix(position) ^ seed) / 2**8) / 2**24 for position in head.positions[: head.num_scored]]
+
+def _random(head: OneHead, *, seed: int) -> list[float]:
+    return [math.floor(_mix(_mix(position) ^ seed) / 2**8) / 2**24 for position in head.positions[: head.num_scored]]
+
+
+def _random_attention(head: OneHead, *, seed: int) -> list[float]:
+    num_seen = head.positions[-1] + 1
+    draws = [_mix(_mix(j) ^ num_seen) for j in range(head.num_scored)]
+    return [math.floor(_mix(_mix(_mix(m ^ head.head) ^ head.layer) ^ seed) / 2**8) / 2**24 for m in draws]
 
 
 _LOOPS: dict[str, Callable[..., list[float]]] = {
@@ -142,4 +152,5 @@ _LOOPS: dict[str, Callable[..., list[float]]] = {
     "manifoldkv": _manifoldkv,
     "longflow": _longflow,
     "random": _random,
+    "random_attention": _random_attention,
 }

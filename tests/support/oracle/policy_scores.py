@@ -1,7 +1,7 @@
 """The scores of all policies for the dense oracle, from their definitions, with everything written out in full."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -77,13 +77,23 @@ def _random(inputs: ScoreInputs, *, seed: int = 0) -> torch.Tensor:
     )
 
 
-def _hash(position: int, seed: int) -> float:
-    def mix(number: int) -> int:
-        for _ in range(2):
-            number = ((number >> 16) ^ number) * 0x45D9F3B % 2**32
-        return (number >> 16) ^ number
+def _random_attention(inputs: ScoreInputs, *, seed: int = 0, whole_request: bool = False) -> torch.Tensor:
+    num_seen = (inputs.positions[:, -1] + 1).tolist()
+    of_head = [(num, seed) if whole_request else (num, head, inputs.layer, seed) for head, num in enumerate(num_seen)]
+    return torch.tensor(
+        [[_hash(index, *others) for index in range(_num_scored(inputs))] for others in of_head], dtype=torch.float32
+    )
 
-    return (mix(mix(position) ^ seed) >> 8) / 2**24
+
+@cache
+def _hash(*numbers: int) -> float:
+    mixed = 0
+    for number in numbers:
+        mixed ^= number
+        for _ in range(2):
+            mixed = ((mixed >> 16) ^ mixed) * 0x45D9F3B % 2**32
+        mixed = (mixed >> 16) ^ mixed
+    return (mixed >> 8) / 2**24
 
 
 def _num_scored(inputs: ScoreInputs) -> int:
@@ -103,4 +113,5 @@ _SCORES: dict[str, Callable[..., torch.Tensor]] = {
     "manifoldkv": _manifoldkv,
     "longflow": _longflow,
     "random": _random,
+    "random_attention": _random_attention,
 }

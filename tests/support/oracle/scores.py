@@ -20,6 +20,7 @@ class ScoreInputs:
         prompt_len: Leading tokens that cannot be dropped.
         memory: One number for every logical position, ``[num_kv_heads, capacity]``, fp32, 0 after a prefill. A policy
             with a memory reads and writes it; nothing else does.
+        layer: Number of the layer.
     """
 
     keys: torch.Tensor
@@ -28,6 +29,7 @@ class ScoreInputs:
     positions: torch.Tensor
     prompt_len: int
     memory: torch.Tensor | None = None
+    layer: int = 0
 
 
 # Returns a score for every token before the window, [num_kv_heads, L - window], higher = keep.

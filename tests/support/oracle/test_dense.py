@@ -266,6 +266,26 @@ def test_forced_outputs_replace_the_greedy_ones(rng: random.Random) -> None:
     )
 
 
+@pytest.mark.parametrize("num_guessed", [30, 72, 100])
+def test_a_guess_whatever_it_says_changes_nothing(model: PreTrainedModel, num_guessed: int, rng: random.Random) -> None:
+    prompt = random_prompt(rng, rng.randrange(1, 24))
+    settings = {"budget": 20, "buffer": 12, "window": 4, "recompute_at": (26,), "restore_at": (55,)}
+    expected = dense_generate(model, prompt, 72, **settings)  # type: ignore[arg-type]
+    # Right but for a token here and there, and for what comes after the end.
+    guess = [*expected.output_ids, *random_prompt(rng, 28)]
+    for place in rng.sample(range(72), 5):
+        guess[place] = 3 + (guess[place] + 1) % (VOCAB_SIZE - 3)
+    result = dense_generate(model, prompt, 72, **settings, guessed_output_ids=guess[:num_guessed])  # type: ignore[arg-type]
+    num_compared = certain(expected)
+    assert result.output_ids[:num_compared] == expected.output_ids[:num_compared]
+    assert result.logprobs[:num_compared] == pytest.approx(expected.logprobs[:num_compared], abs=2e-4)
+    assert result.resident_lens == expected.resident_lens
+    for found, wanted in zip(result.compactions, expected.compactions, strict=True):
+        assert found.num_outputs == wanted.num_outputs
+        if found.num_outputs <= num_compared:
+            assert torch.equal(found.kept_positions, wanted.kept_positions)
+
+
 def test_another_score_decides_what_is_kept(rng: random.Random) -> None:
     def oldest_first(inputs: ScoreInputs) -> torch.Tensor:
         return -inputs.positions[:, : -inputs.window_queries.shape[1]].float()

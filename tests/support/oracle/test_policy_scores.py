@@ -48,6 +48,7 @@ def test_matches_loops(name: str, parameters: dict[str, Any], attempt: int) -> N
             queries=queries[head * group_size : (head + 1) * group_size].double().numpy(),
             positions=positions[head].tolist(),
             received=dict(enumerate(before[head].tolist())),
+            head=head,
         )
         expected = torch.tensor(loop_scores(name, one_head, **parameters)).double()
         if name == "streaming_llm":

@@ -21,7 +21,7 @@ def census(
     wrong: list[tuple[str, dict[str, Any]]] = []
     page_size = allocator.page_size
     num_pages = allocator.size // page_size
-    tree_pages = torch.unique(tree_slots // page_size)
+    tree_pages = torch.bincount(tree_slots // page_size).nonzero().flatten()
     if tree_pages.numel() * page_size != tree_slots.numel():
         wrong.append(("tree pages", {"slots": tree_slots.numel(), "pages": tree_pages.numel()}))
     free_pages = allocator.get_all_free_pages().cpu().long()

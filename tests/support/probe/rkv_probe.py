@@ -5,6 +5,7 @@ a scheduler process, and only when ``RKV_PROBE_FILE`` names the file to append t
 other tensor-parallel ranks). Further settings, all optional:
 
 ``RKV_PROBE_MAX_PRIVATE``  most slots a request may hold past its prompt
+``RKV_PROBE_MOVES_NOTHING``  if set, a compaction must not change the bytes of any slot that stays with its request
 ``RKV_PROBE_FAULT``        a fault to inject on purpose, so that tests can see it found: ``flip_tree@N``,
                            ``flip_private@N`` or ``leak@N``, at the first scheduler step >= N where it is possible
 
@@ -15,6 +16,7 @@ import json
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 # How many changed slots one violation lists.
@@ -41,6 +43,12 @@ def register() -> None:
 
 
 _probe: "Probe | None" = None
+
+
+def get_probe() -> "Probe":
+    """Return the probe of this scheduler process."""
+    assert _probe is not None, "the probe is off, or the scheduler is not built yet"
+    return _probe
 
 
 def _after_init(result: object, scheduler: Any, *args: object, **kwargs: object) -> None:
@@ -97,7 +105,8 @@ class Probe:
         self._total: int = self._allocator.size
         kv_pool = self._allocator.get_kvcache()
         self._device = torch.device(kv_pool.device)
-        self._shadow = PoolShadow([*kv_pool.k_buffer, *kv_pool.v_buffer])
+        self._moves_nothing = "RKV_PROBE_MOVES_NOTHING" in os.environ
+        self._shadow = PoolShadow([*kv_pool.k_buffer, *kv_pool.v_buffer], self._moves_nothing)
         self._num_slots: int = kv_pool.k_buffer[0].shape[0]
         # id(req) -> the request itself too, so that the id stays its own.
         self._held: dict[int, tuple[Any, _Held]] = {}
@@ -105,12 +114,12 @@ class Probe:
         self._step = 0
         self._is_idle = False
         self.num_retractions = 0
+        # Gets every line instead of the file, where a test's code runs in the scheduler process too.
+        self.listener: Callable[[dict[str, Any]], None] | None = None
         self._rows_at_start = self._rows.available_size()
-        max_private = os.environ.get("RKV_PROBE_MAX_PRIVATE")
-        self._max_private = int(max_private) if max_private else None
+        self._max_private = int(os.environ.get("RKV_PROBE_MAX_PRIVATE") or 2**31)
         self._fault = Fault.from_environment()
-        rank = get_parallel().tp_rank
-        path = os.environ["RKV_PROBE_FILE"] + (f".rank{rank}" if rank else "")
+        path = os.environ["RKV_PROBE_FILE"] + (f".rank{rank}" if (rank := get_parallel().tp_rank) else "")
         # Line-buffered: a scheduler that dies takes no line with it.
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - lives as long as the process
         self._write(
@@ -123,6 +132,9 @@ class Probe:
         )
 
     def _write(self, **line: Any) -> None:
+        if self.listener is not None:
+            self.listener(line)
+            return
         self._file.write(json.dumps(line) + "\n")
 
     def _violation(self, kind: str, **detail: Any) -> None:
@@ -175,7 +187,7 @@ class Probe:
             retractions=self.num_retractions,
         )
         if self._fault is not None and self._fault.is_due(self._step):
-            written = [self._private_slots(req)[:1] for req in reqs if req.decode_batch_idx > 1]
+            written = [self._slots(req)[req.kv.cache_protected_len :][:1] for req in reqs if req.decode_batch_idx > 1]
             if self._fault.inject(self._allocator, self._shadow.slots_of_tree(), written):
                 self._write(event="fault", step=self._step, fault=self._fault.kind)
                 self._fault = None
@@ -188,9 +200,8 @@ class Probe:
             candidates.append(self._scheduler.chunked_req)
         return list({id(req): req for req in candidates if req.kv.holds_kv}.values())
 
-    def _private_slots(self, req: Any) -> Any:
-        row = self._rows.req_to_token[req.kv.req_pool_idx]
-        return row[req.kv.cache_protected_len : req.kv.kv_allocated_len].cpu().long()
+    def _slots(self, req: Any) -> Any:
+        return self._rows.req_to_token[req.kv.req_pool_idx, : req.kv.kv_allocated_len].cpu().long()
 
     def _check(self, batches: list[Any], *, is_after_scheduling: bool) -> tuple[list[Any], dict[int, Any]]:
         import torch
@@ -204,19 +215,21 @@ class Probe:
         holder = torch.zeros(self._num_slots, dtype=torch.int64)
         tree_slots = self._tree.all_values_flatten().cpu().long()
         holder[tree_slots] = TREE
+        slots_of = {id(req): self._slots(req) for req in reqs}
+        for req in reqs:
+            if not (holder[slots_of[id(req)][: req.kv.cache_protected_len]] == TREE).all():
+                self._violation(
+                    "protected prefix not in the tree", rid=req.rid, protected_len=req.kv.cache_protected_len
+                )
         pages_of = {}
         for req in reqs:
-            slots = self._private_slots(req)
+            private = slots_of[id(req)][req.kv.cache_protected_len :]
             serial = self._held[id(req)][1].serial
-            holder[slots] = private_holder(serial, req.kv.cache_protected_len, req.kv.kv_allocated_len)
-            pages_of[id(req)] = slots[:: self._page_size] // self._page_size
+            holder[private] = private_holder(serial, req.kv.cache_protected_len, req.kv.kv_allocated_len)
+            pages_of[id(req)] = private[:: self._page_size] // self._page_size
         private_pages = {req.rid: pages_of[id(req)] for req in reqs}
         for kind, detail in census(self._allocator, tree_slots, private_pages):
             self._violation(kind, **detail)
-        for req in reqs:
-            head = self._rows.req_to_token[req.kv.req_pool_idx, : req.kv.cache_protected_len].cpu().long()
-            if not torch.isin(head, tree_slots).all():
-                self._violation("protected prefix not in the tree", rid=req.rid, protected_len=head.numel())
         changed = self._shadow.compare(holder)
         if changed:
             names = {f"#{held.serial} ": f"{req.rid} " for req, held in self._held.values()}
@@ -247,7 +260,7 @@ class Probe:
                 self._note_compaction(req, held, num_decodes, is_after_scheduling)
             held.update(req)
         self._held = held_now
-        if is_after_scheduling and self._max_private is not None:
+        if is_after_scheduling:
             self._check_max_private()
 
     def _note_compaction(self, req: Any, held: _Held, num_decodes: int, is_after_scheduling: bool) -> None:
@@ -263,8 +276,8 @@ class Probe:
         self._write(event="compaction", step=self._step, forward_ct=self._scheduler.forward_ct, **line)
         if not is_after_scheduling:
             self._violation("compaction outside scheduling", **line)
-        # The owner may rewrite what it generated; its prompt stays watched.
-        self._shadow.forget_positions(held.serial, prompt_len)
+        if not self._moves_nothing:  # The owner may rewrite what it generated; its prompt stays watched.
+            self._shadow.forget_positions(held.serial, prompt_len)
 
     def _check_max_private(self) -> None:
         for req, held in self._held.values():

@@ -9,11 +9,19 @@ import torch
 NOBODY = 0
 TREE = -1
 _POSITION_BITS = 32
+_WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 def private_holder(serial: int, start: int, end: int) -> torch.Tensor:
     """Return the holder numbers of positions ``[start, end)`` of the request with this serial (1, 2, ..), int64."""
     return (serial << _POSITION_BITS) + torch.arange(start, end, dtype=torch.int64) + 1
+
+
+def _as_words(buffer: torch.Tensor) -> torch.Tensor:
+    """Return a view ``[num_slots, words]`` of a buffer's bits as the widest integers that fit; fewer compare faster."""
+    rows = buffer.view(buffer.shape[0], -1)
+    row_bytes = rows.shape[1] * rows.element_size()
+    return rows.view(next(dtype for dtype in _WORDS if row_bytes % dtype.itemsize == 0))
 
 
 class PoolShadow:
@@ -24,19 +32,17 @@ class PoolShadow:
     take memory.
     """
 
-    def __init__(self, buffers: Sequence[torch.Tensor]) -> None:
-        """``buffers``: each layer's K and V pool, first dimension the slot."""
-        self._live = list(buffers)
-        self._copy = [torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu") for buffer in buffers]
+    def __init__(self, buffers: Sequence[torch.Tensor], positions_may_change: bool = False) -> None:
+        """Watch pools.
+
+        Args:
+            buffers: Each layer's K and V pool, first dimension the slot.
+            positions_may_change: A slot that stays with its request must keep its bytes whatever position it gets.
+        """
+        self._positions_may_change = positions_may_change
+        self._live = [_as_words(buffer) for buffer in buffers]
+        self._copy = [torch.empty(live.shape, dtype=live.dtype, device="cpu") for live in self._live]
         self._holder = torch.zeros(buffers[0].shape[0], dtype=torch.int64)
-
-    @staticmethod
-    def _bytes(rows: torch.Tensor) -> torch.Tensor:
-        return rows.flatten(1).contiguous().view(torch.uint8)
-
-    def _read(self, layer: int, slots: torch.Tensor) -> torch.Tensor:
-        live = self._live[layer]
-        return live[slots.to(live.device)].cpu()
 
     def forget_positions(self, serial: int, first: int) -> None:
         """Stop watching positions ``first`` and later of one request: its owner may rewrite them now."""
@@ -47,15 +53,19 @@ class PoolShadow:
     def compare(self, holder: torch.Tensor) -> list[dict[str, Any]]:
         """Compare all slots whose holder stayed; stop watching the others. Returns one entry per changed slot."""
         before = self._holder
-        stayed = (before != NOBODY) & ((before == holder) | ((holder == TREE) & (before > 0)))
+        is_same = before == holder
+        if self._positions_may_change:
+            is_same |= (before > 0) & (before >> _POSITION_BITS == holder >> _POSITION_BITS)
+        stayed = (before != NOBODY) & (is_same | ((holder == TREE) & (before > 0)))
         slots = stayed.nonzero().flatten()
         changed: dict[int, list[int]] = {}
-        for layer, copy in enumerate(self._copy):
-            now = self._read(layer, slots)
-            now_bytes, old_bytes = self._bytes(now), self._bytes(copy[slots])
-            if torch.equal(now_bytes, old_bytes):
+        live_slots = slots.to(self._live[0].device)
+        for layer, (live, copy) in enumerate(zip(self._live, self._copy, strict=True)):
+            now = live.index_select(0, live_slots).cpu()
+            old = copy.index_select(0, slots)
+            if torch.equal(now, old):
                 continue
-            differs = (now_bytes != old_bytes).any(dim=1)
+            differs = (now != old).any(dim=1)
             for slot in slots[differs].tolist():
                 changed.setdefault(slot, []).append(layer)
             # Reported once, not at every later step.
@@ -72,8 +82,9 @@ class PoolShadow:
         slots = ((holder != NOBODY) & (self._holder == NOBODY)).nonzero().flatten()
         if slots.numel() == 0:
             return
-        for layer, copy in enumerate(self._copy):
-            copy[slots] = self._read(layer, slots)
+        live_slots = slots.to(self._live[0].device)
+        for live, copy in zip(self._live, self._copy, strict=True):
+            copy[slots] = live.index_select(0, live_slots).cpu()
         self._holder[slots] = holder[slots]
 
     def slots_of_tree(self) -> torch.Tensor:

@@ -1,0 +1,46 @@
+"""Many requests at a time, of which none keeps a process from ending."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+Job = TypeVar("Job")
+
+
+def ask_side_by_side(ask: Callable[[Job], Any], jobs: Sequence[Job], concurrency: int) -> Iterator[tuple[Job, Any]]:
+    """Yield every job with what ``ask`` returned for it, as they are done; ``concurrency`` are under way at a time.
+
+    Whoever stops iterating, also by an error or a signal, starts no further ones and waits for none: threads of a pool
+    of Python's would be waited for when the process ends, and an answer may take hours.
+
+    Raises:
+        Exception: The first that ``ask`` raised.
+    """
+    todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[Job, Any, BaseException | None]] = queue.SimpleQueue()
+    is_over = threading.Event()
+    for job in jobs:
+        todo.put(job)
+
+    def work() -> None:
+        while not is_over.is_set():
+            try:
+                job = todo.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                done.put((job, ask(job), None))
+            except BaseException as error:
+                done.put((job, None, error))
+
+    for _ in range(min(concurrency, len(jobs))):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        for _ in jobs:
+            job, answer, error = done.get()
+            if error is not None:
+                raise error
+            yield job, answer
+    finally:
+        is_over.set()

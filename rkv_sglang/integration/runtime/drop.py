@@ -1,0 +1,118 @@
+"""Compaction once for a whole request: blocks leave its row of ``req_to_token``, and nothing in the pool is moved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from rkv_sglang.cache.block_choice import BlockChoice, choose_by_place, choose_by_scores, kept_tokens
+from rkv_sglang.cache.drop import drop_blocks
+from rkv_sglang.cache.step_tensors import read_slots
+from rkv_sglang.config import PolicyConfig
+from rkv_sglang.integration.runtime.jobs import Job, due_requests, on_forward_stream
+from rkv_sglang.integration.runtime.parts import Parts, Scored
+from rkv_sglang.policies import Policy
+from rkv_sglang.sizes.compaction_plan import DropPlan, plan_drop
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.scheduler import Scheduler
+
+
+def plan(config: PolicyConfig, *, prompt_len: int, resident_len: int, page_size: int) -> DropPlan:
+    """Plan one request's compaction."""
+    return plan_drop(
+        prompt_len=prompt_len,
+        resident_len=resident_len,
+        budget=config.budget,
+        window=config.window,
+        block=config.block,
+    )
+
+
+def compact(parts: Parts, policy: Policy, window: int, batch: ScheduleBatch, jobs: Sequence[Job[DropPlan]]) -> None:
+    """Rewrite the rows of these requests of a batch, and give back the pages that left them.
+
+    Mutates ``req_to_token``, the allocator and ``state.kept_scores``; no length of a request yet.
+
+    The rows are rewritten on the scheduler's stream, as SGLang writes them: it has made that stream wait until the
+    forward pass in flight has read what it needs of them (``Scheduler._apply_war_barrier``), and whatever reads a row
+    later, to free it, cache it or retract it, is on that stream too. A page that is given to another request here is
+    written by a later forward pass, after the one in flight.
+    """
+    if parts.scored is None:
+        with parts.timed():
+            choices = choose_by_place(
+                [(job.plan, job.logical_len, job.state.kept_scores) for job in jobs], policy, window
+            )
+            _record(jobs, choices)
+            freed = _drop(parts, batch, jobs, choices)
+    else:
+        choices = _by_scores(parts, parts.scored, policy, window, batch, jobs)
+        freed = _drop(parts, batch, jobs, choices)
+    for job, choice in zip(jobs, choices, strict=True):
+        job.state.kept_scores = choice.kept_scores
+    # By their ids, which are known to be distinct: to find that out would wait for the device.
+    parts.scheduler.token_to_kv_pool_allocator.free_page_ids(freed)
+
+
+def _drop(
+    parts: Parts, batch: ScheduleBatch, jobs: Sequence[Job[DropPlan]], choices: Sequence[BlockChoice]
+) -> torch.Tensor:
+    """Rewrite the rows and return the ids of the pages that left them."""
+    return drop_blocks(
+        batch.req_to_token_pool.req_to_token,
+        [job.req.kv.req_pool_idx for job in jobs],
+        [job.plan for job in jobs],
+        choices,
+        parts.scheduler.token_to_kv_pool_allocator.page_size,
+    )
+
+
+def _by_scores(
+    parts: Parts, scored: Scored, policy: Policy, window: int, batch: ScheduleBatch, jobs: Sequence[Job[DropPlan]]
+) -> list[BlockChoice]:
+    scheduler, query_window = parts.scheduler, scored.query_window
+    slots = read_slots(
+        batch.req_to_token_pool.req_to_token,
+        [job.req.kv.req_pool_idx for job in jobs],
+        [job.plan.resident_len for job in jobs],
+    )
+    with on_forward_stream(scheduler) as stream, parts.timed():
+        query_window.flush()
+        if stream is not None and slots[0].is_cuda:
+            slots[0].record_stream(stream)
+        places = [(job.req.kv.req_pool_idx, job.logical_len) for job in jobs]
+        choices = choose_by_scores(
+            scored.buffers,
+            due_requests(parts, jobs, slots),
+            lambda part, layers: query_window.read(places[part], layers),
+            policy,
+            window,
+            query_bytes=query_window.row_bytes,
+            sum_over_ranks=_sum_over_ranks(scheduler) if scheduler.tp_size > 1 else None,
+        )
+        _record(jobs, choices)
+    if stream is not None:
+        # The rows are rewritten by what was chosen. The device waits here, the CPU does not.
+        scheduler.schedule_stream.wait_stream(stream)
+        for choice in choices:
+            for blocks in (choice.kept, choice.dropped):
+                if blocks.is_cuda:
+                    blocks.record_stream(scheduler.schedule_stream)
+    return choices
+
+
+def _sum_over_ranks(scheduler: Scheduler) -> Callable[[torch.Tensor], None]:
+    """Return what adds up, in place, a tensor of every tensor-parallel rank; the same on all of them afterwards."""
+    return lambda totals: torch.distributed.all_reduce(totals, group=scheduler.tp_group.device_group)
+
+
+def _record(jobs: Sequence[Job[DropPlan]], choices: Sequence[BlockChoice]) -> None:
+    """Record for a trace what stays: one row for all layers and heads."""
+    for job, choice in zip(jobs, choices, strict=True):
+        if job.wants_trace:
+            kept: torch.Tensor = kept_tokens(job.plan, choice)
+            job.record_trace(kept[None, None])

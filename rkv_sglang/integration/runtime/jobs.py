@@ -1,0 +1,95 @@
+"""The requests that are compacted in one step, and what both ways to do it share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic
+
+from torch import Tensor
+
+from rkv_sglang.cache.compact import DueRequest, PlanT
+from rkv_sglang.cache.trace import pack_compaction
+from rkv_sglang.config import PolicyConfig
+from rkv_sglang.integration.runtime.parts import Parts
+from rkv_sglang.integration.runtime.requests import trace_of
+from rkv_sglang.sizes.lengths import RequestState
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Generic[PlanT]):
+    """One request to compact in this step."""
+
+    req: Req
+    state: RequestState
+    config: PolicyConfig
+    plan: PlanT
+
+    @property
+    def logical_len(self) -> int:
+        """Tokens ever seen; ask before ``state`` has recorded the plan."""
+        return self.state.logical_len(self.plan.resident_len)
+
+    @property
+    def wants_trace(self) -> bool:
+        """Whether what is kept is recorded."""
+        return trace_of(self.req) is not None
+
+    def record_trace(self, kept_indices: Any) -> None:
+        """Record what was kept, for a request that asked for it; before ``state`` has recorded the plan.
+
+        Waits for the current stream, which must be the one that fills the indices; only who asks for it pays.
+
+        Args:
+            kept_indices: Of the generated tokens, ascending, ``[num_layers, num_kv_heads, budget]``.
+        """
+        trace = trace_of(self.req)
+        if trace is not None:
+            trace.append(
+                pack_compaction(
+                    kept_indices.cpu(),
+                    resident_len=self.plan.generated_len,
+                    evicted_before=self.state.evicted_tokens,
+                )
+            )
+
+
+def due_requests(parts: Parts, jobs: Sequence[Job[PlanT]], slots: Sequence[Tensor]) -> list[DueRequest[PlanT]]:
+    """Describe what is compacted by scores, on the stream that it runs on.
+
+    Args:
+        slots: Of each job's resident tokens.
+    """
+    scored, pool_size = parts.scored, parts.scheduler.max_total_num_tokens
+    assert scored is not None, "scores are made of something"
+    return [
+        DueRequest(
+            job.plan,
+            own,
+            job.logical_len,
+            kept_scores=job.state.kept_scores,
+            wants_indices=job.wants_trace,
+            prompt_hits=scored.prompt_hits_room.hits_of(
+                job.state, scored.buffers, capacity=job.config.capacity, most_tokens=pool_size
+            ),
+        )
+        for job, own in zip(jobs, slots, strict=True)
+    ]
+
+
+def on_forward_stream(scheduler: Any) -> contextlib.AbstractContextManager[Any]:
+    """Enter the stream on which forward passes run, behind what the scheduler's stream has done so far."""
+    if not scheduler.enable_overlap:
+        return contextlib.nullcontext()
+    scheduler.forward_stream.wait_stream(scheduler.schedule_stream)
+    return _enter(scheduler.forward_stream_ctx, scheduler.forward_stream)
+
+
+@contextlib.contextmanager
+def _enter(context: Any, stream: Any) -> Any:
+    with context:
+        yield stream

@@ -1,0 +1,72 @@
+"""What fails in the middle of a compaction, a copy or a restore ends loudly whom it concerns; no token is wrong."""
+
+import pytest
+
+from devtools.tiny_models import tiny_model_path
+from tests.e2e.workload import Setting, assert_same_tokens, greedy, oracle, six_prompts
+from tests.support.harness.gate import Control
+from tests.support.harness.scheduler import Output, RunResult, SchedulerFailed, rid_of, run_scheduler
+
+MODEL = tiny_model_path("llama-gqa")
+SETTING = Setting(budget=24, buffer=16)
+# Of 5, 47 and 74 tokens.
+PROMPTS = (*six_prompts()[4:], six_prompts()[0])
+NUM_TOKENS = 200
+
+
+def run(pool: int, num_requests: int, sabotage: str, *controls: Control) -> RunResult:
+    requests = [greedy(prompt, NUM_TOKENS) for prompt in PROMPTS[:num_requests]]
+    requests.append(greedy(PROMPTS[0], NUM_TOKENS, when_idle=True))
+    flags = ["--model-path", str(MODEL), "--max-total-tokens", str(pool), *SETTING.flags]
+    return run_scheduler(flags, requests, controls=controls, env={"RKV_SABOTAGE": sabotage})
+
+
+def paused_after(num_tokens: int) -> list[Control]:
+    return [
+        Control(0, "PauseGenerationReqInput", {"mode": "retract"}, after_tokens=(rid_of(0), num_tokens)),
+        Control(0, "ContinueGenerationReqInput", {"torch_empty_cache": False}, wait=2),
+    ]
+
+
+def assert_right_so_far(output: Output, prompt: tuple[int, ...], at_least: int) -> None:
+    assert len(output.output_ids) >= at_least
+    right = oracle(MODEL, prompt, NUM_TOKENS, SETTING).output_ids[: len(output.output_ids)]
+    assert output.output_ids == right
+
+
+@pytest.mark.parametrize("kind", ["choose", "move"])
+def test_a_compaction_that_fails_ends_the_worker_before_a_wrong_token_is_sent(kind):
+    with pytest.raises(SchedulerFailed, match="sabotaged on purpose") as caught:
+        run(1024, 3, f"{kind}@5")
+    assert caught.value.exit_code
+    for output, prompt in zip(caught.value.outputs[:3], PROMPTS, strict=True):
+        assert output.finish_reason is None
+        # SGLang sends what it has after every 50 tokens; the fifth compaction comes after more than a hundred.
+        assert_right_so_far(output, prompt, 50)
+
+
+def test_a_copy_for_which_there_is_no_memory_ends_its_request_alone():
+    # Two requests just run, and are longer than the pool when they are paused.
+    pool = sum(map(len, PROMPTS[:2])) + 2 * (SETTING.budget + SETTING.buffer)
+    # The first has no room on the device, the second, whose copy would be the third and fourth tensor, on the host.
+    result = run(pool, 2, "save@1,keep@3", *paused_after(pool))
+    result.assert_clean()
+    assert result.log.count("No memory is left for a copy of the") == 2
+    for output, prompt in zip(result.outputs[:2], PROMPTS, strict=False):
+        end = output.finish_reason
+        assert (end["type"], end["status_code"]) == ("abort", 503)
+        assert "no copy of its compressed KV could be kept" in end["message"]
+        assert_right_so_far(output, prompt, pool)
+    expected = oracle(MODEL, PROMPTS[0], NUM_TOKENS, SETTING)
+    assert_same_tokens(result.outputs[2].output_ids, expected, "served afterwards")
+
+
+def test_a_restore_that_finds_no_slot_ends_the_worker_before_a_wrong_token_is_sent():
+    pool = len(PROMPTS[1]) + SETTING.budget + SETTING.buffer + 60
+    with pytest.raises(SchedulerFailed, match="Out of memory") as caught:
+        requests = [greedy(PROMPTS[1], NUM_TOKENS)]
+        flags = ["--model-path", str(MODEL), "--max-total-tokens", str(pool), *SETTING.flags]
+        run_scheduler(flags, requests, controls=paused_after(150), env={"RKV_SABOTAGE": "restore@1"})
+    (output,) = caught.value.outputs
+    assert output.finish_reason is None
+    assert_right_so_far(output, PROMPTS[1], 100)

@@ -1,0 +1,243 @@
+"""What must hold after a schedule: every request's tokens, what is said of its cache, and what is counted."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from devtools.tiny_models import EOS_ID, tiny_model_path
+from tests.e2e.workload import Setting
+from tests.fuzz.schedule import FuzzRequest, Schedule, ServerConfig, rid_of
+from tests.support.oracle.dense import DenseResult, dense_generate
+from tests.support.oracle.policy_scores import score_function
+
+NEVER = 10**6
+# What an answer may be ended for once its request was preempted; the request can be sent again.
+ENDED_AFTER_PREEMPTION = (
+    "does not fit the KV pool",
+    "Out of memory even after retracting all other requests",
+)
+LOGPROB_TOLERANCE = 1e-3
+
+
+@dataclass
+class Verdict:
+    """What was found: problems, one line each, and how many answers were compared with what."""
+
+    problems: list[str] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+def check(schedule: Schedule, record: dict[str, Any]) -> Verdict:
+    """Judge one schedule's record; under ``alone`` it has those of requests that were run once more, by index."""
+    verdict = Verdict()
+    for violation in record["violations"]:
+        verdict.problems.append(f"{violation['violation']}: {violation}")
+    if "outputs" not in record:
+        return verdict
+    for index, request in enumerate(schedule.requests):
+        rid = rid_of(record["number"], index)
+        if rid not in record["outputs"]:
+            verdict.problems.append(f"request {index} was never sent")
+            continue
+        problems = _check_request(schedule, index, request, record, verdict.counts)
+        verdict.problems += [f"request {index}: {problem}" for problem in problems]
+    verdict.problems += _check_counters(record)
+    if record["retractions"] and not _may_preempt(schedule):
+        verdict.problems.append(f"requests ran out of memory that was reserved for them: {record['retractions']}")
+    return verdict
+
+
+def _may_preempt(schedule: Schedule) -> bool:
+    """Return whether a request may lose its slots: what those under a policy need is reserved."""
+    kinds = {event.kind for event in schedule.events}
+    return (
+        schedule.server.priority
+        or bool(kinds & {"retract", "pause_retract"})
+        or any(request.no_policy for request in schedule.requests)
+    )
+
+
+def _check_request(
+    schedule: Schedule,
+    index: int,
+    request: FuzzRequest,
+    record: dict[str, Any],
+    counts: Counter[str],
+) -> list[str]:
+    rid = rid_of(record["number"], index)
+    output, info = record["outputs"][rid], record["infos"].get(rid)
+    retractions = record["retractions"].get(rid, [])
+    end = output["finish_reason"]
+    tokens = output["output_ids"]
+    if end is None:
+        return ["it got no answer"]
+    if request.garbage:
+        return [] if end["type"] == "abort" and end.get("status_code") == 400 else [f"garbage was answered {end}"]
+    problems = []
+    is_cut = end["type"] == "abort"
+    if is_cut:
+        counts["aborted"] += 1
+        if not _may_be_cut(schedule, request, end, retractions):
+            problems.append(f"it was ended: {end}")
+    elif end["type"] == "length" and len(tokens) != request.max_new_tokens:
+        problems.append(f"it was cut at {len(tokens)} of {request.max_new_tokens} tokens")
+    if request.has_penalties and schedule.server.overlap:
+        counts["not compared"] += 1
+    elif request.needs_itself_alone:
+        problems += _compare_alone(tokens, end, retractions, record.get("alone", {}).get(index), counts)
+    else:
+        answer = output | {"info": info, "prompt": record["prompts"][rid]}
+        problems += _compare_oracle(schedule.server, request, answer, retractions, counts)
+    if info is not None:
+        problems += _check_info(schedule.server, request, record, rid, info)
+    else:
+        problems.append("its answer does not say what happened to its cache")
+    return problems
+
+
+def _may_be_cut(schedule: Schedule, request: FuzzRequest, end: dict[str, Any], retractions: list[Any]) -> bool:
+    message = str(end.get("message", ""))
+    if any(text in message for text in ENDED_AFTER_PREEMPTION):
+        return bool(retractions) or request.no_policy
+    if request.abort_at is not None or request.abort_after is not None:
+        return True
+    # One whose prompt holds the answer of one that was ended before it said anything.
+    return any(event.kind == "abort_all" for event in schedule.events)
+
+
+def _compare_alone(
+    tokens: list[int],
+    end: dict[str, Any],
+    retractions: list[Any],
+    alone: dict[str, Any] | None,
+    counts: Counter[str],
+) -> list[str]:
+    if alone is None or "outputs" not in alone or any(place["outputs"] > 0 for place in retractions):
+        # Computed again with full attention, it may go another way, and the oracle does not know these settings.
+        counts["not compared"] += 1
+        return []
+    (right,) = alone["outputs"].values()
+    counts["compared with itself alone"] += 1
+    expected = right["output_ids"]
+    if end["type"] == "abort":
+        expected = expected[: len(tokens)]
+    elif end != right["finish_reason"]:
+        return [f"it ended with {end} after {len(tokens)} tokens and alone with {right['finish_reason']}"]
+    if tokens != expected:
+        return [f"its tokens differ from those of itself alone: {tokens} instead of {expected}"]
+    return []
+
+
+def _compare_oracle(
+    server: ServerConfig,
+    request: FuzzRequest,
+    output: dict[str, Any],
+    retractions: list[Any],
+    counts: Counter[str],
+) -> list[str]:
+    tokens, end, info = output["output_ids"], output["finish_reason"], output["info"]
+    if not tokens:
+        return []
+    limit = len(tokens) if end["type"] == "abort" else request.max_new_tokens
+    expected = expected_of(server, request, output["prompt"], limit, retractions, guess=tokens)
+    counts["compared with the oracle"] += 1
+    counts["compared after a preemption"] += bool(retractions)
+    counts["compactions compared"] += len(expected.compactions)
+    certain = expected.num_certain_outputs()
+    right = expected.output_ids
+    differing = next((i for i, pair in enumerate(zip(tokens, right, strict=False)) if pair[0] != pair[1]), None)
+    if differing is None and len(tokens) != len(right):
+        return [f"it has {len(tokens)} tokens instead of {len(right)}"]
+    if differing is not None:
+        if differing >= certain:
+            counts["near-ties"] += 1
+            return []
+        return [f"token {differing} is {tokens[differing]} instead of {right[differing]} ({retractions=})"]
+    if request.logprobs and output["output_logprobs"] != pytest.approx(
+        expected.logprobs[: len(tokens)], abs=LOGPROB_TOLERANCE
+    ):
+        return [f"log-probabilities {output['output_logprobs']} instead of {expected.logprobs}"]
+    is_whole = end["type"] == "length" and not retractions and info is not None
+    if is_whole and info["kv_compactions"] != len(expected.compactions):
+        return [f"it was compacted {info['kv_compactions']} times instead of {len(expected.compactions)}"]
+    return []
+
+
+def expected_of(
+    server: ServerConfig,
+    request: FuzzRequest,
+    prompt: list[int],
+    limit: int,
+    retractions: list[Any],
+    *,
+    guess: Sequence[int] = (),
+) -> DenseResult:
+    """Return what the dense oracle answers that is preempted where the request was; a right ``guess`` saves time."""
+    setting = Setting(
+        budget=request.budget or server.budget, buffer=request.buffer or server.buffer, window=server.window
+    )
+    recomputed = {place["outputs"] for place in retractions if not place["copied"]} - {0}
+    restored = [place for place in retractions if place["copied"] and place["outputs"] not in recomputed]
+    may_stagger = server.stagger and request.max_new_tokens - 1 > setting.budget + setting.buffer
+    return dense_generate(
+        tiny_model_path(server.model),
+        prompt,
+        limit,
+        budget=NEVER if request.no_policy else setting.budget,
+        buffer=setting.buffer,
+        window=setting.window,
+        score=score_function(server.policy),
+        # SGLang takes either as an end, or neither.
+        eos_token_ids=set() if request.ignore_eos else {EOS_ID, *request.params.get("stop_token_ids", ())},
+        recompute_at=recomputed,
+        restore_at={place["outputs"] for place in restored},
+        restored_in_flight={place["outputs"] for place in restored if place["in_flight"]},
+        evicted_at_restore={place["outputs"]: place["evicted"] for place in restored},
+        early=setting.early if may_stagger and not request.no_policy else None,
+        guessed_output_ids=guess,
+    )
+
+
+def _check_info(
+    server: ServerConfig, request: FuzzRequest, record: dict[str, Any], rid: str, info: dict[str, Any]
+) -> list[str]:
+    if info.get("kv_policy") != ("none" if request.no_policy else server.policy):
+        return [f"its answer says policy {info.get('kv_policy')!r}"]
+    own = [event for event in record["compactions"] if event["rid"] == rid]
+    evicted = sum(event["from_len"] - event["to_len"] for event in own)
+    seen = len(record["prompts"][rid]) + max(len(record["outputs"][rid]["output_ids"]) - 1, 0)
+    problems = []
+    if not record["retractions"].get(rid):
+        if (info["kv_compactions"], info["kv_evicted_tokens"]) != (len(own), evicted):
+            problems.append(f"its answer says {info}, seen were {len(own)} compactions of {evicted} tokens")
+        is_whole = record["outputs"][rid]["finish_reason"]["type"] != "abort"
+        if is_whole and info["kv_resident_tokens"] + evicted != seen:
+            problems.append(f"its answer says {info}, and {seen} tokens were seen")
+    elif info["kv_compactions"] < len(own) or info["kv_evicted_tokens"] < evicted:
+        problems.append(f"its answer says {info}, seen were {len(own)} compactions of {evicted} tokens")
+    return problems
+
+
+def _check_counters(record: dict[str, Any]) -> list[str]:
+    stats, infos = record["stats"], record["infos"]
+    problems = []
+    totals = {
+        "compactions": sum(info["kv_compactions"] for info in infos.values()),
+        "evicted_tokens": sum(info["kv_evicted_tokens"] for info in infos.values()),
+        "requests_compressed": sum(info["kv_compactions"] > 0 for info in infos.values()),
+    }
+    # The answers of those that waited when they ended say nothing of their caches.
+    is_all = len(infos) == len(record["outputs"])
+    for name, total in totals.items():
+        if stats[name] != total if is_all else stats[name] < total:
+            problems.append(f"{name} is {stats[name]}, and the answers add up to {total}")
+    seen = len(record["compactions"])
+    if stats["compactions"] < seen or (not record["retractions"] and stats["compactions"] != seen):
+        problems.append(f"{stats['compactions']} compactions were counted and {seen} seen")
+    restored = sum(place["copied"] for places in record["retractions"].values() for place in places)
+    if stats["requests_restored"] > restored:
+        problems.append(f"{stats['requests_restored']} restores were counted, {restored} requests were copied")
+    return problems

@@ -1,0 +1,90 @@
+"""Runs schedules in scheduler processes, one process for those that share a server, and returns what came of each."""
+
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.fuzz.schedule import Schedule
+from tests.support.harness.environment import child_environment, device_flags, with_defaults
+from tests.support.harness.scheduler import run_job
+
+# For the start of a scheduler, and for each schedule; a machine with other work is many times slower than an idle one.
+START_TIMEOUT_S, SCHEDULE_TIMEOUT_S = 240.0, 30.0
+LOG_LINES = 12
+Record = dict[str, Any]
+
+
+def run_schedules(schedules: Sequence[Schedule], *, env: dict[str, str] | None = None) -> list[Record]:
+    """Run schedules and return a record for each, in order; one whose scheduler died has the violation ``died``."""
+    records: list[Record] = []
+    for _, group in itertools.groupby(enumerate(schedules), key=lambda pair: pair[1].server):
+        members = [schedule for _, schedule in group]
+        while members:
+            done = _run_process(members, env or {})
+            records += done
+            members = members[len(done) :]
+    return records
+
+
+def _run_process(schedules: list[Schedule], env: dict[str, str]) -> list[Record]:
+    """Run schedules of one server in one process; return at least one record, fewer than asked for if it died."""
+    server = schedules[0].server
+    folder = Path(tempfile.mkdtemp(prefix="rkv-fuzz-"))
+    binding = {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(server.tp_size)))} if server.tp_size > 1 else {}
+    job = {
+        "flags": with_defaults(server.flags, ["--random-seed", "1", *device_flags()]),
+        "env": child_environment(folder / "probe.jsonl", {"RKV_SGLANG_VERIFY": "1", **binding, **env}),
+        "folder": str(folder),
+        "driver": "tests.fuzz.driver:register",
+        "schedules": schedules,
+    }
+    try:
+        answer = run_job(job, START_TIMEOUT_S + SCHEDULE_TIMEOUT_S * len(schedules))
+        log_path = folder / "log"
+        log = log_path.read_text(errors="replace") if log_path.exists() else ""
+        lines = list(_read(folder / "records"))
+        others = [line for path in folder.glob("records.rank*") for line in _read(path)]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    records = [line for line in lines if "number" in line]
+    for line in lines:
+        if "of" in line:
+            records[line["of"]].setdefault("alone", {})[line["index"]] = line
+            records[line["of"]]["violations"] += line["violations"]
+    for line in others:
+        if line["number"] < len(records):
+            records[line["number"]]["violations"] += line["violations"]
+    if answer["status"] == "ok" and len(records) == len(schedules):
+        return records
+    has_hung = bool(records) and any(found.get("violation") == "hang" for found in records[-1]["violations"])
+    if has_hung:
+        return records
+    started = sum("started" in line for line in lines)
+    if answer["status"] == "refused" or not started:
+        raise RuntimeError(f"no scheduler started with {' '.join(server.flags)}:\n{log[-4000:]}")
+    died = {"violation": "died", "status": answer["status"], "log": _tail(log)}
+    if started == len(records):
+        # After its last record: in a run of one of its requests alone, or while it stopped.
+        records[-1]["violations"].append(died)
+        return records
+    return [*records, {"number": started - 1, "violations": [died]}]
+
+
+def _read(path: Path) -> Iterable[Record]:
+    text = path.read_text() if path.exists() else ""
+    return (json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n"))
+
+
+def _tail(log: str) -> list[str]:
+    """Return the lines of a log that tell why a process ended: the end of its last traceback."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    start = max((i for i, line in enumerate(lines) if "Traceback (most recent call last)" in line), default=None)
+    if start is None:
+        return lines[-LOG_LINES:]
+    # What was raised stands in the first line that is not indented.
+    end = next((i for i in range(start + 1, len(lines)) if not lines[i].startswith(" ")), len(lines) - 1)
+    return [lines[end], *lines[max(start, end - LOG_LINES) : end]]

@@ -1,0 +1,206 @@
+"""A schedule: one server's settings, requests, and what is done to them, as plain data that JSON can hold."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from devtools.tiny_models import tiny_model_path
+
+# What a schedule can do to the scheduler itself, at the start of a pass.
+EVENT_KINDS = ("retract", "pause_retract", "pause_in_place", "continue", "flush", "abort_all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Settings of one server; schedules that share them run in one scheduler process, one after the other.
+
+    Attributes:
+        chunk_size: ``--chunked-prefill-size``; 0 leaves SGLang's.
+        pool: Tokens of the KV pool.
+        priority: Whether requests of higher priority preempt others.
+        tokenizer: Whether the scheduler has one: stop strings and grammars need it.
+        granularity: ``--kv-granularity`` where it is not the default.
+    """
+
+    policy: str
+    budget: int
+    buffer: int
+    window: int
+    page_size: int
+    chunk_size: int
+    overlap: bool
+    radix: bool
+    stagger: bool
+    priority: bool
+    pool: int
+    max_running: int
+    tp_size: int = 1
+    tokenizer: bool = False
+    model: str = "llama-gqa"
+    granularity: str = ""
+
+    @property
+    def flags(self) -> list[str]:
+        """The command line of the server."""
+        flags = ["--model-path", str(tiny_model_path(self.model)), "--kv-policy", self.policy]
+        for name, value in (
+            ("--kv-budget", self.budget),
+            ("--kv-buffer", self.buffer),
+            ("--kv-window", self.window),
+            ("--page-size", self.page_size),
+            ("--max-total-tokens", self.pool),
+            ("--max-running-requests", self.max_running),
+        ):
+            flags += [name, str(value)]
+        if self.chunk_size:
+            flags += ["--chunked-prefill-size", str(self.chunk_size)]
+        if self.tp_size > 1:
+            flags += ["--tp-size", str(self.tp_size)]
+        if self.priority:
+            flags += ["--enable-priority-scheduling", "--priority-scheduling-preemption-threshold", "0"]
+        if self.granularity:
+            flags += ["--kv-granularity", self.granularity]
+        switches = (
+            (not self.overlap, "--disable-overlap-schedule"),
+            (not self.radix, "--disable-radix-cache"),
+            (self.stagger, "--kv-stagger"),
+            (not self.tokenizer, "--skip-tokenizer-init"),
+        )
+        return flags + [flag for is_set, flag in switches if is_set]
+
+    @property
+    def capacity(self) -> int:
+        return self.budget + self.buffer
+
+
+@dataclass(frozen=True, kw_only=True)
+class FuzzRequest:
+    """One request of a schedule.
+
+    Attributes:
+        prompt: Token ids; of a follow-up those after the answer before.
+        max_new_tokens: Its length limit.
+        at_pass: Pass of the event loop at which it arrives, counted from the end of what it waits for.
+        after: Index of the request whose end it waits for; None for none.
+        continues: It is the next turn of ``after``: its prompt starts with that one's prompt and answer.
+        budget, buffer: Settings of its own; None for the server's.
+        no_policy: It asks for no policy.
+        garbage: It asks for what cannot be; the answer is a status 400.
+        ignore_eos: Whether tokens that end an answer are generated like others.
+        abort_at: The pass at which it is aborted, counted from the schedule's start.
+        abort_after: It is aborted once it has so many tokens.
+        logprobs: Return log-probabilities of the output.
+        params: Further sampling parameters; what the oracle does not know of makes it compared with itself alone.
+    """
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    at_pass: int = 0
+    after: int | None = None
+    continues: bool = False
+    budget: int | None = None
+    buffer: int | None = None
+    no_policy: bool = False
+    garbage: bool = False
+    ignore_eos: bool = True
+    abort_at: int | None = None
+    abort_after: int | None = None
+    priority: int | None = None
+    logprobs: bool = False
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    def capacity(self, server: ServerConfig) -> int:
+        """Most generated tokens it may hold."""
+        return (self.budget or server.budget) + (self.buffer or server.buffer)
+
+    @property
+    def needs_itself_alone(self) -> bool:
+        """Whether only SGLang itself knows the right answer."""
+        return bool(set(self.params) - {"stop_token_ids"})
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether tokens generated before change the logits; under overlap SGLang itself may be one token late."""
+        return any(name.endswith("_penalty") for name in self.params)
+
+    @property
+    def sampling_params(self) -> dict[str, Any]:
+        """As in SGLang's ``/generate``."""
+        custom: dict[str, Any] = {}
+        if self.budget is not None:
+            custom["kv_budget"] = self.budget
+        if self.buffer is not None:
+            custom["kv_buffer"] = self.buffer
+        if self.no_policy:
+            custom["kv_policy"] = "none"
+        if self.garbage:
+            custom["kv_budget"] = "many"
+        params: dict[str, Any] = {
+            "temperature": 0.0,
+            "max_new_tokens": self.max_new_tokens,
+            "ignore_eos": self.ignore_eos,
+            **self.params,
+        }
+        return params | ({"custom_params": custom} if custom else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something done to the scheduler at the start of a pass, counted from the schedule's start."""
+
+    at_pass: int
+    kind: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """All that one run is made of; ``seed`` is that of the generator, of a smaller one too."""
+
+    seed: int
+    server: ServerConfig
+    requests: tuple[FuzzRequest, ...]
+    events: tuple[Event, ...] = ()
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Schedule":
+        data = json.loads(text)
+        requests = [FuzzRequest(**{**entry, "prompt": tuple(entry["prompt"])}) for entry in data["requests"]]
+        return cls(
+            seed=data["seed"],
+            server=ServerConfig(**data["server"]),
+            requests=tuple(requests),
+            events=tuple(Event(**entry) for entry in data["events"]),
+        )
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.to_json() + "\n")
+
+    def without_request(self, index: int) -> "Schedule":
+        """Return it without one request and those that wait for it."""
+        gone = {index}
+        for i, request in enumerate(self.requests):
+            if request.after in gone:
+                gone.add(i)
+        left = [i for i in range(len(self.requests)) if i not in gone]
+        place = {old: new for new, old in enumerate(left)}
+        requests = [
+            dataclasses.replace(self.requests[i], after=place.get(self.requests[i].after))  # type: ignore[arg-type]
+            for i in left
+        ]
+        return dataclasses.replace(self, requests=tuple(requests))
+
+    def without_event(self, index: int) -> "Schedule":
+        """Return it without one event; a pause that nobody ends is ended when all else is done."""
+        return dataclasses.replace(self, events=self.events[:index] + self.events[index + 1 :])
+
+
+def rid_of(number: int, index: int) -> str:
+    """Return the id of a request of a process's ``number``-th schedule. Equally long: SGLang aborts by prefix."""
+    return f"s{number:05d}r{index:03d}"

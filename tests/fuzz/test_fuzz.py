@@ -1,0 +1,130 @@
+"""A short search, new every time: schedules over the real scheduler, steps on the real pools; and it finds faults."""
+
+import dataclasses
+
+import pytest
+
+from tests.fuzz.campaign import run_and_check
+from tests.fuzz.check import check
+from tests.fuzz.generate import BLOCK, schedule_of, server_of
+from tests.fuzz.pool_machine import STEPS, run_search, run_steps
+from tests.fuzz.runner import run_schedules
+from tests.fuzz.schedule import Event, FuzzRequest, Schedule, ServerConfig, rid_of
+from tests.fuzz.shrink import shrink
+
+# Servers and schedules of each; a run of thousands is a command of its own.
+SERVERS, OF_ONE_SERVER = 2, 8
+
+SERVER = ServerConfig(
+    policy="rkv",
+    budget=6,
+    buffer=4,
+    window=2,
+    page_size=4,
+    chunk_size=0,
+    pool=256,
+    overlap=True,
+    radix=True,
+    stagger=False,
+    priority=False,
+    max_running=8,
+)
+PROMPT = tuple(range(20, 40))
+
+
+def test_random_schedules_give_right_tokens_and_lose_nothing(rng):
+    schedules = []
+    for _ in range(SERVERS):
+        block = rng.randrange(10**6)
+        if server_of(block).tp_size > 1:
+            # Two ranks take the time of many schedules.
+            block += 1
+        schedules += [schedule_of(block * BLOCK + i) for i in range(OF_ONE_SERVER)]
+    problems = [
+        f"python -m tests.fuzz --replay {outcome.schedule.seed}: {outcome.verdict.problems[:3]}"
+        for outcome in run_and_check(schedules)
+        if outcome.verdict.problems
+    ]
+    assert problems == []
+
+
+def test_random_steps_on_the_real_pools_lose_and_spoil_nothing(rng):
+    first = rng.randrange(10**6)
+    answer = run_steps(first, 8000)
+    assert answer["status"] == "ok", f"python -m tests.fuzz.pool_machine --replay {answer.get('seed')}: {answer}"
+    done = {name: sum(row["count"] for row in answer["rows"] if row["step"] == name) for name in STEPS}
+    assert all(done[name] > 0 for name in ("decode", "admit", "finish", "abort", "retract", "readmit", "match"))
+
+
+def test_steps_that_hypothesis_chooses_on_the_real_pools_lose_and_spoil_nothing():
+    answer = run_search(examples=12, steps=30)
+    assert answer["status"] == "ok", answer
+    assert answer["taken"]["decode"] > 50
+
+
+def test_a_schedule_is_the_same_each_time_and_survives_its_file(tmp_path, seed):
+    schedule = schedule_of(seed)
+    schedule.save(tmp_path / "one.json")
+    assert Schedule.from_json((tmp_path / "one.json").read_text()).to_json() == schedule.to_json()
+    assert schedule_of(seed).to_json() == schedule.to_json()
+
+
+@pytest.fixture(scope="module")
+def one_run():
+    """Return a schedule with all kinds of answers, and its record."""
+    requests = (
+        FuzzRequest(prompt=PROMPT, max_new_tokens=40),
+        FuzzRequest(prompt=PROMPT[:7], max_new_tokens=40, budget=9, abort_after=20),
+        FuzzRequest(prompt=PROMPT[3:], max_new_tokens=30),
+        FuzzRequest(prompt=PROMPT[5:], max_new_tokens=20, no_policy=True),
+        FuzzRequest(prompt=PROMPT[:2], max_new_tokens=9, garbage=True),
+    )
+    events = (Event(at_pass=25, kind="retract"),)
+    schedule = Schedule(seed=0, server=SERVER, requests=requests, events=events)
+    (record,) = run_schedules([schedule])
+    assert check(schedule, record).problems == []
+    return schedule, record
+
+
+def spoiled(record, **changes):
+    return {**record, **changes}
+
+
+def test_a_record_that_differs_in_one_thing_is_not_passed(one_run):
+    schedule, record = one_run
+    rids = [rid_of(record["number"], index) for index in range(len(schedule.requests))]
+    assert record["retractions"], "nothing was retracted"
+    output, info = record["outputs"][rids[2]], record["infos"][rids[2]]
+
+    def with_output(**fields):
+        return spoiled(record, outputs={**record["outputs"], rids[2]: {**output, **fields}})
+
+    def with_info(**fields):
+        return spoiled(record, infos={**record["infos"], rids[2]: {**info, **fields}})
+
+    tokens = output["output_ids"]
+    for wrong in (
+        with_output(output_ids=[*tokens[:-1], tokens[-1] + 1]),
+        with_output(output_ids=tokens[:-1]),
+        with_output(finish_reason={"type": "abort", "message": "for no reason"}),
+        with_output(finish_reason=None),
+        with_info(kv_compactions=info["kv_compactions"] + 1),
+        with_info(kv_evicted_tokens=info["kv_evicted_tokens"] - 1),
+        with_info(kv_policy="none"),
+        spoiled(record, violations=[{"violation": "ownership"}]),
+        spoiled(record, stats={**record["stats"], "compactions": record["stats"]["compactions"] + 1}),
+        spoiled(record, stats={**record["stats"], "requests_compressed": 0}),
+    ):
+        assert check(schedule, wrong).problems, wrong
+    without_events = dataclasses.replace(schedule, events=(), requests=schedule.requests[:3])
+    assert any("ran out of memory" in problem for problem in check(without_events, record).problems)
+
+
+def test_a_failing_schedule_is_made_smaller_and_still_fails(one_run):
+    """The fault is one of the probe's: a page that is allocated and never freed."""
+    schedule, _ = one_run
+    env = {"RKV_PROBE_FAULT": "leak@30"}
+    small = shrink(schedule, env=env, tell=lambda line: None)
+    assert len(small.requests) == 1 and not small.events
+    (outcome,) = run_and_check([small], env=env)
+    assert any("ownership" in problem for problem in outcome.verdict.problems)

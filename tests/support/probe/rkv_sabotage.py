@@ -1,0 +1,127 @@
+"""A plugin of the tests: makes something fail in the middle of a scheduler's work, as a full memory or a bug would.
+
+``RKV_SABOTAGE`` names what, as ``KIND@N``, with commas between several: from the N-th time on that it is done. Nothing
+fails without it.
+
+``choose``   a compaction, before it has written anything
+``move``     a compaction, after its first write
+``save``     a copy to host memory: the device has no room to gather the tokens
+``keep``     a copy to host memory: the host has no memory for it
+``restore``  a restore: the pool has no slots
+"""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+KINDS = ("choose", "move", "save", "keep", "restore")
+MESSAGE = "sabotaged on purpose"
+
+
+def register() -> None:
+    """Entry point, called by SGLang in every process it starts."""
+    asked = os.environ.get("RKV_SABOTAGE", "")
+    if not asked or multiprocessing.parent_process() is None or "sglang.srt.managers.scheduler" not in sys.modules:
+        return
+    for one in asked.split(","):
+        kind, _, number = one.partition("@")
+        if kind not in KINDS:
+            raise ValueError(f"RKV_SABOTAGE {kind!r} is unknown: choose one of {', '.join(KINDS)}")
+        globals()[f"_{kind}"](_Countdown(int(number or 1)))
+
+
+class _Countdown:
+    def __init__(self, number: int) -> None:
+        self._left = number
+
+    def is_due(self) -> bool:
+        self._left -= 1
+        return self._left <= 0
+
+
+def _choose(countdown: _Countdown) -> None:
+    from rkv_sglang.integration.runtime import gather
+
+    original = gather.compact_requests
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        if countdown.is_due():
+            raise RuntimeError(MESSAGE)
+        return original(*args, **kwargs)
+
+    gather.compact_requests = fail
+
+
+def _move(countdown: _Countdown) -> None:
+    from rkv_sglang.cache import compact
+
+    original = compact.compact_paged
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        moved = original(*args, **kwargs)
+        if countdown.is_due():
+            raise RuntimeError(MESSAGE)
+        return moved
+
+    compact.compact_paged = fail
+
+
+class _Full:
+    """A layer of the pool from which nothing can be gathered."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def index_select(self, *args: Any) -> Any:
+        import torch
+
+        raise torch.OutOfMemoryError(MESSAGE)
+
+
+def _save(countdown: _Countdown) -> None:
+    from rkv_sglang.integration.runtime import restore
+
+    original = restore.save_slots
+
+    def fail(keys: Any, values: Any, slots: Any) -> Any:
+        # The last layer's values: all else is copied by then.
+        is_full = countdown.is_due()
+        return original(keys, [*values[:-1], _Full(values[-1])] if is_full else values, slots)
+
+    restore.save_slots = fail
+
+
+def _keep(countdown: _Countdown) -> None:
+    import torch
+
+    from rkv_sglang.cache import host_copy
+
+    class NoMemory:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+        def empty(self, *args: Any, **kwargs: Any) -> Any:
+            if countdown.is_due():
+                raise RuntimeError(MESSAGE)
+            return torch.empty(*args, **kwargs)
+
+    host_copy.torch = NoMemory()  # type: ignore[assignment]
+
+
+def _restore(countdown: _Countdown) -> None:
+    from rkv_sglang.integration.runtime import restore
+
+    original: Callable[..., Any] = restore._alloc_slots
+
+    def fail(batch: Any, shared: Any, saved_len: int) -> Any:
+        allocator = batch.tree_cache.token_to_kv_pool_allocator
+        if countdown.is_due():
+            allocator.alloc = lambda need: None
+        return original(batch, shared, saved_len)
+
+    restore._alloc_slots = fail
