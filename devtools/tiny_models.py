@@ -17,7 +17,11 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
     GenerationConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -45,6 +49,7 @@ _SHARED: dict[str, Any] = {
     "bos_token_id": BOS_ID,
     "eos_token_id": EOS_ID,
 }
+MLA_MODEL = "deepseek-v2"
 # name: (config class, model class, own settings, seed)
 _RECIPES: dict[str, tuple[type, type, dict[str, Any], int]] = {
     "llama-gqa": (
@@ -66,8 +71,46 @@ _RECIPES: dict[str, tuple[type, type, dict[str, Any], int]] = {
         {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 48},
         0,
     ),
+    MLA_MODEL: (
+        DeepseekV2Config,
+        DeepseekV2ForCausalLM,
+        {
+            # What SGLang's kernels of latent attention expect.
+            "kv_lora_rank": 512,
+            "qk_rope_head_dim": 64,
+            "qk_nope_head_dim": 128,
+            "v_head_dim": 128,
+            "q_lora_rank": None,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "num_hidden_layers": 2,
+            # Every layer is dense.
+            "first_k_dense_replace": 99,
+            "moe_layer_freq": 1,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 2.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "original_max_position_embeddings": 2048,
+            },
+        },
+        0,
+    ),
+    # A head_dim of 32, and logits a third of what that makes of them elsewhere.
+    "granite-scaled": (
+        GraniteConfig,
+        GraniteForCausalLM,
+        {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_multiplier": 0.06},
+        0,
+    ),
 }
-TINY_MODELS = tuple(_RECIPES)
+# Of different shapes; the others differ from one of these in one number.
+TINY_MODELS = ("llama-gqa", "qwen3", "llama-mqa", "llama-mha-48")
 
 
 def small_model_path() -> Path:
@@ -84,16 +127,16 @@ def small_model_path() -> Path:
 
 @cache
 def tiny_model_path(name: str) -> Path:
-    """Return the folder of a tiny random model, one of ``TINY_MODELS``, making it when it is not there yet.
+    """Return the folder of a tiny random model, one of ``TINY_MODELS`` or ``MLA_MODEL``; made when it is not there yet.
 
     A folder is complete or absent, whatever other processes do at the same time: it is written under another name and
     renamed at the end; who comes second uses the folder of who came first.
 
     Raises:
-        KeyError: The name is none of ``TINY_MODELS``.
+        KeyError: The name is none of these.
     """
     config_class, model_class, settings, seed = _RECIPES[name]
-    config = config_class(**_SHARED, **settings)
+    config = config_class(**(_SHARED | settings))
     made_from = [_FORMAT, seed, torch.__version__, transformers.__version__, config.to_dict()]
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()[:12]
     target = MODELS_DIR / f"tiny-{name}-{digest}"

@@ -1,10 +1,13 @@
 """The servers that benchmarks compare: each a KV policy with its budget and buffer, or none."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from rkv_sglang.config import NO_POLICY, PolicyConfig
-from rkv_sglang.policies import make_policy
+from rkv_sglang.policies import default_settings, make_policy
+from rkv_sglang.policies.registry import SHARED_PARAMETERS
 
 # SGLang as published: no plugin is loaded, because none has this name.
 STOCK_ENVIRONMENT = {"SGLANG_PLUGINS": "no_plugin"}
@@ -47,7 +50,7 @@ class Setting:
         if self.config is None:
             return self.own_flags
         sizes = ("--kv-budget", str(self.budget), "--kv-buffer", str(self.buffer))
-        return (*self.own_flags, "--kv-policy", self.policy, *sizes)
+        return (*self.own_flags, "--kv-policy", self.policy, *sizes, *_further_flags(self.config))
 
 
 def no_policy() -> Setting:
@@ -55,19 +58,31 @@ def no_policy() -> Setting:
     return Setting(NO_POLICY)
 
 
-def policy_setting(policy: str, budget: int, buffer: int, name: str = "") -> Setting:
+def policy_setting(
+    policy: str, budget: int, buffer: int, name: str = "", further: Mapping[str, Any] | None = None
+) -> Setting:
     """Return the setting of a server with a policy, called ``POLICY:BUDGET:BUFFER`` unless it has a name.
 
+    Args:
+        further: Other settings of ``PolicyConfig`` by name, and parameters of the policy.
+
     Raises:
-        ValueError: There is no such policy, or a size is out of range; one line.
+        ValueError: There is no such policy, or a value is out of range; one line.
     """
-    config = PolicyConfig(policy=policy, budget=budget, buffer=buffer)
+    further = further or {}
+    given = {key: value for key, value in further.items() if key in _FLAGS}
+    parameters = {key: value for key, value in further.items() if key not in _FLAGS}
+    sizes = {"budget": budget, "buffer": buffer}
+    config = PolicyConfig(**{**default_settings(policy), **sizes, **given, "policy": policy, "parameters": parameters})
     make_policy(config)
     return Setting(name or f"{policy}:{budget}:{buffer}", config)
 
 
 def parse_setting(text: str) -> Setting:
-    """Return the setting that ``none`` or ``POLICY:BUDGET:BUFFER`` names.
+    """Return the setting that ``none`` or ``POLICY:BUDGET:BUFFER[:NAME=VALUE...]`` names.
+
+    A name is a setting of every policy, such as window, or a parameter of this one, such as mix_lambda or seed; a value
+    is a number, true, false or a word.
 
     Raises:
         ValueError: The text is neither, or there is no such server; one line.
@@ -75,9 +90,40 @@ def parse_setting(text: str) -> Setting:
     if text == NO_POLICY:
         return no_policy()
     try:
-        policy, budget, buffer = text.split(":")
-        return policy_setting(policy, int(budget), int(buffer))
-    except ValueError as error:
+        policy, budget, buffer, *words = text.split(":")
+        further = dict(_pair(word) for word in words)
+        return policy_setting(policy, int(budget), int(buffer), text, further)
+    except (TypeError, ValueError) as error:
         raise ValueError(
-            f"the setting {text!r} is neither none nor POLICY:BUDGET:BUFFER, such as rkv:1024:128 ({error})"
+            f"the setting {text!r} is neither none nor POLICY:BUDGET:BUFFER with NAME=VALUE behind it, such as "
+            f"rkv:1024:128 or rkv:1024:128:window=32:mix_lambda=0.5 ({error})"
         ) from error
+
+
+# The flag of each setting of a policy but its sizes.
+_FLAGS = {
+    field.name: f"--{'rkv' if field.name in SHARED_PARAMETERS else 'kv'}-{field.name.replace('_', '-')}"
+    for field in fields(PolicyConfig)
+    if field.name not in ("policy", "budget", "buffer", "block", "parameters")
+}
+
+
+def _pair(word: str) -> tuple[str, Any]:
+    name, sign, value = word.partition("=")
+    if not sign:
+        raise ValueError(f"{word!r} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def _further_flags(config: PolicyConfig) -> Iterator[str]:
+    """Yield the flags of what is not as a server has it where nobody names it."""
+    usual = PolicyConfig(**{**default_settings(config.policy), "policy": config.policy})
+    for name, flag in _FLAGS.items():
+        value = getattr(config, name)
+        if value != getattr(usual, name):
+            yield from [flag] if value is True else [flag, str(value)]
+    if config.parameters:
+        yield from ("--kv-policy-config", json.dumps(dict(config.parameters)))

@@ -215,7 +215,7 @@ ACCURACY = Table(
     "one setting: a server's KV policy with its budget and buffer, or none",
     (
         Column("dataset", str, "", "file or data set of the problems"),
-        Column("setting", str, "", "none or POLICY:BUDGET:BUFFER"),
+        Column("setting", str, "", "none or POLICY:BUDGET:BUFFER, with NAME=VALUE behind it"),
         *_POLICY,
         Column("problems", int, "", "problems asked"),
         Column("samples", int, "", "answers sampled for every problem"),

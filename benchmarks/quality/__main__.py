@@ -2,7 +2,8 @@
 
     python -m benchmarks.quality --model .cache/models/SmolLM2-135M-Instruct
         [--policies rkv,random] [--budgets 64,128,256] [--num-prompts 32] [--num-tokens 336]
-        [--parts forced,free,recall] [--batch-size 32] [--num-servers 1] [--prompts FILE] [--smoke] [--fresh]
+        [--parts forced,free,recall] [--recall-form mixed|early] [--batch-size 32] [--num-servers 1] [--prompts FILE]
+        [--smoke] [--fresh]
     python -m benchmarks.quality --plot-only FOLDER
 
 Real servers with the plugin generate every token, one server a policy; each request asks for its own budget (the
@@ -16,7 +17,9 @@ itself, which every cache can do: ``fresh`` rows leave repeated text out.
 - free: compressed requests answer greedily.
 - recall: requests write a notebook (also forced) that states codes and repeats them later; recall is judged by the
   model's own choice of the digits that repeat a code. Where every digit is the most likely token, the unforced
-  continuation is that code.
+  continuation is that code. With ``--recall-form early`` all codes are stated in the first quarter and asked for up to
+  the end, behind lines like them of other stations; with ``--num-tokens`` 1000 or more they are then as many as 60
+  compactions old.
 
 Each server's part is kept in ``--work`` when done, and an interrupted run goes on behind it. The reference's
 distributions take num_prompts * num_tokens * vocabulary * 4 bytes there until the run is complete.
@@ -45,7 +48,7 @@ from benchmarks.quality.report import markdown, plot
 from benchmarks.quality.rows import forced_rows, free_rows, position_rows, recall_rows
 from benchmarks.quality.run import Study, buffer_of, policy_server, run_part
 from benchmarks.quality.statistics import first_compacted_step
-from benchmarks.quality.texts import RECALL_QUESTION, recall_text
+from benchmarks.quality.texts import RECALL_FORMS, RECALL_QUESTION, recall_text
 from devtools.chat import chat_ids
 from devtools.launch import Server, ServerError, exit_on_sigterm
 from rkv_sglang.config import NO_POLICY
@@ -71,6 +74,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--budgets", default="64,128,256", help="comma-separated, default %(default)s")
     parser.add_argument("--num-prompts", type=int, default=32, help="also of recall texts, default %(default)s")
     parser.add_argument("--num-tokens", type=int, default=336, help="of every answer, default %(default)s")
+    parser.add_argument(
+        "--recall-form", choices=RECALL_FORMS, default="mixed", help="where facts are stated, default %(default)s"
+    )
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated, default %(default)s")
     parser.add_argument("--batch-size", type=int, default=32, help="requests at a time, default %(default)s")
     parser.add_argument("--num-servers", type=int, default=1, help="servers at a time, default %(default)s")
@@ -116,7 +122,9 @@ def make_study(options: argparse.Namespace) -> Study:
     if Path(options.model).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    texts = [recall_text(tokenizer, options.num_tokens, seed) for seed in range(options.num_prompts)]
+    texts = [
+        recall_text(tokenizer, options.num_tokens, seed, options.recall_form) for seed in range(options.num_prompts)
+    ]
     prompts = [chat_ids(tokenizer, question) for question in load_prompts(options.prompts, options.num_prompts)]
     sizes = [(budget, buffer_of(budget)) for budget in options.budgets]
     content = (options.model, prompts, [text.tokens for text in texts], options.num_tokens, sizes)

@@ -9,6 +9,7 @@ RECALL_QUESTION = (
     "Keep a notebook. Write down everyday remarks and the code of every station, and write the code of a station again "
     "whenever it is needed."
 )
+RECALL_FORMS = ("mixed", "early")
 # Each of them stands in a text once, and no remark of the notebook has a digit or one of these names in it.
 STATIONS = (
     *("Alpha", "Bravo", "Delta", "Echo", "Hotel", "India", "Juliet", "Kilo", "Lima", "Mike", "Oscar", "Papa"),
@@ -78,13 +79,19 @@ class RecallText:
     facts: list[Fact]
 
 
-def recall_text(tokenizer: Any, num_tokens: int, seed: int) -> RecallText:
+def recall_text(tokenizer: Any, num_tokens: int, seed: int, form: str = "mixed") -> RecallText:
     """Return a notebook of ``num_tokens`` tokens; equal seeds give equal notebooks.
 
     Its lines are remarks, facts such as ``The code of Lima is 4821.``, and later, once for each fact, the same line
     again. A language model that can look back completes it; the tokens of the digits are what recall is judged by.
+
+    Args:
+        form: ``mixed``: facts anywhere, asked for a few lines later or many. ``early``: all facts in the first part,
+            asked for one after the other up to the end, and in between lines like them of other stations: what keeps
+            the latest tokens has none of the facts, and what keeps numbers has too many of them.
     """
-    lines, facts = _notebook(random.Random(seed), num_tokens // _TOKENS_A_LINE + 2)
+    notebook = {"mixed": _notebook, "early": _early_notebook}[form]
+    lines, facts = notebook(random.Random(seed), num_tokens // _TOKENS_A_LINE + 2)
     text = "\n".join(lines)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     spans = encoded["offset_mapping"]
@@ -102,6 +109,33 @@ def recall_text(tokenizer: Any, num_tokens: int, seed: int) -> RecallText:
 
 def _steps_of(spans: Sequence[tuple[int, int]], begin: int, end: int) -> list[int]:
     return [i for i, (first, last) in enumerate(spans) if first < end and last > begin]
+
+
+def _early_notebook(rng: random.Random, num_lines: int) -> tuple[list[str], list[tuple[int, int, str]]]:
+    """Return what ``_notebook`` does, with all facts in the first quarter and distractors behind them."""
+    stations = rng.sample(STATIONS, len(STATIONS))
+    half = len(stations) // 2
+    num_facts = min(half, max(3, num_lines // 12))
+    codes = [str(code) for code in rng.sample(range(1000, 10000), num_facts + num_lines)]
+    # Every other line, so that no two facts are neighbours; the last question comes right before the end.
+    written = [2 * i for i in range(num_facts)]
+    first, last = max(num_lines // 4, 2 * num_facts), num_lines - 3
+    asked = sorted(rng.sample(range(first, last + 1), num_facts))
+    order = rng.sample(range(num_facts), num_facts)
+    lines: list[str] = []
+    remarks: list[str] = []
+    facts = [(written[fact], line, codes[fact]) for fact, line in zip(order, asked, strict=True)]
+    of_line = {line: fact for fact, line in enumerate(written)} | dict(zip(asked, order, strict=True))
+    for line in range(num_lines):
+        if line in of_line:
+            lines.append(f"The code of {stations[of_line[line]]} is {codes[of_line[line]]}.")
+        elif line >= 2 * num_facts and rng.random() < 0.5:
+            other = rng.choice(stations[half:])
+            lines.append(f"The code of {other} was {codes[num_facts + line]} until today.")
+        else:
+            remarks = remarks or rng.sample(REMARKS, len(REMARKS))
+            lines.append(remarks.pop())
+    return lines, facts
 
 
 def _notebook(rng: random.Random, num_lines: int) -> tuple[list[str], list[tuple[int, int, str]]]:

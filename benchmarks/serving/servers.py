@@ -18,7 +18,7 @@ from benchmarks.common import settings
 from benchmarks.common.settings import STOCK_ENVIRONMENT, Setting
 from devtools.launch import Server, ServerError, has_gpu
 from rkv_sglang.config import PolicyConfig
-from rkv_sglang.policies import is_stateful, make_policy
+from rkv_sglang.policies import is_stateful, make_policy, memory_numbers
 from rkv_sglang.sizes.memory_plan import ModelShape
 from rkv_sglang.sizes.query_rows import num_query_rows
 from rkv_sglang.view.http import open_url
@@ -68,10 +68,11 @@ def query_window_bytes(shape: ModelShape, config: PolicyConfig, pool: int, max_r
 
 
 def carried_bytes(shape: ModelShape, config: PolicyConfig, pool: int) -> int:
-    """Return the bytes of scores that a stateful policy carries when the pool is full of compacted requests."""
-    if not is_stateful(make_policy(config)):
-        return 0
-    each = shape.num_layers * shape.num_kv_heads * 4 * (config.budget - config.window)
+    """Return the bytes that requests carry for a policy when the pool is full of compacted requests."""
+    policy = make_policy(config)
+    numbers = memory_numbers(policy, shape.num_qo_heads // shape.num_kv_heads, shape.head_dim)
+    own = numbers * shape.query_itemsize + (4 * (config.budget - config.window) if is_stateful(policy) else 0)
+    each = shape.num_layers * shape.num_kv_heads * own
     return -(-pool // config.capacity) * each
 
 

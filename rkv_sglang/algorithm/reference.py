@@ -4,11 +4,10 @@ Written for reading, not for speed: explicit loops and the full L x L matrix. Th
 ``selection`` have the same names, arguments and results. Source: R-KV, arXiv 2505.24133.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
+from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.algorithm.validation import (
     check_kernel_size,
     check_keys,
@@ -21,7 +20,14 @@ from rkv_sglang.algorithm.validation import (
 NORM_EPS = 1e-8
 
 
-def importance(queries: Tensor, keys: Tensor, kernel_size: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
+def importance(
+    queries: Tensor,
+    keys: Tensor,
+    kernel_size: int,
+    *,
+    model: ModelAttention = PLAIN_ATTENTION,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Attention that the window pays to each earlier token, max-pooled over neighbours in time.
 
     Args:
@@ -29,6 +35,7 @@ def importance(queries: Tensor, keys: Tensor, kernel_size: int, *, dtype: torch.
             Query heads ``g * G`` to ``g * G + G - 1`` share KV head ``g``.
         keys: Keys as cached, temporal order, ``[L, num_kv_heads, head_dim]``, floating.
         kernel_size: Width of the max-pool, odd; stride 1, padded with -inf.
+        model: How logits are made of products.
         dtype: Type of the arithmetic and of the result; float64 makes it an arbiter between fp32 results.
 
     Returns:
@@ -51,7 +58,7 @@ def importance(queries: Tensor, keys: Tensor, kernel_size: int, *, dtype: torch.
         mean_attention = torch.zeros(num_scored, dtype=dtype, device=keys.device)
         for step in range(window):
             group = queries[step, kv_head * group_size : (kv_head + 1) * group_size]
-            logits = (group @ keys[:num_scored, kv_head].T) / math.sqrt(head_dim)
+            logits = model.logits(group @ keys[:num_scored, kv_head].T, head_dim)
             mean_attention += logits.amax(dim=0).softmax(dim=0) / window
         reach = kernel_size // 2
         for j in range(num_scored):
@@ -100,6 +107,7 @@ def rkv_scores(
     mix_lambda: float,
     kernel_size: int,
     similarity_threshold: float,
+    model: ModelAttention = PLAIN_ATTENTION,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Score of each token before the window: ``mix_lambda * importance - (1 - mix_lambda) * redundancy``.
@@ -110,6 +118,7 @@ def rkv_scores(
         mix_lambda: Weight of importance, in [0, 1].
         kernel_size: As in ``importance``.
         similarity_threshold: As in ``redundancy``, which takes its softmax over all L tokens.
+        model: As in ``importance``.
         dtype: Type of the arithmetic and of the result.
 
     Returns:
@@ -119,7 +128,7 @@ def rkv_scores(
         ValueError: A shape, dtype, device or value differs from the above.
     """
     check_mix_lambda(mix_lambda)
-    important = importance(queries, keys, kernel_size, dtype=dtype)
+    important = importance(queries, keys, kernel_size, model=model, dtype=dtype)
     redundant = redundancy(keys, similarity_threshold, dtype=dtype)
     num_scored = keys.shape[0] - queries.shape[0]
     return mix_lambda * important - (1.0 - mix_lambda) * redundant[:, :num_scored]

@@ -6,12 +6,11 @@ most recent, which the keys of a trained model show among the newest few percent
 ``near_duplicates``.
 """
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d
 
+from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.algorithm.near_duplicates import PromptHits, exempt_sums
 from rkv_sglang.algorithm.reference import NORM_EPS
 from rkv_sglang.algorithm.validation import (
@@ -23,7 +22,7 @@ from rkv_sglang.algorithm.validation import (
 )
 
 
-def importance(queries: Tensor, keys: Tensor, kernel_size: int) -> Tensor:
+def importance(queries: Tensor, keys: Tensor, kernel_size: int, *, model: ModelAttention = PLAIN_ATTENTION) -> Tensor:
     """Attention that the window pays to each earlier token, max-pooled over neighbours in time.
 
     Args:
@@ -31,6 +30,7 @@ def importance(queries: Tensor, keys: Tensor, kernel_size: int) -> Tensor:
             Query heads ``g * G`` to ``g * G + G - 1`` share KV head ``g``.
         keys: Keys as cached, temporal order, ``[L, num_kv_heads, head_dim]``, floating.
         kernel_size: Width of the max-pool, odd; stride 1, padded with -inf.
+        model: How logits are made of products.
 
     Returns:
         ``[num_kv_heads, L - window]``, fp32.
@@ -43,7 +43,7 @@ def importance(queries: Tensor, keys: Tensor, kernel_size: int) -> Tensor:
     check_keys(keys)
     check_queries(queries, keys)
     check_kernel_size(kernel_size)
-    return _importance(queries, keys.permute(1, 0, 2).float(), kernel_size)
+    return _importance(queries, keys.permute(1, 0, 2).float(), kernel_size, model)
 
 
 def redundancy(keys: Tensor, threshold: float, prompt_hits: PromptHits | None = None) -> Tensor:
@@ -78,6 +78,7 @@ def rkv_scores(
     mix_lambda: float,
     kernel_size: int,
     similarity_threshold: float,
+    model: ModelAttention = PLAIN_ATTENTION,
     prompt_hits: PromptHits | None = None,
 ) -> Tensor:
     """Score of each token before the window: ``mix_lambda * importance - (1 - mix_lambda) * redundancy``.
@@ -90,6 +91,7 @@ def rkv_scores(
         mix_lambda: Weight of importance, in [0, 1].
         kernel_size: As in ``importance``.
         similarity_threshold: As in ``redundancy``, which takes its softmax over all L tokens.
+        model: As in ``importance``.
         prompt_hits: As in ``redundancy``.
 
     Returns:
@@ -107,12 +109,12 @@ def rkv_scores(
     check_threshold(similarity_threshold)
     _check_prompt_hits(prompt_hits, keys)
     head_keys = keys.permute(1, 0, 2).float()
-    important = _importance(queries, head_keys, kernel_size)
+    important = _importance(queries, head_keys, kernel_size, model)
     redundant = _redundancy(head_keys, similarity_threshold, prompt_hits)
     return mix_lambda * important - (1.0 - mix_lambda) * redundant[:, : important.shape[1]]
 
 
-def _importance(queries: Tensor, head_keys: Tensor, kernel_size: int) -> Tensor:
+def _importance(queries: Tensor, head_keys: Tensor, kernel_size: int, model: ModelAttention) -> Tensor:
     """``importance`` of ``head_keys`` ``[num_kv_heads, L, head_dim]``, fp32."""
     num_kv_heads, num_tokens, head_dim = head_keys.shape
     window, num_qo_heads, _ = queries.shape
@@ -121,7 +123,7 @@ def _importance(queries: Tensor, head_keys: Tensor, kernel_size: int) -> Tensor:
         return head_keys.new_empty(num_kv_heads, 0)
     # [num_kv_heads, group_size * window, head_dim]
     grouped = queries.float().transpose(0, 1).reshape(num_kv_heads, group_size * window, head_dim)
-    logits = grouped @ head_keys[:, : num_tokens - window].transpose(1, 2) / math.sqrt(head_dim)
+    logits = model.logits(grouped @ head_keys[:, : num_tokens - window].transpose(1, 2), head_dim)
     logits = logits.reshape(num_kv_heads, group_size, window, num_tokens - window)
     attention = logits.amax(dim=1).softmax(dim=-1)
     return max_pool1d(attention.mean(dim=1), kernel_size, stride=1, padding=kernel_size // 2)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import DueRequest, mark_filled, most_tokens_together, split_layers, split_requests
 from rkv_sglang.kernels.dispatch import score_paged, working_bytes_per_token
@@ -26,13 +27,13 @@ class BlockChoice:
     Attributes:
         kept: Of those that might have gone, those that stay, ``[plan.num_kept]``, int64.
         dropped: Those that go, ``[plan.num_dropped]``, int64.
-        kept_scores: What a stateful policy is to be given back at the request's next compaction, as
-            ``DueRequest.kept_scores``; None for other policies.
+        kept_state: What a stateful policy is to be given back at the request's next compaction, as
+            ``DueRequest.kept_state``; None for other policies.
     """
 
     kept: torch.Tensor
     dropped: torch.Tensor
-    kept_scores: torch.Tensor | None = None
+    kept_state: torch.Tensor | None = None
 
 
 def kept_tokens(plan: DropPlan, choice: BlockChoice) -> torch.Tensor:
@@ -56,7 +57,7 @@ def choose_by_place(
     """Choose for a policy that needs neither queries nor keys; all on the CPU.
 
     Args:
-        requests: Of each its plan, the tokens ever seen of it, and the ``BlockChoice.kept_scores`` of its last
+        requests: Of each its plan, the tokens ever seen of it, and the ``BlockChoice.kept_state`` of its last
             compaction.
         policy: One of which ``is_blind`` is true.
         window: Most recent tokens, kept whatever their score.
@@ -96,6 +97,7 @@ def choose_by_scores(
     window: int,
     *,
     query_bytes: int = 0,
+    model: ModelAttention = PLAIN_ATTENTION,
     sum_over_ranks: Callable[[torch.Tensor], None] | None = None,
 ) -> list[BlockChoice]:
     """Choose by what a policy makes of queries and keys; the pool is only read.
@@ -104,7 +106,7 @@ def choose_by_scores(
     ``compact_requests``, but for one fp32 number of each token, layer and head of requests taken together.
 
     Args:
-        read_queries, policy, window, query_bytes: As in ``compact_requests``.
+        read_queries, policy, window, query_bytes, model: As in ``compact_requests``.
         sum_over_ranks: Adds up, in place, the sums over heads, ``[num_tokens]``, fp32, of ranks that have heads of
             their own each.
     """
@@ -129,12 +131,12 @@ def choose_by_scores(
             history = [
                 History(
                     due.logical_len,
-                    None if due.kept_scores is None else due.kept_scores[layers],
-                    None if due.prompt_hits is None else due.prompt_hits.of_layers(layers),
+                    None if due.kept_state is None else due.kept_state[layers],
+                    prompt_hits=None if due.prompt_hits is None else due.prompt_hits.of_layers(layers),
                 )
                 for due in together
             ]
-            scores = score_paged(own.keys, own.values, batch, read_queries(part, layers), policy, history)
+            scores = score_paged(own.keys, own.values, batch, read_queries(part, layers), policy, history, model)
             totals += scores.sum(dim=(0, 1))
             of_layers += [scores] if is_stateful(policy) else []
         mark_filled(together)

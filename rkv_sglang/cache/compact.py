@@ -6,6 +6,7 @@ from typing import Generic, TypeVar
 
 import torch
 
+from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.algorithm.near_duplicates import PromptHits
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.kernels.dispatch import compact_paged, runs_triton, working_bytes_per_token
@@ -31,7 +32,7 @@ class DueRequest(Generic[PlanT]):
         slots: Every resident token's slot, temporal order, ``[plan.resident_len]``, int64. A snapshot: the engine may
             rewrite its index map while the compaction runs on another stream.
         logical_len: Tokens ever seen, evicted ones included.
-        kept_scores: The ``Compacted.kept_scores`` of this request's last compaction.
+        kept_state, memory: Those of the ``Compacted`` of this request's last compaction.
         wants_indices: Whether ``Compacted.kept_indices`` is asked for.
         prompt_hits: Of this request's prompt, of all layers, for a policy that keeps them; None to find them anew.
     """
@@ -39,7 +40,8 @@ class DueRequest(Generic[PlanT]):
     plan: PlanT
     slots: torch.Tensor
     logical_len: int
-    kept_scores: torch.Tensor | None = None
+    kept_state: torch.Tensor | None = None
+    memory: torch.Tensor | None = None
     wants_indices: bool = False
     prompt_hits: PromptHits | None = None
 
@@ -51,12 +53,14 @@ class Compacted:
     Attributes:
         kept_indices: Of the generated tokens that were resident, those that stay, ascending,
             ``[num_layers, num_kv_heads, budget]``, int32, on the pool's device; None unless they were asked for.
-        kept_scores: What a stateful policy is to be given back at the request's next compaction, as
-            ``DueRequest.kept_scores``, ``[num_layers, num_kv_heads, budget - window]``, fp32; None for other policies.
+        kept_state: What a stateful policy is to be given back at the request's next compaction, as
+            ``DueRequest.kept_state``, ``[num_layers, num_kv_heads, budget - window]``, fp32; None for other policies.
+        memory: The same of what a policy remembers, ``[num_layers, num_kv_heads, ...]``.
     """
 
     kept_indices: torch.Tensor | None = None
-    kept_scores: torch.Tensor | None = None
+    kept_state: torch.Tensor | None = None
+    memory: torch.Tensor | None = None
 
 
 def compact_requests(
@@ -67,6 +71,7 @@ def compact_requests(
     window: int,
     *,
     query_bytes: int = 0,
+    model: ModelAttention = PLAIN_ATTENTION,
 ) -> list[Compacted]:
     """Keep of each request what its plan says, chosen per layer and KV head.
 
@@ -82,6 +87,7 @@ def compact_requests(
         policy: Scores the tokens.
         window: Most recent tokens, kept whatever their score.
         query_bytes: What ``read_queries`` allocates for each request, all layers together.
+        model: How the model attends.
 
     Returns:
         Per request, in order, what was kept.
@@ -102,7 +108,7 @@ def compact_requests(
             window=window,
         )
         of_layers = [
-            _compact_layers(buffers, together, batch, read_queries(part, layers), policy, layers)
+            _compact_layers(buffers, together, batch, read_queries(part, layers), policy, layers, model)
             for layers in split_layers(buffers.keys.num_layers, max(num_tokens[part]) * len(plans), most_tokens)
         ]
         compacted += [_join(own) for own in zip(*of_layers, strict=True)]
@@ -117,23 +123,25 @@ def _compact_layers(
     queries: torch.Tensor,
     policy: Policy,
     layers: slice,
+    model: ModelAttention,
 ) -> list[Compacted]:
     """Compact some layers of the requests of ``batch``; what is returned has these layers only."""
     if layers != slice(0, buffers.keys.num_layers):
         buffers = buffers.of_layers(layers)
-    history = [
-        History(
-            request.logical_len,
-            None if request.kept_scores is None else request.kept_scores[layers],
-            None if request.prompt_hits is None else request.prompt_hits.of_layers(layers),
-        )
-        for request in requests
-    ]
-    kept = compact_paged(buffers.keys, buffers.values, batch, queries, policy, history)
-    scores = kept.scores or [None] * len(requests)
+    history = []
+    for request in requests:
+        state, memory = (None if own is None else own[layers] for own in (request.kept_state, request.memory))
+        hits = None if request.prompt_hits is None else request.prompt_hits.of_layers(layers)
+        history.append(History(request.logical_len, state, memory, hits))
+    kept = compact_paged(buffers.keys, buffers.values, batch, queries, policy, history, model)
+    nothing = [None] * len(requests)
     return [
         # A copy: a view would hold the indices of all requests of the part until the last part is done.
-        Compacted(kept.indices[:, i, :, : request.plan.budget].clone() if request.wants_indices else None, scores[i])
+        Compacted(
+            kept.indices[:, i, :, : request.plan.budget].clone() if request.wants_indices else None,
+            (kept.state or nothing)[i],
+            (kept.memory or nothing)[i],
+        )
         for i, request in enumerate(requests)
     ]
 
@@ -149,9 +157,11 @@ def _join(of_layers: Sequence[Compacted]) -> Compacted:
     """Put the layers of one request together again."""
     if len(of_layers) == 1:
         return of_layers[0]
-    indices = [part.kept_indices for part in of_layers if part.kept_indices is not None]
-    scores = [part.kept_scores for part in of_layers if part.kept_scores is not None]
-    return Compacted(torch.cat(indices) if indices else None, torch.cat(scores) if scores else None)
+    joined = []
+    for name in ("kept_indices", "kept_state", "memory"):
+        parts = [part for of_layer in of_layers if (part := getattr(of_layer, name)) is not None]
+        joined.append(torch.cat(parts) if parts else None)
+    return Compacted(*joined)
 
 
 def split_requests(num_tokens: Sequence[int], most_tokens: int) -> Iterator[slice]:

@@ -12,7 +12,7 @@ class HostCopy:
 
     Attributes:
         keys: ``[num_layers, num_tokens, num_kv_heads, head_dim]``, the pool's storage dtype, on the CPU.
-        values: ``[num_layers, num_tokens, num_kv_heads, v_head_dim]``, the same.
+        values: ``[num_layers, num_tokens, num_kv_heads, v_head_dim]``, the same; empty where a token has one entry.
     """
 
     keys: torch.Tensor
@@ -32,7 +32,7 @@ def save_slots(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], slo
 
     Args:
         keys: Per layer ``[num_slots, num_kv_heads, head_dim]``, contiguous from the second dimension on; only read.
-        values: Per layer ``[num_slots, num_kv_heads, v_head_dim]``; the same.
+        values: Per layer ``[num_slots, num_kv_heads, v_head_dim]``; the same. None where a token has one entry.
         slots: In the order in which the copy holds them, ``[num_tokens]``, int64, on the pool's device.
     """
     host_keys = _host_buffer(keys, len(slots))
@@ -76,6 +76,8 @@ def load_slots(
 
 
 def _host_buffer(layers: Sequence[torch.Tensor], num_tokens: int) -> torch.Tensor | None:
+    if not layers:
+        return torch.empty(0)
     shape, dtype = (len(layers), num_tokens, *layers[0].shape[1:]), layers[0].dtype
     # Only so much memory can be pinned; the other kind is slower, and the copy then waits for the device.
     for pinned in (True, False) if layers[0].is_cuda else (False,):

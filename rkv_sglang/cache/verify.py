@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from rkv_sglang.algorithm import reference
+from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import Compacted, DueRequest
 from rkv_sglang.kernels.paged_batch import FP8_DTYPES, PagedBuffers
-from rkv_sglang.policies import RKV, Policy, ScoreInputs
+from rkv_sglang.policies import RKV, Policy, ScoreInputs, as_scored
 from rkv_sglang.sizes.compaction_plan import GatherPlan
 
 # Of the spread of a head's scores: below this, which of two tokens is kept is a matter of the order of summation.
@@ -38,6 +39,7 @@ def compact_and_verify(
     window: int,
     *,
     query_bytes: int = 0,
+    model: ModelAttention = PLAIN_ATTENTION,
 ) -> list[Compacted]:
     """Call ``compact`` (``compact.compact_requests``) with the other arguments and check all that it did.
 
@@ -55,13 +57,13 @@ def compact_and_verify(
     before = [_rows_of(buffers, request.slots) for request in requests]
     shared = _checksums(buffers, shared_slots)
     asked = [replace(request, wants_indices=True) for request in requests]
-    compacted = compact(buffers, asked, read_queries, policy, window, query_bytes=query_bytes)
+    compacted = compact(buffers, asked, read_queries, policy, window, query_bytes=query_bytes, model=model)
     if _checksums(buffers, shared_slots) != shared:
         raise CompactionDiffersError("a compaction wrote a slot that the prefix cache shares; please report this")
     everything = slice(0, buffers.keys.num_layers)
     for number, (request, result, rows) in enumerate(zip(requests, compacted, before, strict=True)):
         queries = read_queries(slice(number, number + 1), everything)[:, 0]
-        for problem in _problems(buffers, request, result, rows, queries, policy, window):
+        for problem in _problems(buffers, request, result, rows, queries, policy, window, model):
             raise CompactionDiffersError(
                 f"compaction of {request.plan.generated_len} generated tokens to {request.plan.budget} after a prompt "
                 f"of {request.plan.prompt_len}: {problem}; please report this"
@@ -80,6 +82,7 @@ def _problems(
     queries: Tensor,
     policy: Policy,
     window: int,
+    model: ModelAttention,
 ) -> Iterator[str]:
     """Yield what is wrong with one request, one line each."""
     plan, indices = request.plan, result.kept_indices
@@ -109,9 +112,12 @@ def _problems(
             prompt_len=plan.prompt_len,
             values=_as_numbers(buffers.values, before[1], layer),
             logical_len=request.logical_len,
-            state=None if request.kept_scores is None else request.kept_scores[layer],
+            state=None if request.kept_state is None else request.kept_state[layer],
+            memory=None if request.memory is None else request.memory[layer],
             layer=buffers.keys.first_layer + layer,
             first_kv_head=buffers.keys.first_kv_head,
+            budget=plan.budget,
+            model=model,
         )
         if not any(_explains(scores, kept[layer], plan.prompt_len, window) for scores in _scores(policy, layer_inputs)):
             yield f"layer {layer} kept other tokens than the policy's score says"
@@ -120,7 +126,7 @@ def _problems(
 def _scores(policy: Policy, inputs: ScoreInputs) -> Iterator[Tensor]:
     """Yield the scores by the plainest way there is; several where a rounding error decides between them."""
     if type(policy) is not RKV:
-        yield policy.score(inputs)
+        yield as_scored(policy.score(inputs)).scores
         return
     for shift in (0.0, COSINE_TOLERANCE, -COSINE_TOLERANCE):
         yield reference.rkv_scores(
@@ -129,6 +135,7 @@ def _scores(policy: Policy, inputs: ScoreInputs) -> Iterator[Tensor]:
             mix_lambda=policy.mix_lambda,
             kernel_size=policy.kernel_size,
             similarity_threshold=min(max(policy.similarity_threshold + shift, -1.0), 1.0),
+            model=inputs.model,
         )
 
 

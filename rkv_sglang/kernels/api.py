@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.kernels.dispatch import compact_paged
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
 from rkv_sglang.kernels.transfer import to_device
-from rkv_sglang.policies import RKV, Policy, is_stateful
+from rkv_sglang.policies import RKV, Policy, is_stateful, memory_numbers
 from rkv_sglang.sizes.pages import pages_needed
 
 
@@ -39,6 +40,7 @@ def compact_paged_kv(
     *,
     budget: int | Sequence[int],
     policy: Policy | None = None,
+    model: ModelAttention = PLAIN_ATTENTION,
     dtype: torch.dtype | None = None,
     key_scales: Sequence[float] | None = None,
     value_scales: Sequence[float] | None = None,
@@ -60,6 +62,7 @@ def compact_paged_kv(
             recent ``window`` ones, are always kept.
         budget: Generated tokens to keep, the window included, more than ``window``; one for all or one per request.
         policy: The rule that scores tokens, one without a memory of its own; default: ``RKV()``.
+        model: How logits are made of products; default: times ``1 / sqrt(head_dim)``.
         dtype: What uint8 pages hold.
         key_scales, value_scales: Per layer, the factor that dequantises fp8; default: 1.
 
@@ -92,7 +95,7 @@ def compact_paged_kv(
         True
     """
     policy = RKV() if policy is None else policy
-    if is_stateful(policy):
+    if is_stateful(policy) or memory_numbers(policy, 1, 1):
         raise ValueError(f"policy {type(policy).__name__} needs what it scored before, which nothing carries here")
     if not paged_kv_cache or any(tensor.dim() != 4 for layer in paged_kv_cache for tensor in layer):
         raise ValueError("paged_kv_cache must hold keys and values of [num_pages, page_size, num_kv_heads, head_dim]")
@@ -117,7 +120,7 @@ def compact_paged_kv(
         window=window,
     )
     due_queries = queries if len(due) == num_requests else queries[:, to_device(due, torch.int64, queries.device)]
-    compact_paged(keys, values, batch, due_queries, policy)
+    compact_paged(keys, values, batch, due_queries, policy, model=model)
 
     new_lens = [min(kv_lens[r], prompt_lens[r] + budgets[r]) for r in range(num_requests)]
     still_used = [

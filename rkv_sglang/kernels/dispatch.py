@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.algorithm.selection import select_kept
 from rkv_sglang.kernels.move import move_kept_paged, move_kept_torch
 from rkv_sglang.kernels.paged_batch import FP8_DTYPES, PagedBatch, PagedBuffers
 from rkv_sglang.kernels.score.config import padded_head_dim, padded_window
-from rkv_sglang.kernels.score.scorers import PAGED_SCORERS, History, PagedInputs, scores_of_kept
+from rkv_sglang.kernels.score.scorers import PAGED_SCORERS, History, PagedInputs, scored_paged, state_of_kept
 from rkv_sglang.kernels.select import select_kept_paged
-from rkv_sglang.policies import Policy, ScoreInputs, is_stateful, needs_values
+from rkv_sglang.policies import Policy, Scored, ScoreInputs, as_scored, is_stateful, needs_values
 from rkv_sglang.sizes.pages import pages_needed
 
 
@@ -28,11 +29,13 @@ class Kept:
     Attributes:
         indices: Of the generated tokens, ascending, then -1 past the request's budget,
             ``[num_layers, num_requests, num_kv_heads, max_budget]``, int32.
-        scores: Per request the next ``History.kept_scores``; None unless the policy is stateful.
+        state: Per request the next ``History.kept_state``; None unless the policy is stateful.
+        memory: Per request the next ``History.memory``; None unless the policy remembers.
     """
 
     indices: Tensor
-    scores: tuple[Tensor, ...] | None = None
+    state: tuple[Tensor, ...] | None = None
+    memory: tuple[Tensor, ...] | None = None
 
 
 def runs_triton(buffers: PagedBuffers) -> bool:
@@ -58,6 +61,7 @@ def compact_paged(
     queries: Tensor,
     policy: Policy,
     history: Sequence[History] | None = None,
+    model: ModelAttention = PLAIN_ATTENTION,
 ) -> Kept:
     """Score, choose and move: every request keeps its prompt and its budget of generated tokens.
 
@@ -71,26 +75,28 @@ def compact_paged(
             ``[num_layers, num_requests, window, num_qo_heads, head_dim]``, floating.
         policy: Scores the tokens.
         history: One entry per request; default: nothing was ever evicted.
+        model: How the model attends.
 
     Returns:
-        What was kept of each request, and for a stateful policy its scores.
+        What was kept of each request, and for a stateful policy its state.
 
     Raises:
         ValueError: A shape, dtype or device does not fit.
     """
     if not runs_triton(keys):
-        kept = choose_kept_torch(keys, values, batch, queries, policy, history)
+        kept = choose_kept_torch(keys, values, batch, queries, policy, history, model)
         move_kept_torch(keys, values, batch, kept.indices)
         return kept
     scorer = PAGED_SCORERS.get(type(policy))
     if scorer is None:
-        kept = choose_kept_torch(keys, values, batch, queries, policy, history)
+        kept = choose_kept_torch(keys, values, batch, queries, policy, history, model)
     else:
         past = _nothing_evicted(batch) if history is None else history
-        inputs = PagedInputs(keys=keys, values=values, batch=batch, queries=queries, history=past)
-        scores = scorer(policy, inputs)
-        indices = select_kept_paged(scores, batch)
-        kept = Kept(indices, scores_of_kept(scores, indices, batch) if is_stateful(policy) else None)
+        inputs = PagedInputs(keys=keys, values=values, batch=batch, queries=queries, history=past, model=model)
+        scored = scored_paged(scorer(policy, inputs))
+        indices = select_kept_paged(scored.scores, batch)
+        state = state_of_kept(scored.state, indices, batch) if is_stateful(policy) else None
+        kept = Kept(indices, state, scored.memory)
     move_kept_paged(keys, values, batch, kept.indices)
     return kept
 
@@ -103,6 +109,7 @@ def score_paged(
     queries: Tensor,
     policy: Policy,
     history: Sequence[History],
+    model: ModelAttention = PLAIN_ATTENTION,
 ) -> Tensor:
     """Score only; arguments as in ``compact_paged``, and the pool is only read.
 
@@ -112,11 +119,12 @@ def score_paged(
     """
     scorer = PAGED_SCORERS.get(type(policy)) if runs_triton(keys) else None
     if scorer is not None:
-        return scorer(policy, PagedInputs(keys=keys, values=values, batch=batch, queries=queries, history=history))
+        inputs = PagedInputs(keys=keys, values=values, batch=batch, queries=queries, history=history, model=model)
+        return scored_paged(scorer(policy, inputs)).scores
     scores = torch.full((keys.num_layers, keys.num_kv_heads, batch.num_tokens), -torch.inf, device=keys.device)
     starts = [0, *itertools.accumulate(batch.kv_lens_cpu)]
-    for request, layer, own in _scores_torch(keys, values, batch, queries, policy, history):
-        scores[layer, :, starts[request] : starts[request] + own.shape[1]] = own
+    for request, layer, own in _scores_torch(keys, values, batch, queries, policy, history, model):
+        scores[layer, :, starts[request] : starts[request] + own.scores.shape[1]] = own.scores
     return scores
 
 
@@ -131,18 +139,25 @@ def choose_kept_torch(
     queries: Tensor,
     policy: Policy,
     history: Sequence[History] | None = None,
+    model: ModelAttention = PLAIN_ATTENTION,
 ) -> Kept:
     """Choose as ``compact_paged`` does, by the policy's own score, request by request and layer by layer."""
     history = _nothing_evicted(batch) if history is None else history
     shape = (keys.num_layers, batch.num_requests, keys.num_kv_heads, batch.max_budget)
     kept_indices = torch.full(shape, -1, dtype=torch.int32, device=keys.device)
-    kept_scores: list[list[Tensor]] = [[] for _ in batch.kv_lens_cpu]
-    for request, layer, scores in _scores_torch(keys, values, batch, queries, policy, history):
+    kept_state: list[list[Tensor]] = [[] for _ in batch.kv_lens_cpu]
+    memory: list[list[Tensor]] = [[] for _ in batch.kv_lens_cpu]
+    for request, layer, scored in _scores_torch(keys, values, batch, queries, policy, history, model):
         prompt_len, budget = batch.prompt_lens_cpu[request], batch.budgets_cpu[request]
-        kept = select_kept(scores, prompt_len, batch.window, budget)
+        kept = select_kept(scored.scores, prompt_len, batch.window, budget)
         kept_indices[layer, request, :, :budget] = kept
-        kept_scores[request].append(scores.gather(1, prompt_len + kept[:, : budget - batch.window]))
-    return Kept(kept_indices, tuple(map(torch.stack, kept_scores)) if is_stateful(policy) else None)
+        kept_state[request].append(scored.state.gather(1, prompt_len + kept[:, : budget - batch.window]))
+        memory[request] += [] if scored.memory is None else [scored.memory]
+    return Kept(
+        kept_indices,
+        tuple(map(torch.stack, kept_state)) if is_stateful(policy) else None,
+        tuple(map(torch.stack, memory)) if memory[0] else None,
+    )
 
 
 def _scores_torch(
@@ -152,7 +167,8 @@ def _scores_torch(
     queries: Tensor,
     policy: Policy,
     history: Sequence[History],
-) -> Iterator[tuple[int, int, Tensor]]:
+    model: ModelAttention,
+) -> Iterator[tuple[int, int, Scored]]:
     """Yield each request's number, each layer's and what the policy itself scores there."""
     wanted = [keys.num_layers, batch.num_requests, batch.window]
     if queries.dim() != 5 or list(queries.shape[:3]) != wanted:
@@ -170,12 +186,15 @@ def _scores_torch(
                 prompt_len=prompt_len,
                 values=_gather(values, layer, pages, kv_len) if needs_values(policy) else None,
                 logical_len=past.logical_len,
-                state=None if past.kept_scores is None else past.kept_scores[layer],
+                state=None if past.kept_state is None else past.kept_state[layer],
+                memory=None if past.memory is None else past.memory[layer],
                 prompt_hits=None if past.prompt_hits is None else past.prompt_hits.of_layers(slice(layer, layer + 1)),
                 layer=keys.first_layer + layer,
                 first_kv_head=keys.first_kv_head,
+                budget=batch.budgets_cpu[request],
+                model=model,
             )
-            yield request, layer, policy.score(inputs)
+            yield request, layer, as_scored(policy.score(inputs))
 
 
 def _gather(buffers: PagedBuffers, layer: int, pages: Tensor, num_tokens: int) -> Tensor:

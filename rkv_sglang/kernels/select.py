@@ -41,6 +41,35 @@ def _count_at_least(scores_ptr, num_candidates, least, BLOCK: tl.constexpr):
     return tl.sum(counts, axis=0)
 
 
+@triton.jit
+def find_cut(scores_ptr, num_candidates, num_best, BLOCK: tl.constexpr):
+    """Return what cuts off the best ``num_best`` scores: an integer, and how many with exactly that one are kept.
+
+    Scores are compared as ``_load_ordered`` turns them. All above the integer are kept, and the earliest of the others.
+    """
+    # The largest integer that at least num_best candidates reach: that of the last one kept.
+    least = tl.full([], 0, tl.uint32)
+    bit = tl.full([], 0x80000000, tl.uint32)
+    for _ in range(32):
+        count = _count_at_least(scores_ptr, num_candidates, least | bit, BLOCK)
+        least = tl.where(count >= num_best, least | bit, least)
+        bit = bit >> 1
+    beating = tl.where(least == 0xFFFFFFFF, 0, _count_at_least(scores_ptr, num_candidates, least + 1, BLOCK))
+    return least, num_best - beating
+
+
+@triton.jit
+def beats_cut(scores_ptr, indices, inside, least, equal_left):
+    """Return which of some scores are kept, int32, and how many are exactly at the cut.
+
+    ``equal_left`` is how many of the latter are kept, after those before.
+    """
+    ordered = _load_ordered(scores_ptr, indices, inside)
+    equal = (inside & (ordered == least)).to(tl.int32)
+    kept = (inside & (ordered > least)) | ((equal == 1) & (tl.cumsum(equal, axis=0) <= equal_left))
+    return kept.to(tl.int32), tl.sum(equal, axis=0)
+
+
 @triton.jit(
     do_not_specialize=("num_tokens", "kept_width"),
     do_not_specialize_on_alignment=("token_indptr_ptr", "prompt_lens_ptr", "budgets_ptr"),
@@ -72,29 +101,16 @@ def _select_kept_kernel(
     scores_ptr += layer_head * num_tokens + first_column + prompt_len
     kept_ptr += ((layer * tl.num_programs(0) + request) * num_kv_heads + head) * kept_width
 
-    # The largest integer that at least num_best candidates reach: that of the last one kept.
-    least = tl.full([], 0, tl.uint32)
-    bit = tl.full([], 0x80000000, tl.uint32)
-    for _ in range(32):
-        count = _count_at_least(scores_ptr, num_candidates, least | bit, BLOCK)
-        least = tl.where(count >= num_best, least | bit, least)
-        bit = bit >> 1
-
-    # How many of those with exactly that integer are kept: the earliest.
-    beating = tl.where(least == 0xFFFFFFFF, 0, _count_at_least(scores_ptr, num_candidates, least + 1, BLOCK))
-    equal_kept = num_best - beating
+    least, equal_kept = find_cut(scores_ptr, num_candidates, num_best, BLOCK)
     written = tl.full([], 0, tl.int32)
     equal_seen = tl.full([], 0, tl.int32)
     for start in range(0, num_candidates, BLOCK):
         indices = start + tl.arange(0, BLOCK)
         inside = indices < num_candidates
-        ordered = _load_ordered(scores_ptr, indices, inside)
-        equal = (inside & (ordered == least)).to(tl.int32)
-        equal_rank = equal_seen + tl.cumsum(equal, axis=0)
-        kept = ((inside & (ordered > least)) | ((equal == 1) & (equal_rank <= equal_kept))).to(tl.int32)
+        kept, num_equal = beats_cut(scores_ptr, indices, inside, least, equal_kept - equal_seen)
         places = written + tl.cumsum(kept, axis=0) - 1
         tl.store(kept_ptr + places, indices, mask=kept == 1)
-        equal_seen += tl.sum(equal, axis=0)
+        equal_seen += num_equal
         written += tl.sum(kept, axis=0)
 
     for start in range(num_best, kept_width, BLOCK):

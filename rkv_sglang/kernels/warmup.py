@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.kernels.capture import LAYERS_PER_LAUNCH, capture_queries
 from rkv_sglang.kernels.dispatch import compact_paged, runs_triton
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
@@ -21,6 +22,7 @@ def warm_up(
     *,
     budget: int,
     capacity: int,
+    model: ModelAttention = PLAIN_ATTENTION,
 ) -> None:
     """Run compaction and query capture once at the served shapes; on a CPU do nothing.
 
@@ -35,6 +37,7 @@ def warm_up(
         policy: The policy served.
         budget: Generated tokens kept.
         capacity: Generated tokens at which a request is compacted.
+        model: How the model attends.
 
     Raises:
         ValueError: The kernels do not support a shape or dtype of what is served.
@@ -56,6 +59,7 @@ def warm_up(
             batch,
             query_rings.new_zeros(num_layers, num_requests, window, num_qo_heads, head_dim),
             policy,
+            model=model,
         )
         indices = row_of_request.new_zeros(num_requests)
         queries = query_rings.new_zeros(num_requests, num_qo_heads * head_dim)

@@ -1,10 +1,11 @@
-"""Interface of a policy: its inputs and its scores."""
+"""Interface of a policy: its inputs, its scores, and what it is given back at the next compaction."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.algorithm.near_duplicates import PromptHits
 from rkv_sglang.config import HEAD
 
@@ -22,10 +23,15 @@ class ScoreInputs:
         logical_len: Tokens ever seen, evicted ones included; ``None`` means L, so nothing was evicted.
         layer: Number of the layer in the whole model.
         first_kv_head: Number of the first KV head in the whole model; the others follow it.
-        state: For a stateful policy, the scores it gave at the last compaction to the tokens that are still here,
-            ``[num_kv_heads, num_scored]``, fp32: column i belongs to the resident token ``prompt_len + i``. Later
-            tokens have never been scored, and their logical positions end at ``logical_len - 1`` without a gap.
-            ``None`` before the first compaction and after the cache was computed anew.
+        state: For a stateful policy, the scores (or ``Scored.state``) that it gave at the last compaction to the tokens
+            that are still here, ``[num_kv_heads, num_scored]``, fp32: column i belongs to the resident token
+            ``prompt_len + i``. Later tokens have never been scored, and their logical positions end at
+            ``logical_len - 1`` without a gap. ``None`` before the first compaction and after the cache was computed
+            anew.
+        memory: For a policy that remembers, the ``Scored.memory`` that it returned at the last compaction in this
+            layer; ``None`` when ``state`` would be.
+        budget: Generated tokens that will be kept, the window included; ``None`` where nobody says.
+        model: How the model attends; ``model.logits`` makes attention logits of products of queries and keys.
         prompt_hits: Of this layer, for a policy that keeps them: what the prompt finds within the prompt. Written
             unless it is filled. ``None`` for a short prompt, or where there is no room: then it is found anew.
 
@@ -42,6 +48,9 @@ class ScoreInputs:
     prompt_hits: PromptHits | None = None
     layer: int = 0
     first_kv_head: int = 0
+    memory: Tensor | None = None
+    budget: int | None = None
+    model: ModelAttention = PLAIN_ATTENTION
 
     def __post_init__(self) -> None:
         window, num_tokens = self.queries.shape[0], self.keys.shape[0]
@@ -73,6 +82,23 @@ class ScoreInputs:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """What a policy returns whose state is not its scores.
+
+    Attributes:
+        scores: As ``Policy.score`` returns them alone.
+        state: What travels with the tokens in their place, of the shape of ``scores``, fp32: of those that are kept it
+            is the next ``ScoreInputs.state``.
+        memory: What travels with the request whatever is kept, ``[num_kv_heads, ...]``: the next
+            ``ScoreInputs.memory``.
+    """
+
+    scores: Tensor
+    state: Tensor
+    memory: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Places:
     """Where tokens of one or more requests lie: all that a policy needs which looks at nothing else.
 
@@ -91,20 +117,24 @@ class Policy(Protocol):
     """A rule that scores the tokens of one request, layer by layer.
 
     A policy is a dataclass whose fields are its parameters; it refuses bad ones in ``__post_init__``. It may set class
-    attributes: ``needs_values = True`` to be given values; ``stateful = True`` to be given back, at the next
-    compaction, the scores of the tokens that were kept; ``keeps_prompt_hits = True`` to be given ``prompt_hits`` of
-    long prompts; ``default_window`` and ``default_buffer``, tokens, for servers on which nobody sets them;
+    attributes: ``needs_values = True`` to be given values; ``needs_rope = True`` to be given ``model.rope``,
+    ``needs_statistics = True`` to be given ``model.statistics``, too; ``stateful = True`` to be given back, at the next
+    compaction, the scores of the tokens that were kept (see ``needs_values`` and ``is_stateful``); ``remembers = True``
+    to be given back ``Scored.memory``, of which a method ``memory_numbers(gqa_group_size, head_dim)`` says how many
+    numbers it has at the most for each KV head; ``keeps_prompt_hits = True`` to be given ``prompt_hits`` of long
+    prompts; ``default_window`` and ``default_buffer``, tokens, for servers on which nobody sets them;
     ``granularities``, where its choice can be made, the default first (``("head",)`` where it sets none).
 
     One whose scores depend on nothing but the places of tokens has a method ``score_places(places)`` too, which returns
     the scores of tokens with one choice for a whole request, ``[num_tokens]``, fp32 (see ``is_blind``).
     """
 
-    def score(self, inputs: ScoreInputs) -> Tensor:
+    def score(self, inputs: ScoreInputs) -> Tensor | Scored:
         """Score the tokens before the window; reads ``inputs`` only.
 
         Returns:
-            ``[num_kv_heads, L - window]``, fp32, no NaN; higher means keep. Columns of the prompt are ignored.
+            ``[num_kv_heads, L - window]``, fp32, no NaN; higher means keep. Columns of the prompt are ignored. A
+            stateful policy that wants other numbers back than its scores returns both, a ``Scored``.
 
         Raises:
             ValueError: A shape, dtype or device of ``inputs`` does not fit.
@@ -112,9 +142,31 @@ class Policy(Protocol):
         ...
 
 
+def as_scored(result: Tensor | Scored) -> Scored:
+    """Return what ``Policy.score`` returned, with the state that it means."""
+    return result if isinstance(result, Scored) else Scored(result, result)
+
+
 def needs_values(policy: Policy) -> bool:
     """Return whether ``ScoreInputs.values`` must be filled for this policy."""
     return bool(getattr(policy, "needs_values", False))
+
+
+def needs_statistics(policy: Policy) -> bool:
+    """Return whether ``ScoreInputs.model`` must have statistics of the model's queries, and its rotary positions."""
+    return bool(getattr(policy, "needs_statistics", False))
+
+
+def needs_rope(policy: Policy) -> bool:
+    """Return whether ``ScoreInputs.model`` must have the model's rotary positions."""
+    return bool(getattr(policy, "needs_rope", False)) or needs_statistics(policy)
+
+
+def memory_numbers(policy: Policy, gqa_group_size: int, head_dim: int) -> int:
+    """Return how many numbers, of the type of queries, the policy remembers of a request in each layer and KV head."""
+    if not getattr(policy, "remembers", False):
+        return 0
+    return int(policy.memory_numbers(gqa_group_size, head_dim))  # type: ignore[attr-defined]
 
 
 def is_stateful(policy: Policy) -> bool:

@@ -15,8 +15,9 @@ class H2O:
     """H2O, heavy hitters, arXiv 2306.14048: attention received, summed over the windows of all compactions.
 
     ``score_j = score_j at the last compaction + sum over t of p[t, j]``, where ``p[t, :]`` is the softmax over all
-    tokens before the window of ``max over the query group of q_t . k_j / sqrt(head_dim)``, for the queries t of the
-    window. A token that was never scored starts from 0. The sum travels with the token: one float per token and head.
+    tokens before the window of the model's logits of ``max over the query group of q_t . k_j``, for the queries t of
+    the window. A token that was never scored starts from 0. The sum travels with the token: one float per token and
+    head.
 
     It has no parameters.
     """
@@ -26,7 +27,8 @@ class H2O:
 
     def score(self, inputs: ScoreInputs) -> Tensor:
         """See ``Policy.score``."""
-        received = inputs.queries.shape[0] * importance(inputs.queries, inputs.keys, kernel_size=1)
+        received = importance(inputs.queries, inputs.keys, kernel_size=1, model=inputs.model)
+        received *= inputs.queries.shape[0]
         if inputs.state is not None:
             received[:, inputs.prompt_len : inputs.prompt_len + inputs.num_scored] += inputs.state
         return received

@@ -15,6 +15,12 @@ def check_at_least(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_fraction(name: str, value: float) -> None:
+    """Raise ``ValueError`` unless ``value`` is in [0, 1]."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
 def parameter_types(policy_class: type[Any]) -> dict[str, Any]:
     """Return the parameters of a policy, a dataclass, by name, each with its annotation."""
     try:

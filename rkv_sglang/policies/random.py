@@ -12,7 +12,7 @@ from rkv_sglang.policies.parameters import check_at_least
 
 _LOW_32 = 0xFFFFFFFF
 # Below 2^31, so that a product with a 32-bit number fits into int64.
-_MULTIPLIER = 0x45D9F3B
+MULTIPLIER = 0x45D9F3B
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,5 +73,5 @@ def as_fraction(numbers: Tensor) -> Tensor:
 def mix_(numbers: Tensor) -> Tensor:
     """Scramble 32-bit numbers held in int64, one to one, in place; one more tensor of their size is held meanwhile."""
     for _ in range(2):
-        numbers.bitwise_xor_(numbers >> 16).mul_(_MULTIPLIER).bitwise_and_(_LOW_32)
+        numbers.bitwise_xor_(numbers >> 16).mul_(MULTIPLIER).bitwise_and_(_LOW_32)
     return numbers.bitwise_xor_(numbers >> 16)

@@ -8,10 +8,14 @@ from dataclasses import is_dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from rkv_sglang.config import GRANULARITIES, NO_POLICY, PolicyConfig
+from rkv_sglang.config import GRANULARITIES, NO_POLICY, REQUEST, PolicyConfig
 from rkv_sglang.messages import one_line, shown
-from rkv_sglang.policies.base import Policy, granularities_of
+from rkv_sglang.policies.base import Policy, granularities_of, is_blind
 from rkv_sglang.policies.h2o import H2O
+from rkv_sglang.policies.informed.beaconkv import BeaconKV
+from rkv_sglang.policies.informed.gkv import GKV
+from rkv_sglang.policies.informed.half import Half
+from rkv_sglang.policies.informed.triattention import TriAttention
 from rkv_sglang.policies.keydiff import KeyDiff
 from rkv_sglang.policies.longflow import LongFlow
 from rkv_sglang.policies.manifoldkv import ManifoldKV
@@ -33,6 +37,10 @@ POLICIES: dict[str, type[Policy]] = {
     "longflow": LongFlow,
     "random": Random,
     "random_attention": RandomAttention,
+    "gkv": GKV,
+    "half": Half,
+    "triattention": TriAttention,
+    "beaconkv": BeaconKV,
 }
 # Parameters of the policies above that have a flag of their own, and so a field in the settings.
 SHARED_PARAMETERS = ("mix_lambda", "kernel_size", "similarity_threshold")
@@ -68,6 +76,15 @@ def make_policy(config: PolicyConfig) -> Policy:
     except Exception as error:
         raise ValueError(f"--kv-policy-config does not fit --kv-policy {config.policy}: {_told(error)}") from None
     return policy
+
+
+def looks_at_nothing(config: PolicyConfig) -> bool:
+    """Return whether the policy, as it is set, needs no queries, keys or values.
+
+    Raises:
+        ValueError: The name is unknown, or its package cannot be used.
+    """
+    return config.granularity == REQUEST and is_blind(_find(config.policy))
 
 
 def default_settings(name: str) -> dict[str, Any]:

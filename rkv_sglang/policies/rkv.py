@@ -39,5 +39,6 @@ class RKV:
             mix_lambda=self.mix_lambda,
             kernel_size=self.kernel_size,
             similarity_threshold=self.similarity_threshold,
+            model=inputs.model,
             prompt_hits=inputs.prompt_hits,
         )

@@ -16,8 +16,8 @@ class SnapKV:
     """SnapKV, arXiv 2404.14469, used while decoding: the importance of R-KV alone.
 
     ``score_j = max over neighbours i of j of (mean over t of p[t, i])``, where ``p[t, :]`` is the softmax over all
-    tokens before the window of ``max over the query group of q_t . k_j / sqrt(head_dim)``, for the queries t of the
-    window.
+    tokens before the window of the model's logits of ``max over the query group of q_t . k_j``, for the queries t of
+    the window.
 
     Attributes:
         kernel_size: Width of the max-pool over neighbours in time, odd; 1 turns it off.
@@ -32,4 +32,4 @@ class SnapKV:
 
     def score(self, inputs: ScoreInputs) -> Tensor:
         """See ``Policy.score``."""
-        return importance(inputs.queries, inputs.keys, self.kernel_size)
+        return importance(inputs.queries, inputs.keys, self.kernel_size, model=inputs.model)

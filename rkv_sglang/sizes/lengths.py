@@ -27,7 +27,8 @@ class RequestState:
         discarded_compactions: Compactions of an answer that was discarded, which it no longer counts.
         next_check: Forward count before which the request needs no look; ``NEVER`` if it can never be due.
         head_start: How early its first compaction comes, in tokens; None until its tokens have decided.
-        kept_scores: What a stateful policy is given back at the next compaction; a tensor that is only carried here.
+        kept_state: What a stateful policy is given back at the next compaction; a tensor that is only carried here.
+        memory: The same of what a policy remembers besides its tokens.
         prompt_hits: What a long prompt finds within itself, for a policy that keeps it; only carried here.
         host_copy: The resident KV of a request that waits to be restored from it, a ``HostCopy``; only carried here.
     """
@@ -40,7 +41,8 @@ class RequestState:
     discarded_compactions: int = 0
     next_check: float = 0
     head_start: int | None = None
-    kept_scores: Any = None
+    kept_state: Any = None
+    memory: Any = None
     prompt_hits: Any = None
     host_copy: Any = None
 
@@ -73,8 +75,7 @@ class RequestState:
 
     def drop_tensors(self) -> None:
         """Let go of the memory that a request needs to go on; the engine may keep a finished one for long."""
-        self.kept_scores = None
-        self.prompt_hits = None
+        self.kept_state = self.memory = self.prompt_hits = None
         self.host_copy = None
 
 

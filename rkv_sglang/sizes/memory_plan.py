@@ -34,17 +34,29 @@ class ModelShape:
         """Bytes of one token's K and V in all layers."""
         return self.num_layers * self.num_kv_heads * (self.head_dim + self.v_head_dim) * self.kv_itemsize
 
-    def side_bytes(self, config: PolicyConfig, *, stateful: bool = False, prompt_hits: bool = False) -> float:
-        """Bytes of the policy's own per token of the pool: the query window, and what a policy keeps of tokens.
+    @property
+    def statistics_bytes(self) -> int:
+        """Bytes of statistics of the model's queries, and of as many that a compaction makes of them: fp32.
 
-        Of scores that a stateful one carries, one fp32 number a kept token, layer and KV head, for as many requests as
-        the pool holds at their capacity. Of what long prompts find within themselves, one int32 number, as if all
-        tokens of the pool were of such prompts.
+        Three numbers for each pair of a query, in each layer.
         """
-        carried = self.num_layers * self.num_kv_heads * 4 * (config.budget - config.window) / config.capacity
+        return 2 * self.num_layers * self.num_qo_heads * (self.head_dim // 2) * 3 * 4
+
+    def side_bytes(
+        self, config: PolicyConfig, *, stateful: bool = False, memory_numbers: int = 0, prompt_hits: bool = False
+    ) -> float:
+        """Bytes of the policy's own per token of the pool: the query window, and what requests carry for it.
+
+        A stateful policy has them carry one fp32 number a kept token, layer and KV head, one that remembers
+        ``memory_numbers`` of the type of queries a layer and KV head; as many requests as the pool holds at their
+        capacity. What long prompts find within themselves is one int32 number of the same, as if all tokens of the pool
+        were of such prompts.
+        """
+        carried = 4 * (config.budget - config.window) if stateful else 0
+        carried += memory_numbers * self.query_itemsize
         queries = query_bytes_per_slot(config, self.num_layers, self.num_qo_heads, self.head_dim, self.query_itemsize)
-        hits = 4 * self.num_layers * self.num_kv_heads
-        return queries + (carried if stateful else 0.0) + (hits if prompt_hits else 0.0)
+        carried += 4 * config.capacity if prompt_hits else 0
+        return queries + self.num_layers * self.num_kv_heads * carried / config.capacity
 
 
 def pool_tokens(

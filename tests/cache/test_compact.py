@@ -97,7 +97,7 @@ def test_every_head_holds_its_own_kept_tokens_in_order_and_nothing_else_changes(
 
     compacted = compact_requests(buffers, requests, lambda part, layers: queries[layers, part], policy, window)
 
-    assert [result.kept_scores for result in compacted] == [None] * num_requests
+    assert [result.kept_state for result in compacted] == [None] * num_requests
     untouched = torch.ones(200, dtype=torch.bool)
     for request in requests:
         untouched[request.slots[request.plan.prompt_len : request.plan.kept_len]] = False
@@ -146,8 +146,8 @@ def test_attention_over_the_compacted_cache_is_attention_with_the_dropped_tokens
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def kept_scores(*arguments) -> list[torch.Tensor | None]:
-    return [result.kept_scores for result in compact_requests(*arguments)]
+def kept_state(*arguments) -> list[torch.Tensor | None]:
+    return [result.kept_state for result in compact_requests(*arguments)]
 
 
 @pytest.mark.parametrize("most_tokens", [0, 8])
@@ -161,15 +161,15 @@ def test_what_a_stateful_policy_scored_comes_back_with_the_tokens_that_it_kept(m
     def read_queries(part: slice, layers: slice) -> torch.Tensor:
         return torch.randn(2, 1, window, num_kv_heads, 4)[layers]
 
-    (first,) = kept_scores(buffers, [DueRequest(plan, slots[:13], 13)], read_queries, policy, window)
+    (first,) = kept_state(buffers, [DueRequest(plan, slots[:13], 13)], read_queries, policy, window)
     # Of the generated tokens 3 to 12 the newest stay: 7 to 10 for their score, 11 and 12 as the window.
     assert first.tolist() == [[[7, 8, 9, 10]] * num_kv_heads] * 2
     plan = plan_compaction(prompt_len=prompt_len, resident_len=12, budget=budget, page_size=1)
-    (second,) = kept_scores(buffers, [DueRequest(plan, slots[:12], 16, first)], read_queries, policy, window)
+    (second,) = kept_state(buffers, [DueRequest(plan, slots[:12], 16, first)], read_queries, policy, window)
     # Tokens scored before now outrank all others; there are as many as are kept.
     assert second.tolist() == [[[1007, 1008, 1009, 1010]] * num_kv_heads] * 2
     plan = plan_compaction(prompt_len=prompt_len, resident_len=12, budget=budget + 1, page_size=1)
-    (third,) = kept_scores(buffers, [DueRequest(plan, slots[:12], 19, second)], read_queries, policy, window)
+    (third,) = kept_state(buffers, [DueRequest(plan, slots[:12], 19, second)], read_queries, policy, window)
     # One more is kept: the newest candidate, at logical position 16, which was never scored.
     assert third.tolist() == [[[2007, 2008, 2009, 2010, 16]] * num_kv_heads] * 2
 

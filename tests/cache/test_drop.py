@@ -108,8 +108,8 @@ def test_the_blocks_of_the_lowest_mean_score_go_the_older_of_equal_ones_first(po
             assert choice.kept.tolist() == sorted(ranked[plan.num_dropped :])
             if name == "random":
                 stays = kept_tokens(plan, choice)[: plan.budget - window] + plan.prompt_len
-                assert choice.kept_scores is not None
-                assert torch.equal(choice.kept_scores.double(), scores[stays])
+                assert choice.kept_state is not None
+                assert torch.equal(choice.kept_state.double(), scores[stays])
 
 
 def test_equal_scores_let_the_older_block_go():

@@ -38,6 +38,16 @@ def test_slots_come_back_elsewhere_and_nothing_else_changes(dtype, first):
         assert all(torch.equal(now, then) for now, then in zip(found, right, strict=True))
 
 
+def test_a_cache_of_one_entry_a_token_comes_back_too():
+    latents, _ = pools(torch.float32, 1)
+    others, _ = pools(torch.float32, 2)
+    copy = save_slots(latents, (), torch.tensor([3, 9, 4]))
+    assert copy is not None and copy.num_tokens == 3
+    load_slots(copy, others, (), torch.tensor([7, 8]), first=1)
+    for latent, other in zip(latents, others, strict=True):
+        assert torch.equal(other[[7, 8]], latent[[9, 4]])
+
+
 def test_another_number_of_slots_is_refused():
     keys, values = pools(torch.float32, 1)
     copy = save_slots(keys, values, torch.arange(1, 6))

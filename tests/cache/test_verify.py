@@ -11,8 +11,9 @@ from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import Compacted, DueRequest, compact_requests
 from rkv_sglang.cache.verify import CompactionDiffersError, compact_and_verify
 from rkv_sglang.config import PolicyConfig
-from rkv_sglang.policies import POLICIES, Policy, make_policy
+from rkv_sglang.policies import POLICIES, Policy, as_scored, make_policy
 from rkv_sglang.sizes.compaction_plan import plan_compaction
+from tests.policies.cases import model_with_statistics
 
 NUM_LAYERS, NUM_SLOTS, NUM_KV_HEADS, HEAD_DIM, WINDOW = 2, 160, 2, 8, 3
 SHARED = torch.arange(140, 160)
@@ -40,8 +41,9 @@ def verified(
     compact: Callable[..., list[Compacted]], buffers: KVBuffers, requests: list[DueRequest], policy: Policy
 ) -> list[Compacted]:
     queries = torch.randn(NUM_LAYERS, len(requests), WINDOW, 2 * NUM_KV_HEADS, HEAD_DIM)
+    model = model_with_statistics(NUM_LAYERS, 2 * NUM_KV_HEADS, HEAD_DIM)
     return compact_and_verify(
-        compact, SHARED, buffers, requests, lambda part, layers: queries[layers, part], policy, WINDOW
+        compact, SHARED, buffers, requests, lambda part, layers: queries[layers, part], policy, WINDOW, model=model
     )
 
 
@@ -129,7 +131,7 @@ def test_tokens_that_the_score_does_not_choose_are_found(name, seed, rng):
         needs_values = True
 
         def score(self, inputs: object) -> torch.Tensor:
-            return -make_policy(PolicyConfig(policy=name)).score(inputs)  # type: ignore[arg-type]
+            return -as_scored(make_policy(PolicyConfig(policy=name)).score(inputs)).scores  # type: ignore[arg-type]
 
     def wrong(
         buffers: KVBuffers, due: list[DueRequest], queries: object, policy: Policy, *args: object, **kwargs: object

@@ -20,6 +20,7 @@ from rkv_sglang.integration.startup import refusals
 from rkv_sglang.integration.startup.refused_settings import REFUSED_SETTINGS
 from rkv_sglang.integration.startup.server_args import GROUP_TITLE, RKVServerArgs
 from rkv_sglang.policies import POLICIES, ScoreInputs
+from rkv_sglang.policy_names import BLIND_NAMES
 from tests.docs.pages import README, ROOT, fences, page, spans, table
 
 CONFIGURATION, COMPATIBILITY = page("docs/configuration.md"), page("docs/compatibility.md")
@@ -99,15 +100,18 @@ def test_the_example_of_a_policy_scores() -> None:
 
 
 def test_the_table_of_refusals_is_that_of_the_code() -> None:
+    served = "served by " + ", ".join(f"`{name}`" for name in BLIND_NAMES)
     expected = [
         [
             f"`{refusal.setting}`",
+            "refused",
+            served if refusal.records_only else "refused",
             refusal.why,
             refusal.mend or ("leave it out" if refusal.setting.startswith("--") else "unset it"),
         ]
         for refusal in REFUSED_SETTINGS
     ]
-    assert table(COMPATIBILITY, "setting", "why", "mend") == expected
+    assert table(COMPATIBILITY, "setting", "`head`", "`request`", "why", "mend") == expected
 
 
 def texts_of(source: str) -> list[str]:

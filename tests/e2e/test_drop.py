@@ -170,6 +170,17 @@ def test_the_copy_of_the_pool_sees_what_moving_changes():
     assert [violation["violation"] for violation in result.probe.violations] == ["contents"]
 
 
+def test_requests_decode_inside_prefill_batches_where_nothing_is_recorded():
+    """Prompts come in while others decode, chunk by chunk, so that decode steps of due requests are in such batches."""
+    setting = setting_of("random_attention", 16)
+    num_tokens, prompts = enough_tokens(setting), six_prompts()
+    requests = [greedy(prompt, num_tokens, at_step=27 * i) for i, prompt in enumerate(prompts)]
+    flags = ["--page-size", "16", "--enable-mixed-chunk", "--chunked-prefill-size", "16"]
+    result = run("qwen3", setting, requests, *flags)
+    assert sum(step["mode"] == "MIXED" for step in result.probe.steps) > 10
+    assert_as_the_oracle(result, "qwen3", setting, list(prompts), num_tokens)
+
+
 def test_two_ranks_choose_the_same_blocks_by_the_scores_of_all_heads():
     setting = setting_of("rkv")
     num_tokens = enough_tokens(setting)

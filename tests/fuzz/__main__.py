@@ -23,7 +23,7 @@ from tests.fuzz.campaign import Outcome, run_and_check
 from tests.fuzz.generate import BLOCK, schedule_of
 from tests.fuzz.report import plot_schedules, row_of, shares, totals
 from tests.fuzz.schedule import Schedule
-from tests.fuzz.shrink import shrink
+from tests.fuzz.shrink import do_fail, shrink
 
 FOLDER = Path(".cache/fuzz")
 SMOKE = {"schedules": 2, "first": 17}
@@ -78,7 +78,7 @@ def tell_failure(outcome: Outcome) -> None:
 def make_smaller(schedule: Schedule) -> None:
     """Print the smallest failing schedule that can be found, and keep it in a file."""
     path = FOLDER / f"seed-{schedule.seed}.json"
-    small = shrink(schedule)
+    small = shrink(schedule, do_fail)
     small.save(path)
     print(f"seed {schedule.seed}, made smaller: python -m tests.fuzz --file {path}\n{small.to_json()}", flush=True)
 

@@ -183,7 +183,7 @@ MUTANTS = (
     Mutant(
         "a stateful policy forgets",
         _RUNTIME,
-        "            job.state.kept_scores = result.kept_scores\n",
+        "            job.state.kept_state = result.kept_state\n",
         "",
         ("tests/e2e/test_policies.py", "-k", "h2o and qwen3"),
     ),

@@ -12,16 +12,17 @@ AT_ONCE = 24
 MOST_ROUNDS = 16
 
 
-def shrink(schedule: Schedule, *, env: dict[str, str] | None = None, tell: Callable[[str], None] = print) -> Schedule:
+def shrink(
+    schedule: Schedule,
+    fail: Callable[[Sequence[Schedule]], list[bool]],
+    tell: Callable[[str], None] = print,
+) -> Schedule:
     """Return a schedule of the same server that fails too, and of which no part could be left out.
 
     Args:
         schedule: Fails; if it does not, because it did so only after others, it is returned as it is.
+        fail: Tells of each schedule whether it fails; ``do_fail`` runs them.
     """
-
-    def fail(candidates: Sequence[Schedule]) -> list[bool]:
-        return [bool(outcome.verdict.problems) for outcome in run_and_check(candidates, env=env)]
-
     for number in range(MOST_ROUNDS):
         candidates = list(smaller(schedule))[:AT_ONCE]
         failing = [one for one, failed in zip(candidates, fail(candidates), strict=True) if failed]
@@ -30,6 +31,11 @@ def shrink(schedule: Schedule, *, env: dict[str, str] | None = None, tell: Calla
         schedule = min(failing, key=size)
         tell(f"smaller, round {number}: {len(schedule.requests)} requests, {len(schedule.events)} events")
     return schedule
+
+
+def do_fail(schedules: Sequence[Schedule]) -> list[bool]:
+    """Run schedules of one server and return which of them fail."""
+    return [bool(outcome.verdict.problems) for outcome in run_and_check(schedules)]
 
 
 def size(schedule: Schedule) -> tuple[int, int, int]:

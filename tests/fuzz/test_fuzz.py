@@ -120,11 +120,21 @@ def test_a_record_that_differs_in_one_thing_is_not_passed(one_run):
     assert any("ran out of memory" in problem for problem in check(without_events, record).problems)
 
 
-def test_a_failing_schedule_is_made_smaller_and_still_fails(one_run):
-    """The fault is one of the probe's: a page that is allocated and never freed."""
-    schedule, _ = one_run
-    env = {"RKV_PROBE_FAULT": "leak@30"}
-    small = shrink(schedule, env=env, tell=lambda line: None)
-    assert len(small.requests) == 1 and not small.events
-    (outcome,) = run_and_check([small], env=env)
-    assert any("ownership" in problem for problem in outcome.verdict.problems)
+def test_a_failing_schedule_is_made_as_small_as_it_can_be(rng):
+    """Here a schedule fails that has a pause, and a follow-up of a request with a prompt of three tokens or more."""
+
+    def fails(schedule: Schedule) -> bool:
+        has_pause = any(event.kind == "pause_retract" for event in schedule.events)
+        before = [schedule.requests[request.after] for request in schedule.requests if request.after is not None]
+        return has_pause and any(len(request.prompt) >= 3 for request in before)
+
+    base = schedule_of(rng.randrange(10**6))
+    extra = (FuzzRequest(prompt=PROMPT, max_new_tokens=40), FuzzRequest(prompt=(5,), max_new_tokens=9, after=0))
+    moved = [dataclasses.replace(one, after=None if one.after is None else one.after + 2) for one in base.requests]
+    events = (*base.events, Event(at_pass=9, kind="pause_retract"))
+    schedule = dataclasses.replace(base, requests=(*extra, *moved), events=events)
+    small = shrink(schedule, lambda some: [fails(one) for one in some], tell=lambda line: None)
+    assert fails(small)
+    assert [len(request.prompt) <= 5 for request in small.requests] == [True, True]
+    assert [event.kind for event in small.events] == ["pause_retract"]
+    assert small.requests[1].after == 0 and small.server == schedule.server

@@ -23,7 +23,9 @@ from rkv_sglang.config import PolicyConfig
 from rkv_sglang.kernels import capture, dispatch, move, select, warmup
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
 from rkv_sglang.kernels.score import key_passes, mean_keys, scan, totals, values
+from rkv_sglang.kernels.score.per_head import beaconkv, block_means, farthest, gkv, half, triattention
 from rkv_sglang.policies import make_policy
+from tests.policies.cases import model_with_statistics
 
 LLAMA_8B = (128, 8, 8, 4)
 # The last launch of query capture then has fewer layers than the others.
@@ -45,7 +47,8 @@ class AbsentGpu:
 
 def kernel_counts() -> dict[str, int]:
     """Return how many variants of each kernel were compiled."""
-    modules = (capture, move, key_passes, mean_keys, scan, totals, values, select)
+    modules = (capture, move, select, key_passes, mean_keys, scan, totals, values)
+    modules += (beaconkv, block_means, farthest, gkv, half, triattention)
     kernels = {name: value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
     return {name: len(kernel.device_caches[0][0]) for name, kernel in kernels.items()}
 
@@ -86,9 +89,10 @@ def counts_of(policy_name: str, shape: tuple[int, ...]) -> tuple[dict[str, int],
         for _ in "kv"
     )
     num_qo_heads = num_kv_heads * group_size
+    model = model_with_statistics(NUM_LAYERS, num_qo_heads, head_dim)
     rings = torch.zeros(NUM_LAYERS, 4, window, num_qo_heads, head_dim).bfloat16()
     row_of_request = torch.zeros(9, dtype=torch.int64)
-    warmup.warm_up(keys, values, rings, row_of_request, policy, budget=1024, capacity=1152)
+    warmup.warm_up(keys, values, rings, row_of_request, policy, budget=1024, capacity=1152, model=model)
     after_warm_up = kernel_counts()
     for num_requests in (1, 2, 3, 4, 16, 17):
         kv_lens = [rng.randint(100, 250) for _ in range(num_requests)]
@@ -101,10 +105,10 @@ def counts_of(policy_name: str, shape: tuple[int, ...]) -> tuple[dict[str, int],
             window=window,
         )
         queries = rings.new_zeros(NUM_LAYERS, num_requests, window, num_qo_heads, head_dim)
-        dispatch.compact_paged(keys, values, batch, queries, policy)
+        dispatch.compact_paged(keys, values, batch, queries, policy, model=model)
         some = slice(1, 4)
         part = KVBuffers(keys=keys, values=values).of_layers(some)
-        dispatch.compact_paged(part.keys, part.values, batch, queries[some].clone(), policy)
+        dispatch.compact_paged(part.keys, part.values, batch, queries[some].clone(), policy, model=model)
         indices = row_of_request.new_zeros(num_requests + 1)[1:]
         step_queries = rings.new_zeros(num_requests, num_qo_heads * head_dim)
         for some in rings.split(capture.LAYERS_PER_LAUNCH):

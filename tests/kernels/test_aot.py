@@ -42,6 +42,7 @@ def test_every_shipped_configuration_compiles_without_spills_and_fits(tmp_path, 
         "mean",
         "compare",
         "weigh",
+        "far",
     ):
         assert any(usage["name"].startswith(part) for usage in usages), part
     assert [usage for usage in usages if usage["local_bytes"]] == []

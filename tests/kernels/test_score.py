@@ -11,9 +11,10 @@ from triton.runtime.jit import JITFunction
 
 from rkv_sglang.algorithm import reference
 from rkv_sglang.kernels.score import attention
-from rkv_sglang.kernels.score.attention import rkv_scores_paged, snapkv_scores_paged
+from rkv_sglang.kernels.score.attention import rkv_scores_paged
 from rkv_sglang.kernels.score.config import ScoreConfig
 from rkv_sglang.kernels.score.device import decode_fp8
+from rkv_sglang.kernels.score.per_head.received import snapkv_scores_paged
 from rkv_sglang.kernels.select import select_kept_paged
 from tests.algorithm.cases import KEY_MAKERS
 from tests.kernels.paged import columns_of, make_batch, make_pool

@@ -19,7 +19,12 @@ QUERY_PASSES = ("summarise_blocks_kernel", "reduce_blocks_kernel", "score_tokens
 RUN = {
     "rkv": (*SHARED, *QUERY_PASSES, "scan_rows_kernel", "combine_scores_kernel"),
     "snapkv": (*SHARED, *QUERY_PASSES, "combine_scores_kernel"),
-    "manifoldkv": (*SHARED, "sum_keys_kernel", "mean_keys_kernel", "compare_keys_kernel"),
+    "keydiff": (*SHARED, "sum_keys_kernel", "mean_keys_kernel", "compare_keys_kernel"),
+    "manifoldkv": (*SHARED, "far_from_mean_kernel"),
+    "gkv": (*SHARED, *QUERY_PASSES, "score_by_memory_kernel"),
+    "half": (*SHARED, *QUERY_PASSES, "share_out_kernel"),
+    "triattention": (*SHARED, "expect_attention_kernel"),
+    "beaconkv": (*SHARED, "choose_farthest_kernel", "attend_from_beacons_kernel"),
     "longflow": (*SHARED, *QUERY_PASSES, "weigh_by_values_kernel"),
 }
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.algorithm.selection import select_kept
-from rkv_sglang.policies import Policy, ScoreInputs, is_stateful, needs_values
+from rkv_sglang.policies import Policy, ScoreInputs, as_scored, is_stateful, needs_values
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,20 @@ def random_tokens(num_tokens: int, num_kv_heads: int, gqa_group_size: int, head_
     return Tokens(2 * torch.randn(num_tokens, num_kv_heads * gqa_group_size, head_dim), keys, values)
 
 
-def replay(policy: Policy, tokens: Tokens, *, prompt_len: int, budget: int, buffer: int, window: int) -> Iterator[Step]:
+def replay(
+    policy: Policy,
+    tokens: Tokens,
+    *,
+    prompt_len: int,
+    budget: int,
+    buffer: int,
+    window: int,
+    model: ModelAttention = PLAIN_ATTENTION,
+) -> Iterator[Step]:
     """Decode ``tokens`` and compact whenever ``budget + buffer`` generated ones are resident."""
     num_kv_heads = tokens.keys.shape[1]
     positions = torch.arange(prompt_len).expand(num_kv_heads, -1)
-    state = None
+    state = memory = None
     for logical_len in range(prompt_len + 1, len(tokens.keys) + 1):
         positions = torch.cat([positions, torch.full((num_kv_heads, 1), logical_len - 1)], dim=1)
         if positions.shape[1] < prompt_len + budget + buffer:
@@ -68,12 +78,16 @@ def replay(policy: Policy, tokens: Tokens, *, prompt_len: int, budget: int, buff
             values=tokens.values.take_along_dim(rows, dim=0) if needs_values(policy) else None,
             logical_len=logical_len,
             state=state,
+            budget=budget,
+            memory=memory,
+            model=model,
         )
-        scores = policy.score(inputs)
+        scored = as_scored(policy.score(inputs))
+        scores, memory = scored.scores, scored.memory
         kept_indices = select_kept(scores, prompt_len, window, budget)
         if is_stateful(policy):
             # The window is last in every row and has no scores yet.
-            state = scores[:, prompt_len:].gather(1, kept_indices[:, : budget - window])
+            state = scored.state[:, prompt_len:].gather(1, kept_indices[:, : budget - window])
         kept = positions[:, prompt_len:].gather(1, kept_indices)
         kept_positions = torch.cat([positions[:, :prompt_len], kept], dim=1)
         yield Step(inputs, scores, positions, kept_positions)

@@ -28,7 +28,10 @@ from tests.policies.cases import CASES, policy_of
 from tests.support.harness.environment import PROJECT_ROOT
 
 THIRD_PARTY_DIR = PROJECT_ROOT / "tests" / "policies" / "third_party"
-BUILT_IN = ("rkv", "snapkv", "h2o", "streaming_llm", "keydiff", "manifoldkv", "longflow", "random", "random_attention")
+BUILT_IN = (
+    *("rkv", "snapkv", "h2o", "streaming_llm", "keydiff", "manifoldkv", "longflow", "random", "random_attention"),
+    *("gkv", "half", "triattention", "beaconkv"),
+)
 
 
 @pytest.fixture
@@ -71,7 +74,7 @@ def test_a_class_says_where_it_is_from_what_it_computes_and_what_its_parameters_
 def test_what_compaction_must_hand_over() -> None:
     policies = {name: policy_of(name, parameters) for name, parameters in CASES}
     assert {name for name, policy in policies.items() if needs_values(policy)} == {"longflow"}
-    assert {name for name, policy in policies.items() if is_stateful(policy)} == {"h2o", "random"}
+    assert {name for name, policy in policies.items() if is_stateful(policy)} == {"h2o", "random", "gkv"}
     assert {name for name, policy in policies.items() if is_blind(policy)} == {*BLIND_NAMES}
 
 
@@ -82,7 +85,7 @@ def test_where_each_choice_can_be_made() -> None:
     granularities = {name: granularities_of(policy) for name, policy in POLICIES.items()}
     assert granularities == {
         **dict.fromkeys(BUILT_IN, ("head", "request")),
-        **dict.fromkeys(("manifoldkv", "longflow"), ("head",)),
+        **dict.fromkeys(("manifoldkv", "longflow", "gkv", "half", "triattention", "beaconkv"), ("head",)),
         "random_attention": ("request", "head"),
     }
     assert granularities_of(OfAnotherPackage) == ("head",)
@@ -131,6 +134,14 @@ def test_snapkv_is_rkv_without_redundancy() -> None:
         ("rkv", {"mix_lambda": "0.1"}, "mix_lambda must be float, got '0.1': its parameters are mix_lambda (float), k"),
         ("rkv", {"mix_lambda": float("nan")}, "mix_lambda must be float, got nan"),
         ("rkv", {"mix_lambda": 1.5}, "--rkv-mix-lambda 1.5 is not a number in [0, 1]"),
+        ("half", {"seed": 2**32}, "seed must be below 2^32, got 4294967296"),
+        ("beaconkv", {"num_recent": 0}, "num_recent must be at least 1, got 0"),
+        ("beaconkv", {"num_beacons": 61}, "num_recent 4 and num_beacons 61 are together more than 64"),
+        ("triattention", {"questions": 33}, "questions must be at most 32, got 33"),
+        ("triattention", {"answer_tokens": 0}, "answer_tokens must be at least 1, got 0"),
+        ("gkv", {"decay": 1.1}, "decay must be in [0, 1], got 1.1"),
+        ("gkv", {"importance_weight": -1}, "importance_weight must be in [0, 1], got -1"),
+        ("gkv", {"kernel_size": 4}, "--rkv-kernel-size 4 is even"),
         ("rkv", {"score": 1}, "there is no parameter 'score'"),
         ("h2o", {"stateful": False}, "there is no parameter 'stateful'"),
     ],

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.algorithm.cases import fresh_seed
-from tests.policies.cases import CASES, case_id, policy_of
+from tests.policies.cases import CASES, case_id, model_with_statistics, policy_of, usual_queries
 from tests.policies.replay import Step, Tokens, random_tokens, replay
 from tests.support.oracle.loop_policies import OneHead, loop_scores
 
@@ -15,12 +15,14 @@ NUM_KV_HEADS, GROUP, HEAD_DIM = 2, 2, 8
 # Prompt, budget, buffer, window. Prompts shorter and longer than the sinks; one candidate; a buffer below the window.
 SHAPES = [(19, 24, 12, 4), (1, 20, 7, 3), (3, 5, 9, 4), (2, 9, 1, 8), (30, 40, 3, 8)]
 NUM_COMPACTIONS = 5
+MODEL = model_with_statistics(1, NUM_KV_HEADS * GROUP, HEAD_DIM)
 
 
 def run(case: tuple[str, dict[str, Any]], shape: tuple[int, int, int, int]) -> tuple[Tokens, list[Step]]:
     prompt_len, budget, buffer, window = shape
     tokens = random_tokens(prompt_len + budget + NUM_COMPACTIONS * buffer, NUM_KV_HEADS, GROUP, HEAD_DIM)
-    steps = replay(policy_of(*case), tokens, prompt_len=prompt_len, budget=budget, buffer=buffer, window=window)
+    sizes = {"prompt_len": prompt_len, "budget": budget, "buffer": buffer, "window": window}
+    steps = replay(policy_of(*case), tokens, **sizes, model=MODEL)
     return tokens, list(steps)
 
 
@@ -34,6 +36,7 @@ def test_the_top_scorers_the_window_and_the_prompt_are_kept(
     tokens, steps = run(case, shape)
     assert len(steps) == NUM_COMPACTIONS
     received: list[dict[int, float]] = [{} for _ in range(NUM_KV_HEADS)]
+    beacons: list[list[list[Any]]] = [[] for _ in range(NUM_KV_HEADS)]
     for step in steps:
         logical_len = int(step.positions.max()) + 1
         for head in range(NUM_KV_HEADS):
@@ -50,7 +53,11 @@ def test_the_top_scorers_the_window_and_the_prompt_are_kept(
                     queries=group.transpose(0, 1).double().numpy(),
                     positions=resident,
                     received=received[head],
+                    beacons=beacons[head],
+                    prompt_len=prompt_len,
+                    budget=budget,
                     head=head,
+                    usual=usual_queries(MODEL, 0, slice(head * GROUP, (head + 1) * GROUP)),
                 ),
                 **case[1],
             )

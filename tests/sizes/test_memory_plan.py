@@ -19,6 +19,11 @@ def test_llama_8b_by_hand():
     # A stateful policy carries 1016 scores for each of 32 x 8 heads and 1152 tokens.
     carried = LLAMA_8B.side_bytes(PolicyConfig(), stateful=True) - LLAMA_8B.side_bytes(PolicyConfig())
     assert abs(carried - 256 * 4 * 1016 / 1152) < 1e-9
+    # One that remembers 28 queries of each of 32 layers and 32 heads carries 28 * 32 * 32 * 128 numbers of 2 bytes.
+    carried = LLAMA_8B.side_bytes(PolicyConfig(), memory_numbers=28 * 4 * 128) - LLAMA_8B.side_bytes(PolicyConfig())
+    assert abs(carried - 2 * 28 * 32 * 32 * 128 / 1152) < 1e-9
+    # Three numbers for each of 64 pairs of 32 x 32 heads, twice.
+    assert LLAMA_8B.statistics_bytes == 2 * 3 * 4 * 64 * 1024
     pool = pool_tokens(LLAMA_8B, 8 * 2**30, None)
     assert pool == 65536
     assert requests_at_once(pool, prompt_len=512, output_len=16384) == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TextIO
 
+from rkv_sglang.config import GRANULARITIES
 from rkv_sglang.integration.hooking.install import SUPPORTED_SGLANG, target_problem
 from rkv_sglang.integration.hooks.table import HOOKS
 from rkv_sglang.integration.startup.refused_settings import (
@@ -13,6 +14,7 @@ from rkv_sglang.integration.startup.refused_settings import (
     REFUSED_SETTINGS,
 )
 from rkv_sglang.policies import policy_names
+from rkv_sglang.policy_names import BLIND_NAMES
 
 
 def print_details(out: TextIO | None = None) -> None:
@@ -25,6 +27,7 @@ def print_details(out: TextIO | None = None) -> None:
     for subject, values in (
         ("sglang", SUPPORTED_SGLANG),
         ("--kv-policy", policy_names()),
+        ("--kv-granularity", GRANULARITIES),
         ("--device", DEVICES),
         ("--attention-backend", ATTENTION_BACKENDS),
         ("--kv-cache-dtype", KV_CACHE_DTYPES),
@@ -36,4 +39,5 @@ def print_details(out: TextIO | None = None) -> None:
         say(f"  {state} {hook.kind:<8}{hook.target.removeprefix('sglang.')}")
     say("\nRefused with a policy, where it is set to more than its default")
     for refused in REFUSED_SETTINGS:
-        say(f"  {refused.setting}: {refused.why}" + (f"; {refused.mend}" if refused.mend else ""))
+        served = f" (served by {', '.join(BLIND_NAMES)} with --kv-granularity request)" * refused.records_only
+        say(f"  {refused.setting}: {refused.why}" + (f"; {refused.mend}" if refused.mend else "") + served)

@@ -94,7 +94,7 @@ def _look_at_resolved(options: argparse.Namespace, folder: str, model_path: str)
             names["model_path"], is_dummy = NO_MODEL, True
         else:
             model.model_path = model_path
-            yield from model_problems(model)
+            yield from model_problems(model, resolving_view(_args(options, **names)))
     args = _args(options, **names)
     problem = None
     try:

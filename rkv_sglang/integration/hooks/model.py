@@ -21,7 +21,7 @@ from rkv_sglang.integration.hooks.owners import (
 )
 from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.restore import add_evicted_tokens
-from rkv_sglang.policies import is_stateful, keeps_prompt_hits
+from rkv_sglang.policies import is_stateful, keeps_prompt_hits, memory_numbers, needs_statistics
 from rkv_sglang.sizes.memory_plan import ModelShape
 
 
@@ -43,9 +43,15 @@ def leave_room_for_side_buffers(profile: Callable[..., int], configurator: Any, 
         kv_itemsize=torch.empty(0, dtype=configurator.kv_cache_dtype).element_size(),
         query_itemsize=model.dtype.itemsize,
     )
+    numbers = memory_numbers(runtime.policy, shape.num_qo_heads // shape.num_kv_heads, shape.head_dim)
     side_bytes = shape.side_bytes(
-        runtime.config, stateful=is_stateful(runtime.policy), prompt_hits=keeps_prompt_hits(runtime.policy)
+        runtime.config,
+        stateful=is_stateful(runtime.policy),
+        memory_numbers=numbers,
+        prompt_hits=keeps_prompt_hits(runtime.policy),
     )
+    if needs_statistics(runtime.policy):
+        available_bytes -= shape.statistics_bytes
     return int(available_bytes * shape.kv_bytes / (shape.kv_bytes + side_bytes))
 
 
@@ -55,9 +61,12 @@ def bind_model_runner(_: None, model_runner: Any, *args: Any, **kwargs: Any) -> 
 
 
 def record_queries(layer: Any, q: Any, k: Any, v: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
-    """Store the queries of a decode step; they are after q/k-norm and RoPE here."""
+    """Store the queries of a decode step, or measure those of a prompt; they are after q/k-norm and RoPE here."""
+    runtime = get_runtime()
     if forward_batch.forward_mode.is_decode():
-        get_runtime().record_queries(layer.layer_id, q, forward_batch)
+        runtime.record_queries(layer.layer_id, q, forward_batch)
+    elif runtime.meter is not None:
+        runtime.meter.add(layer.layer_id, q, forward_batch.positions)
 
 
 def use_logical_positions(result: Any, _: type, batch: Any, *args: Any, **kwargs: Any) -> None:
@@ -95,7 +104,8 @@ MODEL_HOOKS: tuple[Hook, ...] = (
         uses=(
             *names(MODEL_RUNNER, "model model_config token_to_kv_pool req_to_token_pool dtype device"),
             f"{MODEL_CONFIG}.get_total_num_kv_heads",
-            *names(ATTENTION, "layer_id k_scale_float v_scale_float tp_q_head_num qk_head_dim"),
+            *names(ATTENTION, "layer_id k_scale_float v_scale_float tp_k_head_num tp_q_head_num qk_head_dim"),
+            *names(ATTENTION, "scaling logit_cap"),
             *names(KV_POOL, "k_buffer v_buffer dtype size start_layer"),
             f"{ROWS}.req_to_token",
         ),

@@ -11,7 +11,22 @@ from typing import Any
 from rkv_sglang.config import NO_POLICY, POLICY_FIELD
 from rkv_sglang.integration.hooking.hook import Hook, names
 from rkv_sglang.integration.hooking.install import install
-from rkv_sglang.integration.hooks.owners import ATTENTION, KV_POOL, MEM_CACHE, RUNTIME_CONTEXT, SCHEDULER
+from rkv_sglang.integration.hooks.owners import (
+    ALLOCATOR,
+    ATTENTION,
+    BATCH,
+    FORWARD_BATCH,
+    KV_POOL,
+    MEM_CACHE,
+    MODEL_RUNNER,
+    REQ,
+    ROPE,
+    ROWS,
+    RUNTIME_CONTEXT,
+    SAMPLING_PARAMS,
+    SCHEDULER,
+    TREE,
+)
 from rkv_sglang.integration.startup.server_args import config_from_args, policy_name
 
 
@@ -88,16 +103,30 @@ PROCESS_HOOKS: tuple[Hook, ...] = (
                 "max_running_requests max_total_num_tokens metrics_reporter model_config page_size tree_cache",
             ),
             *names(SCHEDULER, "is_hybrid_ssm is_hybrid_swa server_args token_to_kv_pool_allocator tp_worker"),
+            *names(SCHEDULER, "device req_to_token_pool"),
             "sglang.srt.arg_groups.overrides.resolving_view",
-            *names(RUNTIME_CONTEXT, "get_exec"),
+            *names(RUNTIME_CONTEXT, "get_exec get_model get_parallel get_serving"),
+            "sglang.srt.utils.hf_transformers_utils.get_tokenizer",
+            # What measures the model's queries, for policies that need them.
+            *names(BATCH, "init_new input_ids prefill_input_ids_cpu prepare_for_decode prepare_for_extend"),
+            *names(REQ, "extend_end full_untruncated_fill_ids logprob_start_len"),
+            f"{FORWARD_BATCH}.init_new",
+            *names(MODEL_RUNNER, "forward model"),
+            *(f"{part}.clear" for part in (ROWS, ALLOCATOR)),
+            f"{TREE}.reset",
+            f"{SAMPLING_PARAMS}.temperature",
+            "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.NONE",
+            *names(f"{ROPE}.base.RotaryEmbedding", "_compute_inv_freq base is_neox_style"),
+            f"{ROPE}.rope_variant.Llama3RotaryEmbedding._compute_inv_freq",
+            *names(f"{ROPE}.yarn.YaRNScalingRotaryEmbedding", "_compute_inv_freq mscale scaling_factor"),
             *names(
                 MEM_CACHE,
                 "allocator.TokenToKVPoolAllocator memory_pool.MHATokenToKVPool unified_radix_cache.UnifiedRadixCache",
             ),
+            f"{MEM_CACHE}.memory_pool.MLATokenToKVPool.kv_buffer",
             *names(KV_POOL, "dtype kv_cache_layout layer_num start_layer"),
-            *names(
-                ATTENTION, "attn_type is_cross_attention layer_id sliding_window_size use_irope xai_temperature_len"
-            ),
+            *names(ATTENTION, "attn_type is_cross_attention layer_id logit_cap logit_capping_method scaling"),
+            *names(ATTENTION, "sliding_window_size use_irope xai_temperature_len"),
             "sglang.srt.layers.radix_attention.AttentionType.DECODER",
         ),
     ),

@@ -40,7 +40,7 @@ def refuse_resolved(server_args: Any, previous: Callable[[Any], None]) -> None:
     from rkv_sglang.integration.startup.refusals import refuse_model
 
     _refuse_flags(server_args)
-    _stop_if(lambda: refuse_model(model_config_of(server_args)))
+    _stop_if(lambda: refuse_model(model_config_of(server_args), resolving_view(server_args)))
     # What /server_info shows: with the policy's own defaults, whatever spelling was used.
     declare_resolution(server_args, "rkv_sglang", **resolved_fields(config_from_args(resolving_view(server_args))))
 

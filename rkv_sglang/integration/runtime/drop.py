@@ -35,7 +35,7 @@ def plan(config: PolicyConfig, *, prompt_len: int, resident_len: int, page_size:
 def compact(parts: Parts, policy: Policy, window: int, batch: ScheduleBatch, jobs: Sequence[Job[DropPlan]]) -> None:
     """Rewrite the rows of these requests of a batch, and give back the pages that left them.
 
-    Mutates ``req_to_token``, the allocator and ``state.kept_scores``; no length of a request yet.
+    Mutates ``req_to_token``, the allocator and ``state.kept_state``; no length of a request yet.
 
     The rows are rewritten on the scheduler's stream, as SGLang writes them: it has made that stream wait until the
     forward pass in flight has read what it needs of them (``Scheduler._apply_war_barrier``), and whatever reads a row
@@ -45,7 +45,7 @@ def compact(parts: Parts, policy: Policy, window: int, batch: ScheduleBatch, job
     if parts.scored is None:
         with parts.timed():
             choices = choose_by_place(
-                [(job.plan, job.logical_len, job.state.kept_scores) for job in jobs], policy, window
+                [(job.plan, job.logical_len, job.state.kept_state) for job in jobs], policy, window
             )
             _record(jobs, choices)
             freed = _drop(parts, batch, jobs, choices)
@@ -53,7 +53,7 @@ def compact(parts: Parts, policy: Policy, window: int, batch: ScheduleBatch, job
         choices = _by_scores(parts, parts.scored, policy, window, batch, jobs)
         freed = _drop(parts, batch, jobs, choices)
     for job, choice in zip(jobs, choices, strict=True):
-        job.state.kept_scores = choice.kept_scores
+        job.state.kept_state = choice.kept_state
     # By their ids, which are known to be distinct: to find that out would wait for the device.
     parts.scheduler.token_to_kv_pool_allocator.free_page_ids(freed)
 
@@ -91,7 +91,8 @@ def _by_scores(
             lambda part, layers: query_window.read(places[part], layers),
             policy,
             window,
-            query_bytes=query_window.row_bytes,
+            query_bytes=scored.request_bytes,
+            model=scored.attention,
             sum_over_ranks=_sum_over_ranks(scheduler) if scheduler.tp_size > 1 else None,
         )
         _record(jobs, choices)

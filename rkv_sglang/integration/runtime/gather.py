@@ -29,7 +29,7 @@ def plan(config: PolicyConfig, *, prompt_len: int, resident_len: int, page_size:
 def compact(parts: Parts, policy: Policy, window: int, batch: ScheduleBatch, jobs: Sequence[Job[GatherPlan]]) -> None:
     """Compact these requests of a batch in the pool, and give back the pages behind what they keep.
 
-    Mutates the pool, the allocator and ``state.kept_scores``; no length of a request yet.
+    Mutates the pool, the allocator and what ``state`` carries of it; no length of a request yet.
     """
     scored, scheduler = parts.scored, parts.scheduler
     assert scored is not None, "what every head keeps is chosen by scores"
@@ -57,12 +57,13 @@ def compact(parts: Parts, policy: Policy, window: int, batch: ScheduleBatch, job
             read_queries,
             policy,
             window,
-            query_bytes=query_window.row_bytes,
+            query_bytes=scored.request_bytes,
+            model=scored.attention,
         )
         for job, result in zip(jobs, results, strict=True):
             if result.kept_indices is not None:
                 job.record_trace(result.kept_indices)
-            job.state.kept_scores = result.kept_scores
+            job.state.kept_state, job.state.memory = result.kept_state, result.memory
     allocator: Any = scheduler.token_to_kv_pool_allocator
     # Each free by itself would copy the allocator's whole list of free slots.
     allocator.free_group_begin()

@@ -71,7 +71,8 @@ def due_requests(parts: Parts, jobs: Sequence[Job[PlanT]], slots: Sequence[Tenso
             job.plan,
             own,
             job.logical_len,
-            kept_scores=job.state.kept_scores,
+            kept_state=job.state.kept_state,
+            memory=job.state.memory,
             wants_indices=job.wants_trace,
             prompt_hits=scored.prompt_hits_room.hits_of(
                 job.state, scored.buffers, capacity=job.config.capacity, most_tokens=pool_size

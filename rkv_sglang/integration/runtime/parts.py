@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
+from rkv_sglang.algorithm.query_statistics import QueryStatistics
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.prompt_hits import PromptHitsRoom
 from rkv_sglang.cache.query_window import QueryWindow
 from rkv_sglang.cache.step_tensors import warm_up_step
-from rkv_sglang.config import REQUEST, PolicyConfig
+from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.runtime.metrics import PolicyMetrics
+from rkv_sglang.integration.startup.calibration import rope_of
 from rkv_sglang.integration.startup.errors import RefusedError
 from rkv_sglang.integration.startup.policy_trial import score_problem
 from rkv_sglang.kernels.dispatch import runs_triton
 from rkv_sglang.kernels.warmup import warm_up
-from rkv_sglang.policies import POLICIES, Policy, is_blind, keeps_prompt_hits
+from rkv_sglang.policies import POLICIES, Policy, keeps_prompt_hits, memory_numbers, needs_rope, needs_statistics
 from rkv_sglang.sizes.query_rows import num_query_rows
+
+# How much more than what a policy remembers a compaction holds meanwhile.
+MEMORY_COPIES = 8
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
@@ -32,13 +41,22 @@ class Scored:
         buffers: The KV pool, all layers of this rank.
         query_window: The last queries of the requests that are about to be compacted.
         first_layer: The model's number of the pool's first layer.
+        attention: How the model attends.
+        memory_bytes: What compacting a request takes besides, for a policy that remembers.
         prompt_hits_room: What long prompts found within themselves; none for other policies.
     """
 
     buffers: KVBuffers
     query_window: QueryWindow
     first_layer: int
+    attention: ModelAttention = PLAIN_ATTENTION
+    memory_bytes: int = 0
     prompt_hits_room: PromptHitsRoom = field(default_factory=lambda: PromptHitsRoom(is_used=False))
+
+    @property
+    def request_bytes(self) -> int:
+        """Bytes that compacting a request takes besides what its tokens do."""
+        return self.query_window.row_bytes + self.memory_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +76,6 @@ class Parts:
     def timed(self) -> contextlib.AbstractContextManager[None]:
         """Observe how long the work within takes, if the scheduler reports metrics."""
         return contextlib.nullcontext() if self.metrics is None else self.metrics.timed()
-
-
-def looks_at_nothing(config: PolicyConfig, policy: Policy) -> bool:
-    """Return whether the policy, as it is set, needs no queries, keys or values."""
-    return config.granularity == REQUEST and is_blind(policy)
 
 
 def scored_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy) -> Scored:
@@ -87,6 +100,7 @@ def scored_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy
         # Ranks that are more than the heads share them.
         first_kv_head=parallel.tp_rank * model_runner.model_config.get_total_num_kv_heads() // parallel.tp_size,
     )
+    attention = attention_of(layers, model_runner.model, policy)
     req_to_token = model_runner.req_to_token_pool.req_to_token
     num_requests = req_to_token.shape[0]
     query_window = QueryWindow(
@@ -99,7 +113,7 @@ def scored_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy
         dtype=model_runner.dtype,
         device=model_runner.device,
     )
-    _refuse_strange_scores(policy, config, buffers, query_window)
+    _refuse_strange_scores(policy, config, buffers, query_window, attention)
     warm_up(
         buffers.keys,
         buffers.values,
@@ -108,18 +122,46 @@ def scored_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy
         policy,
         budget=config.budget,
         capacity=config.capacity,
+        model=attention,
     )
     if runs_triton(buffers.keys):
         warm_up_step(query_window, req_to_token)
+    group_size = layers[0].tp_q_head_num // layers[0].tp_k_head_num
+    numbers = memory_numbers(policy, group_size, layers[0].qk_head_dim) * len(layers) * layers[0].tp_k_head_num
     return Scored(
         buffers=buffers,
         query_window=query_window,
         first_layer=pool.start_layer,
+        attention=attention,
+        # What is remembered, in fp32, and some copies of it and of the window's queries, turned and not.
+        memory_bytes=MEMORY_COPIES * 4 * numbers,
         prompt_hits_room=PromptHitsRoom(is_used=keeps_prompt_hits(policy)),
     )
 
 
-def _refuse_strange_scores(policy: Policy, config: PolicyConfig, buffers: KVBuffers, query_window: QueryWindow) -> None:
+def attention_of(layers: Sequence[Any], model: Any, policy: Policy) -> ModelAttention:
+    """Return how a model attends, from its attention layers; whether they are alike is for ``refuse_runtime`` to say.
+
+    What only some policies need is there for those only; of statistics of the queries, the room for them.
+    """
+    attention = ModelAttention(logit_scale=float(layers[0].scaling), logit_cap=float(layers[0].logit_cap or 0.0))
+    if not needs_rope(policy):
+        return attention
+    rope = rope_of(model)
+    if not needs_statistics(policy):
+        return replace(attention, rope=rope)
+    shape = (len(layers), layers[0].tp_q_head_num, rope.num_pairs)
+    device = next(model.parameters()).device
+    # What a warm-up needs; the calibration puts the numbers in.
+    nothing = QueryStatistics(
+        torch.zeros(shape, dtype=torch.complex64, device=device), torch.zeros(shape, device=device)
+    )
+    return replace(attention, rope=rope, statistics=nothing)
+
+
+def _refuse_strange_scores(
+    policy: Policy, config: PolicyConfig, buffers: KVBuffers, query_window: QueryWindow, attention: ModelAttention
+) -> None:
     """Refuse a policy of another package whose scores are none; those of this one have their tests."""
     if type(policy) in POLICIES.values():
         return
@@ -127,11 +169,13 @@ def _refuse_strange_scores(policy: Policy, config: PolicyConfig, buffers: KVBuff
     problem = score_problem(
         policy,
         window=config.window,
+        budget=config.budget,
         capacity=config.capacity,
         num_qo_heads=num_qo_heads,
         num_kv_heads=keys.num_kv_heads,
         head_dim=head_dim,
         v_head_dim=buffers.values.head_dim,
+        model=attention,
         device=keys.device,
     )
     if problem is not None:

@@ -7,6 +7,7 @@ put back right before the prefill that SGLang would give it: only the last outpu
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -89,7 +90,7 @@ def _save(runtime: Runtime, req: Any, saved_len: int) -> HostCopy | None:
     with runtime.on_forward_stream() as stream:
         if stream is not None and slots.is_cuda:
             slots.record_stream(stream)
-        copy = save_slots(pool.k_buffer, pool.v_buffer, slots)
+        copy = save_slots(*_sides(pool), slots)
     if scheduler.tp_size > 1:
         # Ranks must agree on which requests go on.
         is_saved = torch.tensor(int(copy is not None))
@@ -98,6 +99,11 @@ def _save(runtime: Runtime, req: Any, saved_len: int) -> HostCopy | None:
     if copy is None:
         logger.warning("No memory is left for a copy of the %d cached tokens of request %s.", saved_len, req.rid)
     return copy
+
+
+def _sides(pool: Any) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    """Return each layer's keys and values; with MLA its latents, and nothing beside them."""
+    return (pool.kv_buffer, ()) if hasattr(pool, "kv_buffer") else (pool.k_buffer, pool.v_buffer)
 
 
 def forget_what_was_cached(req: Any) -> None:
@@ -175,7 +181,7 @@ def _restore(runtime: Runtime, batch: Any, req: Any) -> None:
     with runtime.on_forward_stream() as stream:
         if stream is not None and own.is_cuda:
             own.record_stream(stream)
-        load_slots(copy, pool.k_buffer, pool.v_buffer, own, first=matched_len)
+        load_slots(copy, *_sides(pool), own, first=matched_len)
     req.prefix_len = kv.kv_allocated_len = kv.kv_committed_len = saved_len
     state.host_copy = None
     runtime.stats.requests_restored += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from rkv_sglang.config import HEAD, REQUEST, PolicyConfig
 from rkv_sglang.integration.runtime import drop, gather
 from rkv_sglang.integration.runtime.jobs import Job, on_forward_stream
 from rkv_sglang.integration.runtime.metrics import metrics_for
-from rkv_sglang.integration.runtime.parts import Parts, Scored, looks_at_nothing, scored_parts
+from rkv_sglang.integration.runtime.parts import Parts, Scored, scored_parts
 from rkv_sglang.integration.runtime.requests import (
     CONFIG_ATTRIBUTE,
     TRACE_ATTRIBUTE,
@@ -23,8 +24,9 @@ from rkv_sglang.integration.runtime.requests import (
     wants_trace,
 )
 from rkv_sglang.integration.runtime.stats import PolicyStats
+from rkv_sglang.integration.startup.calibration import QueryMeter, calibrated
 from rkv_sglang.integration.startup.memory_report import report_memory
-from rkv_sglang.policies import make_policy
+from rkv_sglang.policies import looks_at_nothing, make_policy
 from rkv_sglang.sizes.lengths import NEVER, can_ever_compact, decodes_again, steps_until_due
 from rkv_sglang.sizes.stagger import most_head_start
 
@@ -35,21 +37,22 @@ if TYPE_CHECKING:
 
 
 class Runtime:
-    """One per scheduler process, made before the scheduler is built and bound to its parts as they appear."""
+    """One per scheduler process, made before the scheduler is built and bound to its parts as they appear.
+
+    Its ``meter`` is there only while the model's queries are measured, before any request is served.
+    """
 
     def __init__(self, config: PolicyConfig) -> None:
         self.config = config
         self.policy = make_policy(config)
         self.stats = PolicyStats()
+        # Whether the policy, as it is set, needs no queries, keys or values: nothing is recorded then.
+        self.looks_at_nothing = looks_at_nothing(config)
+        self.meter: QueryMeter | None = None
         # The one place that chooses between the two ways.
         self._way: Any = gather if config.granularity == HEAD else drop
         self._scored: Scored | None = None
         self._parts: Parts | None = None
-
-    @property
-    def looks_at_nothing(self) -> bool:
-        """Whether the policy, as it is set, needs no queries, keys or values: nothing is recorded then."""
-        return looks_at_nothing(self.config, self.policy)
 
     @property
     def is_bound(self) -> bool:
@@ -77,6 +80,8 @@ class Runtime:
         scored = self._scored
         if scored is None and not self.looks_at_nothing:
             raise RuntimeError("SGLang built a scheduler without a KV pool; please report this with the server's flags")
+        if scored is not None:
+            scored = replace(scored, attention=calibrated(scored.attention, scheduler, self))
         side_bytes = 0 if scored is None else scored.query_window.num_bytes
         self.bind(Parts(scheduler=scheduler, scored=scored, metrics=metrics_for(scheduler, side_bytes=side_bytes)))
         num_query_rows = 0 if scored is None else scored.query_window.num_rows

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.messages import one_line
-from rkv_sglang.policies import Policy, ScoreInputs, needs_values
+from rkv_sglang.policies import Policy, Scored, ScoreInputs, needs_statistics, needs_values
 
 PROMPT_LEN = 2
 
@@ -14,17 +15,21 @@ def score_problem(
     policy: Policy,
     *,
     window: int,
+    budget: int,
     capacity: int,
     num_qo_heads: int,
     num_kv_heads: int,
     head_dim: int,
     v_head_dim: int,
+    model: ModelAttention = PLAIN_ATTENTION,
     device: torch.device | str,
 ) -> str | None:
     """Return in one line what is wrong with what the policy scores, or None. Waits for the device.
 
     Args:
+        budget: Generated tokens that are kept.
         capacity: Generated tokens at which a request is compacted; the shapes are those of the server.
+        model: How the model attends; statistics of its queries may still be all 0.
     """
     num_tokens = PROMPT_LEN + capacity
     draw = torch.Generator().manual_seed(0)
@@ -38,17 +43,29 @@ def score_problem(
         prompt_len=PROMPT_LEN,
         values=made_up(num_tokens, num_kv_heads, v_head_dim) if needs_values(policy) else None,
         logical_len=num_tokens,
+        budget=budget,
+        model=model,
     )
     try:
-        scores = policy.score(inputs)
+        scored = policy.score(inputs)
     # Whatever somebody's code raises.
     except Exception as error:
         return f"its score raises {type(error).__name__}: {one_line(error)}"
     wanted = [num_kv_heads, num_tokens - window]
-    if not isinstance(scores, Tensor):
-        return f"its score is of type {type(scores).__name__} instead of a tensor {wanted} of torch.float32"
-    if list(scores.shape) != wanted or scores.dtype != torch.float32:
-        return f"its score is {list(scores.shape)} of {scores.dtype} instead of {wanted} of torch.float32"
-    if scores.device != inputs.keys.device:
-        return f"its score is on {scores.device} instead of {inputs.keys.device}"
-    return "its score has NaN in it" if scores[:, PROMPT_LEN:].isnan().any().item() else None
+    parts = {"score": scored.scores, "state": scored.state} if isinstance(scored, Scored) else {"score": scored}
+    for name, part in parts.items():
+        problem = _problem_of(part, wanted, inputs.keys.device)
+        if problem is not None:
+            return f"its {name} {problem}"
+        # Of statistics that are all 0 nothing can be asked.
+        if not needs_statistics(policy) and part[:, PROMPT_LEN:].isnan().any().item():
+            return f"its {name} has NaN in it"
+    return None
+
+
+def _problem_of(part: object, wanted: list[int], device: torch.device) -> str | None:
+    if not isinstance(part, Tensor):
+        return f"is of type {type(part).__name__} instead of a tensor {wanted} of torch.float32"
+    if list(part.shape) != wanted or part.dtype != torch.float32:
+        return f"is {list(part.shape)} of {part.dtype} instead of {wanted} of torch.float32"
+    return None if part.device == device else f"is on {part.device} instead of {device}"

@@ -6,7 +6,7 @@ from typing import Any
 from rkv_sglang.config import NO_POLICY
 from rkv_sglang.integration.startup.errors import RefusedError
 from rkv_sglang.integration.startup.refused_settings import REFUSED_SETTINGS, RefusedSetting
-from rkv_sglang.integration.startup.server_args import config_problems, policy_name
+from rkv_sglang.integration.startup.server_args import config_from_args, config_problems, policy_name
 from rkv_sglang.integration.startup.verify_switch import verify_problem
 
 _WHOLE_CACHE_LAYERS = ("full_attention", "attention")
@@ -40,32 +40,45 @@ def flag_problems(server_args: Any) -> Iterator[str]:
 
 
 def refused_values(server_args: Any) -> Iterator[tuple[RefusedSetting, Any]]:
-    """Yield every setting that no policy can be combined with, and its value here."""
+    """Yield every setting that this policy, as it is set here, cannot be combined with, and its value."""
+    records_nothing = _records_nothing(server_args)
     for refused in REFUSED_SETTINGS:
-        value = refused.found(server_args)
+        value = None if refused.records_only and records_nothing else refused.found(server_args)
         if value is not None and value is not False:
             yield refused, value
 
 
-def refuse_model(model_config: Any) -> None:
-    """Refuse a model whose cache is not one plain sequence of keys and values in every layer.
+def _records_nothing(server_args: Any) -> bool:
+    """Return whether the policy looks at places alone, so that no query is recorded; False if the settings are bad."""
+    from rkv_sglang.policies import looks_at_nothing
+
+    try:
+        return looks_at_nothing(config_from_args(server_args))
+    except ValueError:
+        return False
+
+
+def refuse_model(model_config: Any, server_args: Any) -> None:
+    """Refuse a model whose cache is not one plain sequence of tokens in every layer.
 
     Args:
         model_config: SGLang's ``ModelConfig``.
+        server_args: As in ``refuse``; a policy that looks at places alone does not mind what a token's entry is.
 
     Raises:
         RefusedError: The first problem, in one line.
     """
-    for problem in model_problems(model_config):
+    for problem in model_problems(model_config, server_args):
         raise RefusedError(problem)
 
 
-def model_problems(model_config: Any) -> Iterator[str]:
+def model_problems(model_config: Any, server_args: Any) -> Iterator[str]:
     """Yield every reason for which ``refuse_model`` would refuse this model, one line each."""
     from sglang.srt.configs.hybrid_arch import mambaish_config
     from sglang.srt.configs.model_config import AttentionArch
 
     text_config = model_config.hf_text_config
+    served = (AttentionArch.MHA, AttentionArch.MLA) if _records_nothing(server_args) else (AttentionArch.MHA,)
     other_layers = sorted(set(getattr(text_config, "layer_types", None) or ()) - set(_WHOLE_CACHE_LAYERS))
     problems = (
         (not model_config.is_generation, "it does not generate"),
@@ -75,7 +88,7 @@ def model_problems(model_config: Any) -> Iterator[str]:
             "some of its layers keep a recurrent state instead of keys and values",
         ),
         (
-            model_config.attention_arch != AttentionArch.MHA,
+            model_config.attention_arch not in served,
             f"its attention is {model_config.attention_arch.name}, and keys are scored per KV head",
         ),
         (
@@ -114,7 +127,7 @@ def refuse_runtime(scheduler: Any) -> None:
         return
     # Seen by the launcher already, unless another plugin took the place of a step there.
     refuse(resolving_view(scheduler.server_args))
-    refuse_model(scheduler.model_config)
+    refuse_model(scheduler.model_config, resolving_view(scheduler.server_args))
     problem = _pool_problem(scheduler) or _layer_problem(scheduler)
     if problem is not None:
         raise RefusedError(
@@ -124,15 +137,17 @@ def refuse_runtime(scheduler: Any) -> None:
 
 def _pool_problem(scheduler: Any) -> str | None:
     import torch
+    from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
-    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
     allocator = scheduler.token_to_kv_pool_allocator
     pool = allocator.get_kvcache()
     # Exact types: a subclass may lay out, share or copy entries in its own way.
+    records_nothing = _records_nothing(resolving_view(scheduler.server_args))
     for part, expected in (
-        (pool, (MHATokenToKVPool,)),
+        (pool, (MHATokenToKVPool, MLATokenToKVPool) if records_nothing else (MHATokenToKVPool,)),
         (allocator, (TokenToKVPoolAllocator, PagedTokenToKVPoolAllocator)),
         (scheduler.tree_cache, (UnifiedRadixCache,)),
     ):
@@ -141,7 +156,8 @@ def _pool_problem(scheduler: Any) -> str | None:
             return f"SGLang built {type(part).__name__}, and the policy knows {names}"
     if scheduler.is_hybrid_swa or scheduler.is_hybrid_ssm:
         return "the scheduler keeps a second cache, of sliding windows or of recurrent states"
-    if pool.kv_cache_layout != "nhd":
+    # One of MLA has one entry a token, and no other layout.
+    if isinstance(pool, MHATokenToKVPool) and pool.kv_cache_layout != "nhd":
         return f"the KV pool has the layout {pool.kv_cache_layout}, and the policy knows nhd"
     if pool.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the KV pool stores {pool.dtype}, which has not been shown right with it (see --kv-cache-dtype)"
@@ -150,6 +166,7 @@ def _pool_problem(scheduler: Any) -> str | None:
 
 def _layer_problem(scheduler: Any) -> str | None:
     from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+    from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 
     model_runner = scheduler.tp_worker.model_runner
     layers = [module for module in model_runner.model.modules() if isinstance(module, RadixAttention)]
@@ -159,8 +176,16 @@ def _layer_problem(scheduler: Any) -> str | None:
             return f"attention layer {layer.layer_id} has a sliding window or chunk, counted in tokens still cached"
         if layer.xai_temperature_len > 0:
             return f"attention layer {layer.layer_id} scales by length, counted in tokens still cached"
+        if (layer.scaling, layer.logit_cap) != (layers[0].scaling, layers[0].logit_cap):
+            return f"attention layers 0 and {layer.layer_id} scale or cap their logits in different ways"
+        if layer.logit_cap and layer.logit_capping_method != "tanh":
+            return f"attention layer {layer.layer_id} caps its logits by {layer.logit_capping_method}, not by tanh"
         if layer.is_cross_attention or layer.attn_type != AttentionType.DECODER:
             return f"attention layer {layer.layer_id} is not causal self-attention"
-    if sorted(layer.layer_id for layer in layers) != list(range(pool.start_layer, pool.start_layer + pool.layer_num)):
+    ids = [layer.layer_id for layer in layers]
+    # With MLA, a layer has one for prefill and one for decode.
+    if sorted({*ids} if isinstance(pool, MLATokenToKVPool) else ids) != list(
+        range(pool.start_layer, pool.start_layer + pool.layer_num)
+    ):
         return f"{len(layers)} attention layers share {pool.layer_num} layers of KV cache"
     return None

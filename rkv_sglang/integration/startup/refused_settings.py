@@ -26,12 +26,15 @@ class RefusedSetting:
         found: Returns the offending value of the arguments, or None or False where there is none.
         why: What would go wrong; reads on after a colon.
         mend: What to do instead; reads on after a semicolon. Empty: leave the setting out.
+        records_only: The recording of queries is the only reason, so it goes with a policy that looks at places alone
+            and makes one choice for a whole request; tests run it so on a real server.
     """
 
     setting: str
     found: Callable[[ArgsView], Any]
     why: str
     mend: str = ""
+    records_only: bool = False
 
 
 def _is_on(field: str) -> Callable[[ArgsView], Any]:
@@ -85,6 +88,7 @@ REFUSED_SETTINGS: tuple[RefusedSetting, ...] = (
         setting="--enable-mixed-chunk",
         found=_is_on("enable_mixed_chunk"),
         why="decoding requests then run inside prefill batches, where their queries are not recorded",
+        records_only=True,
     ),
     RefusedSetting(setting="--enable-two-batch-overlap", found=_is_on("enable_two_batch_overlap"), why=_OWN_STEPS),
     RefusedSetting(setting="--enable-pdmux", found=_is_on("enable_pdmux"), why=_OWN_STEPS),

@@ -35,8 +35,9 @@ _HELP = {
     POLICY_FIELD: "How the private KV cache of a decoding request is bounded. 'none' leaves SGLang as it is; every "
     "other policy keeps the prompt and at most --kv-budget plus --kv-buffer generated tokens per layer and KV head, "
     "and chooses them in its own way: R-KV (arXiv 2505.24133), SnapKV (2404.14469), H2O (2306.14048), StreamingLLM "
-    "(2309.17453), KeyDiff (2504.15364), ManifoldKV (2602.08343), LongFlow (2603.11504), at random, anew at every "
-    "compaction (2609.03430) or once, or as an installed package does.",
+    "(2309.17453), KeyDiff (2504.15364), ManifoldKV (2602.08343), LongFlow (2603.11504), G-KV (2512.00504), "
+    "TriAttention (2604.04921), BeaconKV (2609.04971), at random, anew at every compaction (2609.03430) or once, half "
+    "by R-KV and half at random, or as an installed package does.",
     "kv_granularity": "Where the choice of what stays is made. 'head': every layer and KV head keeps tokens of its "
     "own. 'request': all of them keep the same, in blocks of 16 tokens, or of a page where it is larger; nothing is "
     "moved in the cache then, only its map is rewritten. A policy may have a default of its own.",

@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
+from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.algorithm.near_duplicates import PromptHits
 from rkv_sglang.algorithm.validation import check_kernel_size, check_mix_lambda, check_threshold
 from rkv_sglang.kernels.paged_batch import VECTOR_BYTES, PagedBatch, PagedBuffers
@@ -45,6 +46,7 @@ def rkv_scores_paged(
     mix_lambda: float,
     kernel_size: int,
     similarity_threshold: float,
+    model: ModelAttention = PLAIN_ATTENTION,
     prompt_hits: Sequence[PromptHits | None] | None = None,
     config: ScoreConfig | None = None,
 ) -> Tensor:
@@ -60,6 +62,7 @@ def rkv_scores_paged(
         mix_lambda: Weight of importance, in [0, 1].
         kernel_size: Width of the max-pool over importance, odd.
         similarity_threshold: Cosine above which two keys are near-duplicates.
+        model: How logits are made of products.
         prompt_hits: Per request and of these layers, what its prompt finds within the prompt; None to find it anew.
         config: Sizes of the programs; default: ``score_config``.
 
@@ -76,54 +79,17 @@ def rkv_scores_paged(
     check_threshold(similarity_threshold)
     hits = [None] * batch.num_requests if prompt_hits is None else prompt_hits
     check_prompt_hits(hits, keys, batch)
-    return _scores(keys, batch, queries, kernel_size, mix_lambda, similarity_threshold, config, hits)
+    return combined_scores(keys, batch, queries, kernel_size, mix_lambda, similarity_threshold, model, config, hits)
 
 
-def snapkv_scores_paged(
-    keys: PagedBuffers, batch: PagedBatch, queries: Tensor, *, kernel_size: int, config: ScoreConfig | None = None
-) -> Tensor:
-    """Score every token by its importance alone, as SnapKV does (arXiv 2404.14469). Queues no sync.
-
-    Args:
-        keys, batch, queries, kernel_size, config: As in ``rkv_scores_paged``.
-
-    Returns:
-        As ``rkv_scores_paged``.
-
-    Raises:
-        ValueError: A shape, dtype, device, stride or value differs from the above.
-
-    Reference: ``rkv_sglang.algorithm.reference.importance``.
-    """
-    return _scores(keys, batch, queries, kernel_size, 1.0, None, config)
-
-
-def h2o_scores_paged(
-    keys: PagedBuffers, batch: PagedBatch, queries: Tensor, *, config: ScoreConfig | None = None
-) -> Tensor:
-    """Score every token by the attention that all queries of the window pay it, as H2O adds it up. Queues no sync.
-
-    Args:
-        keys, batch, queries, config: As in ``rkv_scores_paged``.
-
-    Returns:
-        As ``rkv_scores_paged``; what earlier compactions counted is not in it.
-
-    Raises:
-        ValueError: A shape, dtype, device, stride or value differs from the above.
-
-    Reference: ``rkv_sglang.policies.H2O``.
-    """
-    return _scores(keys, batch, queries, 1, float(batch.window), None, config)
-
-
-def _scores(
+def combined_scores(
     keys: PagedBuffers,
     batch: PagedBatch,
     queries: Tensor,
     kernel_size: int,
     importance_weight: float,
     threshold: float | None,
+    model: ModelAttention,
     config: ScoreConfig | None,
     prompt_hits: Sequence[PromptHits | None] = (),
 ) -> Tensor:
@@ -132,7 +98,14 @@ def _scores(
     check_score_inputs(keys, batch, queries)
     unscored = batch.window
     passes = run_key_passes(
-        keys, batch, queries, threshold=threshold, num_unscored=unscored, config=config, prompt_hits=prompt_hits
+        keys,
+        batch,
+        queries,
+        threshold=threshold,
+        num_unscored=unscored,
+        model=model,
+        config=config,
+        prompt_hits=prompt_hits,
     )
     grid = (triton.cdiv(batch.max_kv_len, COMBINE_BLOCK), batch.num_requests, keys.num_layers * keys.num_kv_heads)
     combine_scores_kernel[grid](
@@ -182,6 +155,7 @@ def run_key_passes(
     *,
     threshold: float | None,
     num_unscored: int,
+    model: ModelAttention,
     config: ScoreConfig | None,
     prompt_hits: Sequence[PromptHits | None] = (),
 ) -> KeyPasses:
@@ -192,6 +166,7 @@ def run_key_passes(
             of one query are the largest over its group of heads.
         threshold: For the redundancy; None leaves it out.
         num_unscored: Last tokens that get no attention.
+        model: How logits are made of products.
         prompt_hits: For the redundancy, one entry per request.
     """
     num_layers, num_requests, window, num_qo_heads, head_dim = queries.shape
@@ -213,6 +188,7 @@ def run_key_passes(
         config=config,
         with_redundancy=threshold is not None,
         num_unscored=num_unscored,
+        logit_cap=model.logit_cap,
     )
     block_w, block_d = constants["BLOCK_W"], constants["BLOCK_D"]
     num_heads, num_tokens = num_layers * keys.num_kv_heads, batch.num_tokens
@@ -249,7 +225,7 @@ def run_key_passes(
         "stride_query_request": queries.stride(1),
         "stride_query_token": queries.stride(2),
         "stride_query_head": queries.stride(3),
-        "softmax_scale": 1.0 / math.sqrt(head_dim),
+        "softmax_scale": model.scale_for(head_dim),
     }
     grid = (triton.cdiv(batch.max_kv_len, config.block), num_requests, num_heads)
     key_shape = {"num_warps": config.num_warps, "num_stages": NUM_STAGES}
@@ -267,7 +243,7 @@ def run_key_passes(
     if threshold is not None:
         scanned = {name: value for name, value in shared.items() if name in scan_rows_kernel.arg_names}
         scanned |= lists | scan_constants(constants, config) | key_shape | {"threshold": threshold}
-        scan_rows(scanned, grid, prompt_hits, keys.device)
+        scan_rows(scanned, grid, prompt_hits or [None] * num_requests, keys.device)
     reduce_blocks_kernel[(num_requests, num_heads)](
         token_indptr_ptr=batch.token_indptr,
         key_sums_ptr=key_sums,

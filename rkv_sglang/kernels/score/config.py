@@ -87,6 +87,7 @@ def key_constants(
     config: ScoreConfig,
     with_redundancy: bool,
     num_unscored: int | None = None,
+    logit_cap: float = 0.0,
 ) -> dict[str, Any]:
     """Return the compile-time arguments that both passes over the keys share; by default the window is unscored."""
     return {
@@ -106,6 +107,7 @@ def key_constants(
         "DOT_WIDTH": config.dot_width or padded_head_dim(head_dim),
         "WITH_REDUNDANCY": with_redundancy,
         "NUM_UNSCORED": window if num_unscored is None else num_unscored,
+        "LOGIT_CAP": logit_cap,
     }
 
 
@@ -227,6 +229,7 @@ AOT_CASES: list[_Case] = [
         _key_cases(torch.bfloat16, torch.bfloat16, 128, window=MAX_WINDOW),
         _key_cases(torch.bfloat16, torch.bfloat16, 256, window=MAX_WINDOW),
         _key_cases(torch.bfloat16, torch.bfloat16, 128, with_redundancy=False),
+        _key_cases(torch.bfloat16, torch.bfloat16, 128, logit_cap=30.0),
         *(_total_cases(head_dim, window, True) for head_dim, window in ((64, 8), (128, 8), (256, MAX_WINDOW))),
         _total_cases(128, 8, False),
     )

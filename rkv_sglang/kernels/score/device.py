@@ -139,6 +139,15 @@ def dot_rows(
 
 
 @triton.jit
+def cap_logits(logits, LOGIT_CAP: tl.constexpr):
+    """Return ``LOGIT_CAP * tanh(logits / LOGIT_CAP)``; a cap of 0 leaves them as they are."""
+    if LOGIT_CAP > 0.0:
+        # exp may overflow to infinity, whose reciprocal is the right 0.
+        logits = LOGIT_CAP * (1.0 - 2.0 / (tl.exp(logits * (2.0 / LOGIT_CAP)) + 1.0))
+    return logits
+
+
+@triton.jit
 def window_logits(
     keys,
     rows,
@@ -157,6 +166,7 @@ def window_logits(
     DOT_DTYPE: tl.constexpr,
     E4M3: tl.constexpr,
     QUERY_ALIGNMENT: tl.constexpr,
+    LOGIT_CAP: tl.constexpr,
 ):
     """Return the largest logit over the query group, ``[BLOCK_W, BLOCK]``, fp32; -inf where a key is not scored.
 
@@ -173,4 +183,5 @@ def window_logits(
             queries, keys, query_rows, observed, rows, inside, HEAD_DIM, BLOCK_D, DOT_WIDTH, DOT_DTYPE, E4M3
         )
         logits = tl.maximum(logits, products, propagate_nan=tl.PropagateNan.ALL)
-    return tl.where(scored[None, :], logits * factor, float("-inf"))
+    # Logits grow with the products, so the largest product makes the largest logit.
+    return tl.where(scored[None, :], cap_logits(logits * factor, LOGIT_CAP), float("-inf"))

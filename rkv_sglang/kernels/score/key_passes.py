@@ -70,6 +70,7 @@ def summarise_blocks_kernel(
     DOT_WIDTH: tl.constexpr,
     WITH_REDUNDANCY: tl.constexpr,
     NUM_UNSCORED: tl.constexpr,
+    LOGIT_CAP: tl.constexpr,
 ):
     """Per block of keys: sum of the unit keys, maximum and sum of exp of the logits, and what is exempt in new columns.
 
@@ -109,6 +110,7 @@ def summarise_blocks_kernel(
         DOT_DTYPE,
         E4M3,
         QUERY_ALIGNMENT,
+        LOGIT_CAP,
     )
     maxima = tl.max(logits, axis=1)
     # A block within the window has no logit: its sum is 0 whatever is subtracted.
@@ -195,6 +197,7 @@ def score_tokens_kernel(
     DOT_WIDTH: tl.constexpr,
     WITH_REDUNDANCY: tl.constexpr,
     NUM_UNSCORED: tl.constexpr,
+    LOGIT_CAP: tl.constexpr,
 ):
     """Per token: the mean attention of the window's queries and the mean of its similarity column.
 
@@ -235,6 +238,7 @@ def score_tokens_kernel(
         DOT_DTYPE,
         E4M3,
         QUERY_ALIGNMENT,
+        LOGIT_CAP,
     )
     steps = tl.arange(0, BLOCK_W)
     maxima = tl.load(logit_totals_ptr + total_row * 2 * BLOCK_W + steps)

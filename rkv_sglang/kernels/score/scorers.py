@@ -7,15 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.algorithm.near_duplicates import PromptHits
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
-from rkv_sglang.kernels.score.attention import h2o_scores_paged, rkv_scores_paged, snapkv_scores_paged
-from rkv_sglang.kernels.score.mean_keys import keydiff_scores_paged, manifoldkv_scores_paged
+from rkv_sglang.kernels.score.attention import rkv_scores_paged
+from rkv_sglang.kernels.score.mean_keys import keydiff_scores_paged
+from rkv_sglang.kernels.score.per_head.beaconkv import beaconkv_scores_paged
+from rkv_sglang.kernels.score.per_head.block_means import manifoldkv_scores_paged
+from rkv_sglang.kernels.score.per_head.gkv import gkv_scores_paged
+from rkv_sglang.kernels.score.per_head.half import half_scores_paged
+from rkv_sglang.kernels.score.per_head.received import h2o_scores_paged, snapkv_scores_paged
+from rkv_sglang.kernels.score.per_head.triattention import triattention_scores_paged
 from rkv_sglang.kernels.score.places import places_of, spread
 from rkv_sglang.kernels.score.values import longflow_scores_paged
 from rkv_sglang.policies import (
+    GKV,
     H2O,
     RKV,
+    BeaconKV,
+    Half,
     KeyDiff,
     LongFlow,
     ManifoldKV,
@@ -23,6 +33,7 @@ from rkv_sglang.policies import (
     RandomAttention,
     SnapKV,
     StreamingLLM,
+    TriAttention,
     is_stateful,
 )
 
@@ -33,13 +44,15 @@ class History:
 
     Attributes:
         logical_len: Tokens ever seen, evicted ones included.
-        kept_scores: Scores that the last compaction gave to the tokens kept for their score,
+        kept_state: The state that the last compaction gave to the tokens kept for their score,
             ``[num_layers, num_kv_heads, budget - window]``, fp32; None before the first.
+        memory: What the policy remembers from it, ``[num_layers, num_kv_heads, ...]``; None before the first.
         prompt_hits: What the prompt finds within the prompt, written unless it is filled; None to find it anew.
     """
 
     logical_len: int
-    kept_scores: Tensor | None = None
+    kept_state: Tensor | None = None
+    memory: Tensor | None = None
     prompt_hits: PromptHits | None = None
 
 
@@ -52,22 +65,43 @@ class PagedInputs:
     batch: PagedBatch
     queries: Tensor
     history: Sequence[History]
+    model: ModelAttention = PLAIN_ATTENTION
 
     def kept_before(self, scores: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return, per request that was compacted before, its columns of ``scores`` and what they scored then."""
+        """Return, per request that was compacted before, its columns of ``scores`` and the state they had then."""
         pairs = []
         start = 0
         for kv_len, prompt_len, past in zip(
             self.batch.kv_lens_cpu, self.batch.prompt_lens_cpu, self.history, strict=True
         ):
-            if past.kept_scores is not None:
+            if past.kept_state is not None:
                 first = start + prompt_len
-                pairs.append((scores[:, :, first : first + past.kept_scores.shape[2]], past.kept_scores))
+                pairs.append((scores[:, :, first : first + past.kept_state.shape[2]], past.kept_state))
             start += kv_len
         return pairs
 
 
-PagedScorer = Callable[[Any, PagedInputs], Tensor]
+@dataclass(frozen=True)
+class PagedScored:
+    """What a scorer returns whose policy is given back more than its scores.
+
+    Attributes:
+        scores: ``[num_layers, num_kv_heads, num_tokens]``.
+        state: What travels with the tokens in their place, the same shape.
+        memory: Of each request ``[num_layers, num_kv_heads, ...]``; None where nothing is remembered.
+    """
+
+    scores: Tensor
+    state: Tensor
+    memory: tuple[Tensor, ...] | None = None
+
+
+def scored_paged(result: Tensor | PagedScored) -> PagedScored:
+    """Return what a scorer returned, with the state that it means."""
+    return result if isinstance(result, PagedScored) else PagedScored(result, result)
+
+
+PagedScorer = Callable[[Any, PagedInputs], Tensor | PagedScored]
 
 
 def _rkv(policy: RKV, inputs: PagedInputs) -> Tensor:
@@ -78,16 +112,19 @@ def _rkv(policy: RKV, inputs: PagedInputs) -> Tensor:
         mix_lambda=policy.mix_lambda,
         kernel_size=policy.kernel_size,
         similarity_threshold=policy.similarity_threshold,
+        model=inputs.model,
         prompt_hits=[past.prompt_hits for past in inputs.history],
     )
 
 
 def _snapkv(policy: SnapKV, inputs: PagedInputs) -> Tensor:
-    return snapkv_scores_paged(inputs.keys, inputs.batch, inputs.queries, kernel_size=policy.kernel_size)
+    return snapkv_scores_paged(
+        inputs.keys, inputs.batch, inputs.queries, kernel_size=policy.kernel_size, model=inputs.model
+    )
 
 
 def _h2o(policy: H2O, inputs: PagedInputs) -> Tensor:
-    scores = h2o_scores_paged(inputs.keys, inputs.batch, inputs.queries)
+    scores = h2o_scores_paged(inputs.keys, inputs.batch, inputs.queries, model=inputs.model)
     for received, before in inputs.kept_before(scores):
         received += before
     return scores
@@ -102,7 +139,7 @@ def _manifoldkv(policy: ManifoldKV, inputs: PagedInputs) -> Tensor:
 
 
 def _longflow(policy: LongFlow, inputs: PagedInputs) -> Tensor:
-    return longflow_scores_paged(inputs.keys, inputs.values, inputs.batch, inputs.queries)
+    return longflow_scores_paged(inputs.keys, inputs.values, inputs.batch, inputs.queries, model=inputs.model)
 
 
 def _by_place(policy: StreamingLLM | Random, inputs: PagedInputs) -> Tensor:
@@ -112,6 +149,70 @@ def _by_place(policy: StreamingLLM | Random, inputs: PagedInputs) -> Tensor:
     for scored, before in inputs.kept_before(scores) if is_stateful(policy) else ():
         scored.copy_(before)
     return scores
+
+
+def _gkv(policy: GKV, inputs: PagedInputs) -> PagedScored:
+    batch, keys = inputs.batch, inputs.keys
+    shape = (keys.num_layers, keys.num_kv_heads, batch.num_tokens)
+    state = torch.full(shape, -torch.inf, dtype=torch.float32, device=keys.device)
+    for columns, before in inputs.kept_before(state):
+        columns.copy_(before)
+    scores = gkv_scores_paged(
+        keys,
+        batch,
+        inputs.queries,
+        state,
+        importance_weight=policy.importance_weight,
+        decay=policy.decay,
+        kernel_size=policy.kernel_size,
+        similarity_threshold=policy.similarity_threshold,
+        model=inputs.model,
+    )
+    return PagedScored(scores, state)
+
+
+def _half(policy: Half, inputs: PagedInputs) -> Tensor:
+    return half_scores_paged(
+        inputs.keys,
+        inputs.batch,
+        inputs.queries,
+        logical_lens=[past.logical_len for past in inputs.history],
+        mix_lambda=policy.mix_lambda,
+        kernel_size=policy.kernel_size,
+        similarity_threshold=policy.similarity_threshold,
+        seed=policy.seed,
+        model=inputs.model,
+    )
+
+
+def _triattention(policy: TriAttention, inputs: PagedInputs) -> Tensor:
+    rope, statistics = inputs.model.rope, inputs.model.statistics
+    if rope is None or statistics is None:
+        raise ValueError("policy triattention needs the model's rotary positions and statistics of its queries")
+    return triattention_scores_paged(
+        inputs.keys,
+        inputs.batch,
+        rope=rope,
+        statistics=statistics.of_layers(inputs.keys.first_layer, inputs.keys.num_layers),
+        logical_lens=[past.logical_len for past in inputs.history],
+    )
+
+
+def _beaconkv(policy: BeaconKV, inputs: PagedInputs) -> PagedScored:
+    if inputs.model.rope is None:
+        raise ValueError("policy beaconkv needs the model's rotary positions")
+    scores, beacons = beaconkv_scores_paged(
+        inputs.keys,
+        inputs.batch,
+        inputs.queries,
+        [past.memory for past in inputs.history],
+        rope=inputs.model.rope,
+        logical_lens=[past.logical_len for past in inputs.history],
+        num_recent=policy.num_recent,
+        num_beacons=policy.num_beacons,
+        model=inputs.model,
+    )
+    return PagedScored(scores, scores, beacons)
 
 
 def _random_attention(policy: RandomAttention, inputs: PagedInputs) -> Tensor:
@@ -136,21 +237,25 @@ PAGED_SCORERS: dict[type, PagedScorer] = {
     LongFlow: _longflow,
     Random: _by_place,
     RandomAttention: _random_attention,
+    GKV: _gkv,
+    Half: _half,
+    TriAttention: _triattention,
+    BeaconKV: _beaconkv,
 }
 
 
-def scores_of_kept(scores: Tensor, kept_indices: Tensor, batch: PagedBatch) -> tuple[Tensor, ...]:
-    """Return what the tokens kept for their score scored: per request the next ``History.kept_scores``.
+def state_of_kept(state: Tensor, kept_indices: Tensor, batch: PagedBatch) -> tuple[Tensor, ...]:
+    """Return the state of the tokens kept for their score: per request the next ``History.kept_state``.
 
     Args:
-        scores: ``[num_layers, num_kv_heads, num_tokens]``, fp32.
+        state: ``[num_layers, num_kv_heads, num_tokens]``, fp32.
         kept_indices: ``[num_layers, num_requests, num_kv_heads, max_budget]``, int32, as ``select_kept_paged``'s.
     """
     num_best = batch.max_budget - batch.window
     first = (batch.token_indptr[:-1] + batch.prompt_lens)[None, :, None, None]
     # Past a request's own budget stands -1, which is cut off below.
     columns = (first + kept_indices[..., :num_best]).clamp(0, batch.num_tokens - 1)
-    rows = scores.unsqueeze(1).expand(-1, batch.num_requests, -1, -1)
+    rows = state.unsqueeze(1).expand(-1, batch.num_requests, -1, -1)
     best = torch.gather(rows, 3, columns)
     # Copies: each is kept until its request's next compaction, and a view would keep those of all.
     return tuple(best[:, i, :, : budget - batch.window].clone() for i, budget in enumerate(batch.budgets_cpu))

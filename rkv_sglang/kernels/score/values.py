@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
 from rkv_sglang.kernels.score.attention import run_key_passes
 from rkv_sglang.kernels.score.checks import check_pool, check_score_inputs
@@ -79,13 +80,14 @@ def longflow_scores_paged(
     batch: PagedBatch,
     queries: Tensor,
     *,
+    model: ModelAttention = PLAIN_ATTENTION,
     config: ScoreConfig | None = None,
     block: int | None = None,
 ) -> Tensor:
     """Score every token by the newest query's attention, summed over its group, times its value's 1-norm. No sync.
 
     Args:
-        keys, batch, queries, config: As in ``rkv_scores_paged``; only the last query of each window is read.
+        keys, batch, queries, model, config: As in ``rkv_scores_paged``; only the last query of each window is read.
         values: Values of all layers, as cached, in the same pages.
         block: Values of one program, a power of two; default: ``tokens_per_program``.
 
@@ -111,7 +113,8 @@ def longflow_scores_paged(
     # [num_layers, num_requests, group_size, num_kv_heads, head_dim], a view
     num_layers, num_requests, _, _, head_dim = queries.shape
     newest = queries[:, :, -1].view(num_layers, num_requests, keys.num_kv_heads, group_size, head_dim).transpose(2, 3)
-    scores = run_key_passes(keys, batch, newest, threshold=None, num_unscored=0, config=config).attention
+    passes = run_key_passes(keys, batch, newest, threshold=None, num_unscored=0, model=model, config=config)
+    scores = passes.attention
     grid = (triton.cdiv(batch.max_kv_len, block), num_requests, num_layers * keys.num_kv_heads)
     weigh_by_values_kernel[grid](
         *(values.pointers, values.scales, batch.kv_indptr, batch.kv_indices, batch.token_indptr, scores),

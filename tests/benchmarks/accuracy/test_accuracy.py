@@ -22,11 +22,12 @@ from benchmarks.accuracy.checker import Verdict, check
 from benchmarks.accuracy.judge import Judge
 from benchmarks.accuracy.problems import DRY_RUN_PROBLEMS, Problem, load_problems
 from benchmarks.accuracy.report import markdown, plot
-from benchmarks.accuracy.rows import NOTHING_COMPRESSED, PARTLY_COMPRESSED, accuracy_rows, busy_seconds
+from benchmarks.accuracy.rows import NOTHING_COMPRESSED, PARTLY_COMPRESSED, accuracy_rows, busy_seconds, paired
 from benchmarks.accuracy.run import Sampling, run_samples
 from benchmarks.accuracy.store import Sample, SampleStore
 from benchmarks.common.schema import write_table
 from benchmarks.common.settings import Setting, parse_setting
+from benchmarks.common.statistics import Estimate
 from benchmarks.common.tables import ACCURACY
 from devtools.launch import Server, ServerError
 
@@ -210,6 +211,37 @@ def test_settings_are_read_and_become_flags() -> None:
     for wrong in ("", "rkv", "rkv:1024", "rkv:a:b", "rkv:1:2:3", "none:1:2", ":1:2"):
         with pytest.raises(ValueError, match="neither none nor"):
             parse_setting(wrong)
+
+
+def test_a_setting_may_name_all_that_a_server_takes() -> None:
+    text = "rkv:64:16:window=32:mix_lambda=0.5:stagger=true"
+    setting = parse_setting(text)
+    assert setting.name == text and setting.config is not None
+    assert (setting.config.window, setting.config.mix_lambda, setting.config.stagger) == (32, 0.5, True)
+    assert setting.flags[6:] == ("--kv-window", "32", "--rkv-mix-lambda", "0.5", "--kv-stagger")
+    seeded = parse_setting("random:64:16:seed=7")
+    assert seeded.flags[6:] == ("--kv-policy-config", '{"seed": 7}')
+    # What a policy has of its own accord needs no flag, and is known.
+    own = parse_setting("gkv:64:16")
+    assert own.config is not None and own.config.window == 16 and len(own.flags) == 6
+    for wrong in ("rkv:64:16:window", "rkv:64:16:window=a", "rkv:64:16:seed=7", "rkv:64:16:window=64", "none:window=8"):
+        with pytest.raises(ValueError, match="neither none nor"):
+            parse_setting(wrong)
+
+
+def test_a_difference_that_problems_agree_on_is_seen_where_two_shares_apart_tell_nothing() -> None:
+    """Of 100 problems 50 are solved by both and 10 by ours alone: 0.1 of them, and no problem says otherwise.
+
+    The number of these 10 among 100 drawn with replacement is binomial, with 2.5 and 97.5 % at 5 and 16. As two samples
+    that know nothing of each other, 60 and 50 of 100 have a difference of 0.1 with a deviation of 0.07.
+    """
+    ours, theirs = [1.0] * 60 + [0.0] * 40, [1.0] * 50 + [0.0] * 50
+    assert paired(ours, theirs) == Estimate(pytest.approx(0.1), pytest.approx(0.05), pytest.approx(0.16))
+    # The same shares of other problems: 50 say yes, 40 no.
+    apart = paired(ours, theirs[::-1])
+    assert apart.mean == pytest.approx(0.1) and apart.low < 0 < apart.high
+    assert paired([0.5, 1.0, 0.0], [0.25, 0.75, -0.25]) == Estimate(0.25, 0.25, 0.25)
+    assert math.isnan(paired([1.0], None).mean)
 
 
 def test_samples_come_back_and_a_cut_line_is_made_again(tmp_path: Path, rng: random.Random) -> None:

@@ -49,6 +49,28 @@ def test_a_station_has_one_code_and_is_asked_for_once() -> None:
     assert len(set(lines)) == len(lines) // 2
 
 
+@pytest.mark.parametrize("num_tokens", [700, 1000, 2400])
+def test_early_facts_are_asked_for_late_behind_others_like_them(num_tokens: int) -> None:
+    tokenizer = Pieces(4)
+    for seed in range(5):
+        text = recall_text(tokenizer, num_tokens, seed, "early")
+        pieces = tokenizer.pieces
+        assert text.tokens == list(range(num_tokens)) and len(text.facts) >= 2
+        last_written = max(fact.written for fact in text.facts)
+        assert last_written < num_tokens * 0.4 and min(fact.asked[0] for fact in text.facts) > last_written
+        spread = sorted(fact.asked[0] - fact.written for fact in text.facts)
+        assert spread[-1] > num_tokens / 4
+        codes = []
+        for fact in text.facts:
+            (code,) = (pieces[step] for step in fact.asked)
+            assert pieces[fact.written] == code and "".join(pieces).count(code) == 2
+            codes.append(code)
+            between = [piece for piece in pieces[fact.written + 1 : fact.asked[0]] if re.fullmatch(r"\d{4}", piece)]
+            # Other numbers than those of facts, so that to keep all numbers is not enough.
+            assert len(set(between) - set(codes)) >= 2
+        assert len(set(codes)) == len(codes)
+
+
 def test_equal_seeds_give_equal_texts_and_others_differ() -> None:
     def text(seed: int) -> str:
         tokenizer = Pieces(4)

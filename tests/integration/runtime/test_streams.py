@@ -92,7 +92,7 @@ def test_what_was_kept_is_read_for_a_trace_on_the_stream_that_computes_it(monkey
     monkeypatch.setattr(
         gather,
         "compact_requests",
-        lambda *args, **kwargs: [SimpleNamespace(kept_indices=KeptIndices(), kept_scores=0)],
+        lambda *args, **kwargs: [SimpleNamespace(kept_indices=KeptIndices(), kept_state=0, memory=None)],
     )
     policy, req, batch = a_step(streams, PolicyConfig(budget=24, buffer=16))
     policy._compact(batch, [0])
@@ -164,13 +164,13 @@ def test_a_choice_by_places_runs_no_kernel_and_touches_nothing_but_the_map():
 
 def test_a_finished_request_keeps_no_tensors(monkeypatch):
     """A session keeps the requests of all its turns."""
-    state = RequestState(5, 300, compactions=2, kept_scores=torch.zeros(3), prompt_hits=object(), host_copy=object())
+    state = RequestState(5, 300, compactions=2, kept_state=torch.zeros(3), prompt_hits=object(), host_copy=object())
     req = SimpleNamespace(rid="r", origin_input_ids=[1] * 5, output_ids=[2] * 90, finished=lambda: True)
     req.extend_batch_idx, req.decode_batch_idx = 1, 89
     setattr(req, STATE_ATTRIBUTE, state)
     runs = SimpleNamespace(**req.__dict__)
     runs.finished = lambda: False
-    running = RequestState(5, 300, kept_scores=torch.zeros(3))
+    running = RequestState(5, 300, kept_state=torch.zeros(3))
     setattr(runs, STATE_ATTRIBUTE, running)
     monkeypatch.setattr(
         answers,
@@ -179,5 +179,5 @@ def test_a_finished_request_keeps_no_tensors(monkeypatch):
     )
     info = answers.streamer_class(object)().build_additional_customized_info([req, runs])
     assert info["kv_compactions"] == [[2], []]
-    assert state.kept_scores is state.prompt_hits is state.host_copy is None
-    assert running.kept_scores is not None
+    assert state.kept_state is state.prompt_hits is state.host_copy is None
+    assert running.kept_state is not None

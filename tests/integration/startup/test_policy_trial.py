@@ -8,18 +8,20 @@ import torch
 
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.startup.policy_trial import score_problem
-from rkv_sglang.policies import POLICIES, make_policy
+from rkv_sglang.policies import POLICIES, Scored, make_policy
+from tests.policies.cases import model_with_statistics
 
 SHAPES: tuple[dict[str, int], ...] = (
-    {"window": 8, "capacity": 48, "num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 16, "v_head_dim": 16},
-    {"window": 1, "capacity": 3, "num_qo_heads": 1, "num_kv_heads": 1, "head_dim": 8, "v_head_dim": 4},
+    {"window": 8, "budget": 32, "capacity": 48, "num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 16, "v_head_dim": 16},
+    {"window": 1, "budget": 2, "capacity": 3, "num_qo_heads": 1, "num_kv_heads": 1, "head_dim": 8, "v_head_dim": 4},
 )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=["several heads", "one head"])
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_here_passes(name: str, shape: dict[str, int]) -> None:
-    assert score_problem(make_policy(PolicyConfig(policy=name)), **shape, device="cpu") is None
+    model = model_with_statistics(1, shape["num_qo_heads"], shape["head_dim"])
+    assert score_problem(make_policy(PolicyConfig(policy=name)), **shape, model=model, device="cpu") is None
 
 
 @dataclass
@@ -31,6 +33,10 @@ class Some:
     def score(self, inputs: Any) -> Any:
         num_tokens, num_kv_heads, _ = inputs.keys.shape
         return self.change(torch.zeros(num_kv_heads, num_tokens - len(inputs.queries)))
+
+
+def without_a_state(scores: torch.Tensor) -> Scored:
+    return Scored(scores, scores[:, 1:])
 
 
 def raising(scores: torch.Tensor) -> None:
@@ -54,6 +60,7 @@ def nan_behind_the_prompt(scores: torch.Tensor) -> torch.Tensor:
         (lambda scores: scores.double(), "its score is [2, 42] of torch.float64 instead of"),
         (lambda scores: scores.long(), "its score is [2, 42] of torch.int64 instead of"),
         (lambda scores: scores.to("meta"), "its score is on meta instead of cpu"),
+        (without_a_state, "its state is [2, 41] of torch.float32 instead of [2, 42]"),
         (nan_behind_the_prompt, "its score has NaN in it"),
     ],
 )

@@ -123,6 +123,35 @@ def test_what_is_served_is_not_refused(parser: argparse.ArgumentParser, line: st
     refuse(resolving_view(parse(parser, line)))
 
 
+RECORDING = ("head", "request")
+# Of each policy, with which granularities what only the recording of queries forbids is refused.
+REFUSED_OF_RECORDING = {
+    "rkv": RECORDING,
+    "keydiff": RECORDING,
+    "streaming_llm": ("head",),
+    "random": ("head",),
+    "random_attention": ("head",),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSED_SETTINGS, ids=lambda refusal: refusal.setting)
+def test_what_records_no_query_is_refused_less(
+    parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch, refusal: RefusedSetting
+) -> None:
+    value = REFUSED_VALUES[refusal.setting][0]
+    is_flag = refusal.setting.startswith("--")
+    if not is_flag:
+        monkeypatch.setenv(refusal.setting, value)
+    line = f"{refusal.setting} {value}" if is_flag else ""
+    for policy, granularities in REFUSED_OF_RECORDING.items():
+        for granularity in RECORDING:
+            view = resolving_view(parse(parser, f"--kv-granularity {granularity} {line}", policy=policy))
+            if refusal.records_only and granularity not in granularities:
+                refuse(view)
+            else:
+                assert message_of(refuse, view).startswith(refusal.setting)
+
+
 def test_what_sglang_chose_by_itself_is_refused_too(parser: argparse.ArgumentParser) -> None:
     args = parse(parser, "")
     declare_resolution(args, "test", attention_backend="trtllm_mha")

@@ -16,6 +16,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from rkv_sglang.integration.startup.refusals import refuse_model, refuse_runtime
 from rkv_sglang.integration.startup.server_args import RKVServerArgs
+from rkv_sglang.policy_names import BLIND_NAMES
 from tests.integration.startup.refusal_kit import REFUSED_MODELS, TINY, message_of, tiny_config_dir
 
 SERVED_MODELS = {
@@ -25,13 +26,28 @@ SERVED_MODELS = {
     "Qwen3MoeForCausalLM": transformers.Qwen3MoeConfig(**TINY),
     "MistralForCausalLM": transformers.MistralConfig(**TINY),
     "Phi3ForCausalLM": transformers.Phi3Config(**TINY),
+    "GraniteForCausalLM": transformers.GraniteConfig(**TINY, attention_multiplier=0.01),
 }
 
 
 @pytest.mark.parametrize("architecture", SERVED_MODELS)
 def test_models_of_plain_attention_are_served(tmp_path: Path, architecture: str) -> None:
     path = tiny_config_dir(tmp_path, SERVED_MODELS[architecture], architecture)
-    refuse_model(model_config_of(RKVServerArgs(model_path=path)))
+    args = RKVServerArgs(model_path=path, kv_policy="rkv")
+    refuse_model(model_config_of(args), args)
+
+
+@pytest.mark.parametrize("policy", ["streaming_llm", "random", "random_attention", "rkv", "keydiff"])
+def test_latent_attention_is_served_where_nothing_of_the_cache_is_looked_at(tmp_path: Path, policy: str) -> None:
+    config = transformers.DeepseekV3Config(**{**TINY, "num_key_value_heads": 4})
+    path = tiny_config_dir(tmp_path, config, "DeepseekV3ForCausalLM")
+    args = RKVServerArgs(model_path=path, kv_policy=policy, kv_granularity="request")
+    if policy in BLIND_NAMES:
+        refuse_model(model_config_of(args), args)
+    else:
+        assert "is MLA" in message_of(refuse_model, model_config_of(args), args)
+    args = RKVServerArgs(model_path=path, kv_policy=policy, kv_granularity="head")
+    assert "is MLA" in message_of(refuse_model, model_config_of(args), args)
 
 
 @pytest.mark.parametrize(
@@ -39,13 +55,15 @@ def test_models_of_plain_attention_are_served(tmp_path: Path, architecture: str)
 )
 def test_models_of_another_kind_are_refused(tmp_path: Path, architecture: str, config: Any, why: str) -> None:
     path = tiny_config_dir(tmp_path, config, architecture)
-    message = message_of(refuse_model, model_config_of(RKVServerArgs(model_path=path)))
+    args = RKVServerArgs(model_path=path, kv_policy="rkv")
+    message = message_of(refuse_model, model_config_of(args), args)
     assert message.startswith(f"--model-path {path} ({architecture}) cannot be served with a --kv-policy: ")
     assert why in message and message.endswith("; serve it with --kv-policy none")
 
 
 def attention_layer(layer_id: int, **settings: Any) -> RadixAttention:
-    return RadixAttention(num_heads=2, head_dim=8, scaling=1.0, num_kv_heads=1, layer_id=layer_id, **settings)
+    usual = {"num_heads": 2, "head_dim": 8, "scaling": 1.0, "num_kv_heads": 1}
+    return RadixAttention(layer_id=layer_id, **(usual | settings))
 
 
 def kv_pool(kind: type[MHATokenToKVPool] = MHATokenToKVPool, **settings: Any) -> MHATokenToKVPool:
@@ -98,6 +116,10 @@ def with_temperature() -> RadixAttention:
     return layer
 
 
+def capped(layer_id: int, method: str) -> RadixAttention:
+    return attention_layer(layer_id, logit_cap=30.0, logit_capping_method=method)
+
+
 RUNTIMES = [
     (lambda: {"pool": kv_pool(OtherPool)}, "built OtherPool, and the policy knows MHATokenToKVPool"),
     (lambda: {"allocator_kind": OtherAllocator}, "knows TokenToKVPoolAllocator or PagedTokenToKVPoolAllocator"),
@@ -109,6 +131,9 @@ RUNTIMES = [
     (lambda: {"layers": (attention_layer(0), attention_layer(1, sliding_window_size=16))}, "layer 1 has a sliding"),
     (lambda: {"layers": (attention_layer(0, use_irope=True), attention_layer(1))}, "layer 0 has a sliding"),
     (lambda: {"layers": (attention_layer(0), with_temperature())}, "layer 1 scales by length"),
+    (lambda: {"layers": (attention_layer(0), attention_layer(1, scaling=0.5))}, "layers 0 and 1 scale or cap"),
+    (lambda: {"layers": (attention_layer(0), attention_layer(1, logit_cap=30.0))}, "layers 0 and 1 scale or cap"),
+    (lambda: {"layers": [capped(i, "sigmoid") for i in (0, 1)]}, "layer 0 caps its logits by sigmoid, not by tanh"),
     (lambda: {"layers": (attention_layer(0), attention_layer(1, is_cross_attention=True))}, "not causal"),
     (lambda: {"layers": (attention_layer(0, attn_type=AttentionType.ENCODER_ONLY), attention_layer(1))}, "not causal"),
     (lambda: {"layers": (attention_layer(0), attention_layer(0), attention_layer(1))}, "3 attention layers share 2"),

@@ -113,7 +113,7 @@ class Gate:
             due.append(getattr(io_struct, control.message)(**control.fields))
         if due:
             self._idle_passes = 0
-        elif not self._arrivals and not self._controls and self._idle_passes >= 2:
+        elif not self._arrivals and not self._is_any_control_to_come() and self._idle_passes >= 2:
             # Control messages (the shutdown) pass when all is done and the idle checks have run.
             due, self._control = self._control, []
         return due
@@ -122,6 +122,10 @@ class Gate:
         if arrival.abort_at_step is not None:
             return self._pass >= arrival.abort_at_step
         return arrival.abort_after_tokens is not None and self._has_tokens(arrival.rid, arrival.abort_after_tokens)
+
+    def _is_any_control_to_come(self) -> bool:
+        # What waits for a request's tokens when all requests are done waits for ever.
+        return bool(self._controls) and self._controls[0].after_tokens is None
 
     def _is_control_due(self, control: Control) -> bool:
         if self._pass < max(control.at_step, self._last_control_pass + control.wait):

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+# What a Granite has beside the factor of its logits.
+MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+
 
 @cache
 def load_model(path: Path) -> PreTrainedModel:
@@ -24,7 +27,8 @@ class LayerCache:
 
     The buffers are ``[num_kv_heads, capacity, head_dim]`` and ``[num_kv_heads, capacity]``; the first ``length``
     entries are valid. ``queries`` holds the last ``window`` decode queries, each ``[num_qo_heads, head_dim]``;
-    ``memory`` one number for every logical position, ``[num_kv_heads, capacity]``, for policies that have a memory.
+    ``memory`` one number for every logical position, ``[num_kv_heads, capacity]``, and ``beacons`` old queries, for
+    policies that have a memory.
     """
 
     def __init__(self, num_kv_heads: int, head_dim: int, capacity: int, window: int) -> None:
@@ -32,6 +36,7 @@ class LayerCache:
         self._values = torch.full((num_kv_heads, capacity, head_dim), float("nan"))
         self._positions = torch.full((num_kv_heads, capacity), -1, dtype=torch.int64)
         self.memory = torch.zeros(num_kv_heads, capacity)
+        self.beacons: list[torch.Tensor] = []
         self.length = 0
         self.queries: deque[torch.Tensor] = deque(maxlen=window)
 
@@ -50,6 +55,7 @@ class LayerCache:
     def clear(self) -> None:
         """Forget all tokens and queries, and what was remembered of them."""
         self.memory.zero_()
+        self.beacons.clear()
         self.length = 0
         self.queries.clear()
 
@@ -79,16 +85,21 @@ class Decoder:
     """Runs the modules of a transformers model over caches of our own.
 
     Raises:
-        ValueError: The model is neither Llama nor Qwen3, or does not attend to all earlier tokens.
+        ValueError: The model is neither Llama, Qwen3 nor a Granite without multipliers but that of attention, or does
+            not attend to all earlier tokens.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         config: Any = model.config
-        if config.model_type not in ("llama", "qwen3") or getattr(config, "use_sliding_window", False):
+        if config.model_type not in ("llama", "qwen3", "granite") or getattr(config, "use_sliding_window", False):
             raise ValueError(f"the dense oracle knows Llama and Qwen3 with full attention, not {config.model_type!r}")
+        if {getattr(config, name, 1.0) for name in MULTIPLIERS} != {1.0}:
+            raise ValueError(f"the dense oracle multiplies by none of {', '.join(MULTIPLIERS)}")
         self.model: Any = model
         self.num_kv_heads: int = config.num_key_value_heads
-        self.head_dim: int = config.head_dim
+        # A Granite's configuration has none.
+        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.logit_scale: float = model.model.layers[0].self_attn.scaling  # type: ignore[union-attr,assignment]
 
     def new_caches(self, capacity: int, window: int) -> list[LayerCache]:
         """Return one empty cache per layer."""
@@ -136,6 +147,7 @@ class Decoder:
                 layer_cache.values.unsqueeze(0),
                 attn_mask=visible,
                 is_causal=not num_resident,
+                scale=self.logit_scale,
                 enable_gqa=True,
             )
             hidden = hidden + attention.o_proj(attended[0].transpose(0, 1).reshape(num_tokens, -1))

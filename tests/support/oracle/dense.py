@@ -135,6 +135,8 @@ def dense_generate(
     prompt_len = len(prompt_ids)
     caches = decoder.new_caches(prompt_len + max_new_tokens, window)
     steps = DecodeSteps(decoder, caches)
+    of_all = {"prompt_len": prompt_len, "budget": budget, "logit_scale": decoder.logit_scale}
+    scores_of = partial(_scores, **of_all, score=score)
     result = DenseResult()
     num_decoded_since_prefill = 0
     is_whole = True
@@ -171,7 +173,9 @@ def dense_generate(
                     num_seen = num_outputs + (is_dropped and not is_in_flight)
                     sizes = (num_seen, prompt_len, budget, window)
                     result.compactions.append(
-                        _compact(caches, *sizes, score) if block is None else _drop(caches, *sizes, score, block)
+                        _compact(caches, *sizes, scores_of)
+                        if block is None
+                        else _drop(caches, *sizes, scores_of, block)
                     )
                 if is_in_flight:
                     steps.feed(result.output_ids[-1], position)
@@ -200,13 +204,18 @@ def _append_output(result: DenseResult, logits: torch.Tensor, forced_id: int | N
 
 
 def _compact(
-    caches: list[LayerCache], num_outputs: int, prompt_len: int, budget: int, window: int, score: ScoreFunction
+    caches: list[LayerCache],
+    num_outputs: int,
+    prompt_len: int,
+    budget: int,
+    window: int,
+    scores_of: Callable[[LayerCache, int], torch.Tensor],
 ) -> Compaction:
     kept_positions, candidate_positions, candidate_scores, margins = [], [], [], []
     num_kept_candidates = budget - window
     for layer, layer_cache in enumerate(caches):
         window_start = layer_cache.length - window
-        scores = _scores(layer_cache, layer, prompt_len, score)
+        scores = scores_of(layer_cache, layer)
         ranked_scores, ranked = scores[:, prompt_len:].sort(dim=-1, descending=True, stable=True)
         kept_candidates = ranked[:, :num_kept_candidates].sort(dim=-1).values + prompt_len
         num_kv_heads = scores.shape[0]
@@ -226,7 +235,9 @@ def _compact(
     )
 
 
-def _scores(layer_cache: LayerCache, layer: int, prompt_len: int, score: ScoreFunction) -> torch.Tensor:
+def _scores(
+    layer_cache: LayerCache, layer: int, *, prompt_len: int, budget: int, logit_scale: float, score: ScoreFunction
+) -> torch.Tensor:
     return score(
         ScoreInputs(
             layer_cache.keys,
@@ -236,6 +247,9 @@ def _scores(layer_cache: LayerCache, layer: int, prompt_len: int, score: ScoreFu
             prompt_len,
             layer_cache.memory,
             layer,
+            budget=budget,
+            logit_scale=logit_scale,
+            beacons=layer_cache.beacons,
         )
     )
 
@@ -246,12 +260,12 @@ def _drop(
     prompt_len: int,
     budget: int,
     window: int,
-    score: ScoreFunction,
+    scores_of: Callable[[LayerCache, int], torch.Tensor],
     block: int,
 ) -> Compaction:
     """Drop whole blocks for all layers and heads at once; what is recorded is of blocks, as of one layer and head."""
     resident_len = caches[0].length
-    of_layers = torch.stack([_scores(own, layer, prompt_len, score) for layer, own in enumerate(caches)])
+    of_layers = torch.stack([scores_of(own, layer) for layer, own in enumerate(caches)])
     of_tokens = of_layers.double().mean(dim=(0, 1))
     starts = [
         start

@@ -3,6 +3,7 @@
 What a policy remembers is kept by logical position, so it cannot be mixed up when tokens move.
 """
 
+import cmath
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,8 +26,17 @@ class OneHead:
         values: ``[L, v_head_dim]``, fp64.
         queries: Queries of the window by query head of the group, ``[gqa_group_size, window, head_dim]``, fp64.
         positions: Logical position of each token.
-        received: Attention that the token of a position has received in all compactions before this one.
-        layer, head: Their numbers.
+        received: Attention that the token of a position has received in all compactions before this one, or what else
+            a policy remembers of it.
+        prompt_len: Tokens of the prompt.
+        budget: Generated tokens that are kept, the window included.
+        layer, head: Their numbers in the model.
+        usual: Of the group's usual queries, before their position turns them, the mean of each pair by head and the
+            mean of its length; by how much a position turns each pair, and how much longer it becomes.
+        beacons: Old queries of ``beaconkv`` by head of the group, before their position turned them; it brings them up
+            to date.
+        logit_scale, logit_cap: A logit is ``cap * tanh(scale * q . k / cap)``; no scale: 1 / sqrt(head_dim), no cap:
+            ``scale * q . k``.
     """
 
     keys: Vector
@@ -34,8 +44,18 @@ class OneHead:
     queries: Vector
     positions: list[int]
     received: dict[int, float] = field(default_factory=dict)
+    prompt_len: int = 0
+    budget: int = 0
     layer: int = 0
     head: int = 0
+    usual: tuple[Vector, Vector, list[float], float] | None = None
+    beacons: list[list[Any]] = field(default_factory=list)
+    logit_scale: float | None = None
+    logit_cap: float | None = None
+
+    def logit(self, product: float) -> float:
+        scaled = product / math.sqrt(self.keys.shape[1]) if self.logit_scale is None else product * self.logit_scale
+        return scaled if self.logit_cap is None else self.logit_cap * math.tanh(scaled / self.logit_cap)
 
     @property
     def num_scored(self) -> int:
@@ -43,7 +63,7 @@ class OneHead:
 
 
 def loop_scores(policy: str, head: OneHead, **parameters: Any) -> list[float]:
-    """Return the scores of the tokens before the window; ``h2o`` adds what they receive to ``head.received``."""
+    """Return the scores of the tokens before the window; ``h2o`` and ``gkv`` bring ``head.received`` up to date."""
     return _LOOPS[policy](head, **parameters)
 
 
@@ -55,13 +75,13 @@ def _softmax(numbers: list[float]) -> list[float]:
 
 def _window_attention(head: OneHead) -> list[list[float]]:
     """Per window query, its attention to each token before the window."""
-    group_size, window, head_dim = head.queries.shape
+    group_size, window, _ = head.queries.shape
     rows = []
     for t in range(window):
         logits = []
         for j in range(head.num_scored):
             products = [float(head.queries[h, t] @ head.keys[j]) for h in range(group_size)]
-            logits.append(max(products) / math.sqrt(head_dim))
+            logits.append(head.logit(max(products)))
         rows.append(_softmax(logits))
     return rows
 
@@ -73,6 +93,7 @@ def _rkv(head: OneHead, *, mix_lambda: float, kernel_size: int, similarity_thres
         mix_lambda=mix_lambda,
         kernel_size=kernel_size,
         similarity_threshold=similarity_threshold,
+        logit=head.logit,
     ).scores.tolist()
 
 
@@ -112,19 +133,139 @@ def _keydiff(head: OneHead) -> list[float]:
 
 
 def _manifoldkv(head: OneHead, *, mean_tokens: int) -> list[float]:
-    recent = list(head.keys)[-mean_tokens:]
-    mean = sum(recent) / len(recent)
-    return [math.sqrt(float((key - mean) @ (key - mean))) for key in head.keys[: head.num_scored]]
+    scores = []
+    for j in range(head.num_scored):
+        first = j - j % mean_tokens
+        own = list(head.keys)[first : first + mean_tokens]
+        difference = head.keys[j] - sum(own) / len(own)
+        scores.append(math.sqrt(float(difference @ difference)))
+    return scores
 
 
 def _longflow(head: OneHead) -> list[float]:
-    group_size, _, head_dim = head.queries.shape
+    group_size = len(head.queries)
     scores = [0.0] * head.num_scored
     for h in range(group_size):
-        attention = _softmax([float(head.queries[h, -1] @ key) / math.sqrt(head_dim) for key in head.keys])
+        attention = _softmax([head.logit(float(head.queries[h, -1] @ key)) for key in head.keys])
         for j in range(head.num_scored):
             scores[j] += attention[j] * sum(abs(float(number)) for number in head.values[j])
     return scores
+
+
+def _gkv(
+    head: OneHead, *, importance_weight: float, decay: float, kernel_size: int, similarity_threshold: float
+) -> list[float]:
+    group_size, window, _ = head.queries.shape
+    shares = [0.0] * head.num_scored
+    for t in range(window):
+        rows = []
+        for h in range(group_size):
+            rows.append(
+                _softmax([head.logit(float(head.queries[h, t] @ head.keys[j])) for j in range(head.num_scored)])
+            )
+        for j in range(head.num_scored):
+            shares[j] += max(row[j] for row in rows) / window
+    reach = kernel_size // 2
+    pooled = [max(shares[max(0, j - reach) : j + reach + 1]) for j in range(head.num_scored)]
+    redundancy = loop_rkv_scores(
+        torch.from_numpy(head.keys),
+        torch.from_numpy(head.queries),
+        mix_lambda=0.0,
+        kernel_size=1,
+        similarity_threshold=similarity_threshold,
+    ).redundancy
+    scores = []
+    for j in range(head.num_scored):
+        fresh = pooled[j] / max(pooled)
+        position = head.positions[j]
+        # A prompt's tokens carry nothing: they are kept anyway.
+        if position in head.received and j >= head.prompt_len:
+            fresh = max(decay * head.received[position], fresh)
+        head.received[position] = fresh
+        scores.append(importance_weight * fresh - (1 - importance_weight) * redundancy[j] / max(redundancy))
+    return scores
+
+
+def _half(head: OneHead, *, mix_lambda: float, kernel_size: int, similarity_threshold: float, seed: int) -> list[float]:
+    by_rkv = _rkv(head, mix_lambda=mix_lambda, kernel_size=kernel_size, similarity_threshold=similarity_threshold)
+    logical_len = head.positions[-1] + 1
+    scores = []
+    for j in range(head.num_scored):
+        number = _mix(j)
+        for other in (logical_len, head.head, head.layer, seed):
+            number = _mix(number ^ other)
+        scores.append(math.floor(number / 2**8) / 2**24 if j >= head.prompt_len else 0.0)
+    candidates = sorted(range(head.prompt_len, head.num_scored), key=lambda j: (-by_rkv[j], j))
+    for j in candidates[: math.ceil((head.budget - head.queries.shape[1]) / 2)]:
+        scores[j] = 2.0
+    return scores
+
+
+def _triattention(head: OneHead, **of_the_calibration: Any) -> list[float]:
+    """As it was published: a sum over distances and pairs of what a query of so much later pays, angle by angle."""
+    del of_the_calibration
+    assert head.usual is not None
+    means, lengths, inv_freqs, factor = head.usual
+    logical_len = head.positions[-1] + 1
+    distances = [2**power for power in range(13)]
+    best = [-math.inf] * head.num_scored
+    for h in range(len(means)):
+        sums = []
+        for j in range(head.num_scored):
+            total = 0.0
+            for f, inv_freq in enumerate(inv_freqs):
+                # The cached key is turned by its position already, whichever that is.
+                key = complex(head.keys[j][f], head.keys[j][f + len(inv_freqs)])
+                mean, length = complex(means[h][f]), float(lengths[h][f])
+                for distance in distances:
+                    angle = inv_freq * (logical_len + distance) + cmath.phase(mean) - cmath.phase(key)
+                    total += factor * abs(mean) * abs(key) * math.cos(angle) / len(distances)
+                total += factor * (length - abs(mean)) * abs(key)
+            sums.append(total)
+        candidates = sums[head.prompt_len :]
+        mean_sum = sum(candidates) / len(candidates)
+        variance = sum((number - mean_sum) ** 2 for number in candidates) / len(candidates)
+        deviation = max(math.sqrt(variance), 1e-6)
+        for j in range(head.num_scored):
+            best[j] = max(best[j], (sums[j] - mean_sum) / deviation)
+    return best
+
+
+def _beaconkv(head: OneHead, *, num_recent: int, num_beacons: int) -> list[float]:
+    group_size, window, _ = head.queries.shape
+    assert head.usual is not None
+    _, _, inv_freqs, _ = head.usual
+    logical_len = head.positions[-1] + 1
+
+    def turn(vector: Vector, position: int) -> list[float]:
+        turned = [float(number) for number in vector]
+        pairs = len(inv_freqs)
+        for f, inv_freq in enumerate(inv_freqs):
+            pair = complex(turned[f], turned[f + pairs]) * cmath.exp(1j * inv_freq * position)
+            turned[f], turned[f + pairs] = pair.real, pair.imag
+        return turned
+
+    for t in range(window):
+        position = logical_len - window + t
+        head.beacons.append([turn(head.queries[h, t], -position) for h in range(group_size)])
+    points = [[number for query in point for number in query] for point in head.beacons]
+    mean = [sum(column) / len(points) for column in zip(*points, strict=True)]
+    chosen = [max(range(len(points)), key=lambda i: math.dist(points[i], mean))]
+    while len(chosen) < min(num_beacons, len(points)):
+        left = [i for i in range(len(points)) if i not in chosen]
+        chosen.append(max(left, key=lambda i: min(math.dist(points[i], points[c]) for c in chosen)))
+    head.beacons[:] = [head.beacons[i] for i in sorted(chosen)]
+    asking = [[turn(query, logical_len) for query in beacon] for beacon in head.beacons]
+    asking += [[list(head.queries[h, t]) for h in range(group_size)] for t in range(window)][-num_recent:]
+    best = [0.0] * head.num_scored
+    for queries in asking:
+        for query in queries:
+            products = [
+                sum(q * float(k) for q, k in zip(query, head.keys[j], strict=True)) for j in range(head.num_scored)
+            ]
+            attention = _softmax([head.logit(product) for product in products])
+            best = [max(pair) for pair in zip(best, attention, strict=True)]
+    return best
 
 
 def _mix(x: int) -> int:
@@ -152,5 +293,9 @@ _LOOPS: dict[str, Callable[..., list[float]]] = {
     "manifoldkv": _manifoldkv,
     "longflow": _longflow,
     "random": _random,
+    "gkv": _gkv,
+    "half": _half,
+    "beaconkv": _beaconkv,
+    "triattention": _triattention,
     "random_attention": _random_attention,
 }

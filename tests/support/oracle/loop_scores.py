@@ -1,6 +1,7 @@
 """The R-KV score of one KV head once more, one number at a time in fp64: slow, and hard to get wrong twice alike."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,26 +9,40 @@ import torch
 
 @dataclass(frozen=True)
 class LoopScores:
-    """Scores of the tokens before the window, ``[L - window]``, fp64, and how near a similarity is to the threshold."""
+    """Scores of the tokens before the window, ``[L - window]``, fp64, and how near a similarity is to the threshold.
+
+    ``redundancy`` is that of all tokens, ``[L]``.
+    """
 
     scores: torch.Tensor
     threshold_distance: float
+    redundancy: list[float]
 
 
 def loop_rkv_scores(
-    keys: torch.Tensor, queries: torch.Tensor, *, mix_lambda: float, kernel_size: int, similarity_threshold: float
+    keys: torch.Tensor,
+    queries: torch.Tensor,
+    *,
+    mix_lambda: float,
+    kernel_size: int,
+    similarity_threshold: float,
+    logit: Callable[[float], float] | None = None,
 ) -> LoopScores:
-    """Score keys ``[L, head_dim]`` by the window queries of their group, ``[gqa_group_size, window, head_dim]``."""
+    """Score keys ``[L, head_dim]`` by the window queries of their group, ``[gqa_group_size, window, head_dim]``.
+
+    ``logit`` makes a logit of a product; None divides it by the root of head_dim.
+    """
     key_rows = keys.double().numpy()
     query_rows = queries.double().numpy()
     group_size, window, head_dim = query_rows.shape
     resident_len = len(key_rows)
     num_scored = resident_len - window
+    to_logit = logit or (lambda product: product / math.sqrt(head_dim))
 
     attention_mean = [0.0] * num_scored
     for step in range(window):
         logits = [
-            max(float(query_rows[head, step] @ key) for head in range(group_size)) / math.sqrt(head_dim)
+            to_logit(max(float(query_rows[head, step] @ key) for head in range(group_size)))
             for key in key_rows[:num_scored]
         ]
         for j, weight in enumerate(_softmax(logits)):
@@ -49,7 +64,7 @@ def loop_rkv_scores(
     redundancy = _softmax([column_sum / resident_len for column_sum in column_sums])
 
     scores = [mix_lambda * importance[j] - (1 - mix_lambda) * redundancy[j] for j in range(num_scored)]
-    return LoopScores(torch.tensor(scores, dtype=torch.float64), threshold_distance)
+    return LoopScores(torch.tensor(scores, dtype=torch.float64), threshold_distance, redundancy)
 
 
 def _softmax(values: list[float]) -> list[float]:

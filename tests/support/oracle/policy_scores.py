@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
-from tests.support.oracle.scores import ScoreFunction, ScoreInputs, rkv_scores
+from tests.support.oracle.scores import ScoreFunction, ScoreInputs, redundancies, rkv_scores
 
 EPS = 1e-8
 
@@ -26,7 +28,7 @@ def _window_attention(inputs: ScoreInputs) -> torch.Tensor:
     window = inputs.window_queries.shape[1]
     earlier_keys = inputs.keys[:, : resident_len - window]
     by_group = inputs.window_queries.reshape(num_kv_heads, -1, window, head_dim)
-    logits = torch.einsum("ngtd,njd->ngtj", by_group, earlier_keys) * head_dim**-0.5
+    logits = torch.einsum("ngtd,njd->ngtj", by_group, earlier_keys) * inputs.scale
     return logits.max(dim=1).values.softmax(dim=-1)
 
 
@@ -57,17 +59,126 @@ def _keydiff(inputs: ScoreInputs) -> torch.Tensor:
     return -cosines[:, : _num_scored(inputs)]
 
 
-def _manifoldkv(inputs: ScoreInputs, *, mean_tokens: int = 16384) -> torch.Tensor:
-    mean = inputs.keys[:, max(0, inputs.keys.shape[1] - mean_tokens) :].mean(dim=1, keepdim=True)
-    return (inputs.keys - mean).pow(2).sum(dim=-1).sqrt()[:, : _num_scored(inputs)]
+def _manifoldkv(inputs: ScoreInputs, *, mean_tokens: int = 4096) -> torch.Tensor:
+    parts = torch.arange(inputs.keys.shape[1]) // mean_tokens
+    same_part = (parts[:, None] == parts[None, :]).float()
+    means = same_part @ inputs.keys / same_part.sum(dim=1, keepdim=True)
+    return (inputs.keys - means).pow(2).sum(dim=-1).sqrt()[:, : _num_scored(inputs)]
 
 
 def _longflow(inputs: ScoreInputs) -> torch.Tensor:
     num_kv_heads, _, head_dim = inputs.keys.shape
     newest = inputs.window_queries[:, -1].reshape(num_kv_heads, -1, head_dim)
-    logits = torch.einsum("ngd,njd->ngj", newest, inputs.keys) * head_dim**-0.5
+    logits = torch.einsum("ngd,njd->ngj", newest, inputs.keys) * inputs.scale
     contributions = logits.softmax(dim=-1).sum(dim=1) * inputs.values.norm(p=1, dim=-1)
     return contributions[:, : _num_scored(inputs)]
+
+
+def _gkv(
+    inputs: ScoreInputs,
+    *,
+    importance_weight: float = 0.5,
+    decay: float = 0.8,
+    kernel_size: int = 7,
+    similarity_threshold: float = 0.5,
+) -> torch.Tensor:
+    assert inputs.memory is not None
+    num_kv_heads, _, head_dim = inputs.keys.shape
+    num_scored = _num_scored(inputs)
+    by_group = inputs.window_queries.reshape(num_kv_heads, -1, inputs.window_queries.shape[1], head_dim)
+    logits = torch.einsum("ngtd,njd->ngtj", by_group, inputs.keys[:, :num_scored]) * inputs.scale
+    received = logits.softmax(dim=-1).max(dim=1).values.mean(dim=1)
+    pooled = F.max_pool1d(received, kernel_size, stride=1, padding=kernel_size // 2)
+    remembered = pooled / pooled.max(dim=-1, keepdim=True).values
+    positions = _scored_positions(inputs)
+    old = decay * inputs.memory.gather(1, positions)
+    # Nothing is remembered of a prompt.
+    old[:, : inputs.prompt_len] = 0.0
+    remembered = torch.maximum(remembered, old)
+    inputs.memory.scatter_(1, positions, remembered)
+    redundancy = redundancies(inputs.keys, similarity_threshold)
+    shares = redundancy / redundancy.max(dim=-1, keepdim=True).values
+    return importance_weight * remembered - (1 - importance_weight) * shares[:, :num_scored]
+
+
+def _half(
+    inputs: ScoreInputs,
+    *,
+    mix_lambda: float = 0.1,
+    kernel_size: int = 7,
+    similarity_threshold: float = 0.5,
+    seed: int = 0,
+) -> torch.Tensor:
+    by_rkv = rkv_scores(
+        inputs, mix_lambda=mix_lambda, kernel_size=kernel_size, similarity_threshold=similarity_threshold
+    )
+    logical_len = int(inputs.positions.max()) + 1
+    drawn = [
+        [_hash(j, logical_len, head, inputs.layer, seed) for j in range(by_rkv.shape[1])] for head in range(len(by_rkv))
+    ]
+    scores = torch.tensor(drawn, dtype=torch.float32)
+    scores[:, : inputs.prompt_len] = 0.0
+    num_best = -(-(inputs.budget - inputs.window_queries.shape[1]) // 2)
+    ranked = by_rkv[:, inputs.prompt_len :].sort(dim=-1, descending=True, stable=True).indices
+    return scores.scatter(1, ranked[:, :num_best] + inputs.prompt_len, 2.0)
+
+
+def _triattention(inputs: ScoreInputs, *, statistics: Path, theta: float) -> torch.Tensor:
+    """By the published sum over distances, from a file of statistics."""
+    file = load_file(statistics)
+    means = torch.view_as_complex(file["means"])[inputs.layer].to(torch.complex128)
+    lengths = file["mean_lengths"][inputs.layer].double()
+    num_kv_heads, _, head_dim = inputs.keys.shape
+    num_scored = _num_scored(inputs)
+    keys = inputs.keys[:, :num_scored].double()
+    pairs = torch.complex(keys[..., : head_dim // 2], keys[..., head_dim // 2 :])
+    inv_freqs = theta ** (-torch.arange(0, head_dim, 2).double() / head_dim)
+    logical_len = int(inputs.positions.max()) + 1
+    # [distances, query heads, pairs]
+    ahead = torch.stack([torch.exp(1j * inv_freqs * (logical_len + 2**power)) for power in range(13)])
+    queries = (ahead[:, None] * means[None]).unflatten(1, (num_kv_heads, -1))
+    products = torch.einsum("xngf,njf->xngj", queries, pairs.conj()).real.mean(dim=0)
+    spread = (lengths - means.abs()).unflatten(0, (num_kv_heads, -1))
+    products = products + torch.einsum("ngf,njf->ngj", spread, pairs.abs())
+    candidates = products[:, :, inputs.prompt_len :]
+    deviations = candidates.std(dim=-1, keepdim=True, unbiased=False).clamp(min=1e-6)
+    return ((products - candidates.mean(dim=-1, keepdim=True)) / deviations).amax(dim=1).float()
+
+
+def _beaconkv(inputs: ScoreInputs, *, num_recent: int = 4, num_beacons: int = 28, theta: float) -> torch.Tensor:
+    num_kv_heads, _, head_dim = inputs.keys.shape
+    num_qo_heads, window, _ = inputs.window_queries.shape
+    logical_len = int(inputs.positions.max()) + 1
+    inv_freqs = theta ** (-torch.arange(0, head_dim, 2).double() / head_dim)
+
+    def turn(vectors: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """``[heads, steps, head_dim]`` by the positions of the steps, in fp64."""
+        cos, sin = ((function(positions[:, None] * inv_freqs)) for function in (torch.cos, torch.sin))
+        first, second = vectors.double().chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+    still = turn(inputs.window_queries, -torch.arange(logical_len - window, logical_len).double())
+    known = torch.cat([*inputs.beacons, still], dim=1)
+    # [num_kv_heads, steps, all numbers of the group]
+    points = known.unflatten(0, (num_kv_heads, -1)).transpose(1, 2).flatten(2)
+    beacons = []
+    for head in range(num_kv_heads):
+        apart = torch.cdist(points[head], points[head], compute_mode="donot_use_mm_for_euclid_dist")
+        chosen = [int((points[head] - points[head].mean(dim=0)).norm(dim=1).argmax())]
+        for _ in range(min(num_beacons, len(apart)) - 1):
+            nearest = apart[chosen].min(dim=0).values
+            nearest[chosen] = -1.0
+            chosen.append(int(nearest.argmax()))
+        beacons.append(known.unflatten(0, (num_kv_heads, -1))[head][:, sorted(chosen)])
+    kept = torch.cat(beacons)
+    inputs.beacons[:] = [kept]
+    ahead = turn(kept, torch.full((kept.shape[1],), logical_len).double())
+    asking = torch.cat([ahead, inputs.window_queries[:, -num_recent:].double()], dim=1)
+    logits = torch.einsum(
+        "ngtd,njd->ngtj", asking.unflatten(0, (num_kv_heads, -1)), inputs.keys[:, : _num_scored(inputs)].double()
+    )
+    assert num_qo_heads % num_kv_heads == 0
+    return (logits * inputs.scale).softmax(dim=-1).amax(dim=(1, 2)).float()
 
 
 def _random(inputs: ScoreInputs, *, seed: int = 0) -> torch.Tensor:
@@ -113,5 +224,9 @@ _SCORES: dict[str, Callable[..., torch.Tensor]] = {
     "manifoldkv": _manifoldkv,
     "longflow": _longflow,
     "random": _random,
+    "gkv": _gkv,
+    "half": _half,
+    "triattention": _triattention,
+    "beaconkv": _beaconkv,
     "random_attention": _random_attention,
 }

@@ -22,6 +22,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("manifoldkv", {"mean_tokens": 11}),
     ("longflow", {}),
     ("random", {"seed": 99}),
+    ("half", {"mix_lambda": 0.3, "kernel_size": 3, "similarity_threshold": 0.5, "seed": 5}),
+    ("gkv", {"importance_weight": 0.6, "decay": 0.9, "kernel_size": 3, "similarity_threshold": 0.5}),
 ]
 NAMES = [name for name, _ in CASES]
 BUDGET, BUFFER, WINDOW, PROMPT_LEN = 20, 12, 4, 2
@@ -37,10 +39,13 @@ def test_matches_loops(name: str, parameters: dict[str, Any], attempt: int) -> N
     values = torch.randn(num_kv_heads, resident_len, head_dim)
     queries = torch.randn(num_kv_heads * group_size, window, head_dim)
     # Some were dropped, others in each head.
-    positions = torch.stack([torch.randperm(100)[:resident_len].sort().values for _ in range(num_kv_heads)])
+    positions = torch.stack([torch.randperm(99)[:resident_len].sort().values for _ in range(num_kv_heads)])
+    positions[:, -1] = 99
     memory = torch.rand(num_kv_heads, 100)
     before = memory.clone()
-    scores = score_function(name, **parameters)(ScoreInputs(keys, values, queries, positions, 3, memory))
+    scores = score_function(name, **parameters)(
+        ScoreInputs(keys, values, queries, positions, 3, memory, budget=window + 6, layer=4)
+    )
     for head in range(num_kv_heads):
         one_head = OneHead(
             keys=keys[head].double().numpy(),
@@ -48,6 +53,9 @@ def test_matches_loops(name: str, parameters: dict[str, Any], attempt: int) -> N
             queries=queries[head * group_size : (head + 1) * group_size].double().numpy(),
             positions=positions[head].tolist(),
             received=dict(enumerate(before[head].tolist())),
+            prompt_len=3,
+            budget=window + 6,
+            layer=4,
             head=head,
         )
         expected = torch.tensor(loop_scores(name, one_head, **parameters)).double()
@@ -56,10 +64,10 @@ def test_matches_loops(name: str, parameters: dict[str, Any], attempt: int) -> N
             assert scores[head].argsort().tolist() == expected.argsort().tolist()
             continue
         torch.testing.assert_close(scores[head].double(), expected, atol=2e-6, rtol=1e-5)
-        if name == "h2o":
+        if name in ("h2o", "gkv"):
             after = [one_head.received[position] for position in range(100)]
             torch.testing.assert_close(memory[head].double(), torch.tensor(after).double(), atol=2e-6, rtol=1e-5)
-    if name != "h2o":
+    if name not in ("h2o", "gkv"):
         assert torch.equal(memory, before)
 
 

@@ -83,7 +83,9 @@ class _Held:
         self.num_compactions = 0
         self.update(req)
 
-    def update(self, req: Any) -> None:
+    def update(self, req: Any, num_fresh: int = 0) -> None:
+        # Slots taken since the last look: one may have been this request's own before a compaction.
+        self.num_fresh = num_fresh
         self.allocated_len = req.kv.kv_allocated_len
         self.decode_batch_idx = req.decode_batch_idx
 
@@ -106,8 +108,9 @@ class Probe:
         kv_pool = self._allocator.get_kvcache()
         self._device = torch.device(kv_pool.device)
         self._moves_nothing = "RKV_PROBE_MOVES_NOTHING" in os.environ
-        self._shadow = PoolShadow([*kv_pool.k_buffer, *kv_pool.v_buffer], self._moves_nothing)
-        self._num_slots: int = kv_pool.k_buffer[0].shape[0]
+        buffers = kv_pool.kv_buffer if hasattr(kv_pool, "kv_buffer") else [*kv_pool.k_buffer, *kv_pool.v_buffer]
+        self._shadow = PoolShadow(buffers, self._moves_nothing)
+        self._num_slots: int = buffers[0].shape[0]
         # id(req) -> the request itself too, so that the id stays its own.
         self._held: dict[int, tuple[Any, _Held]] = {}
         self._last_serial = 0
@@ -126,7 +129,7 @@ class Probe:
             event="start",
             total=self._total,
             page_size=self._page_size,
-            num_layers=len(kv_pool.k_buffer),
+            num_layers=kv_pool.layer_num,
             rows=self._rows_at_start,
             tree=type(getattr(self._tree, "tree_core", self._tree)).__name__,
         )
@@ -206,7 +209,7 @@ class Probe:
     def _check(self, batches: list[Any], *, is_after_scheduling: bool) -> tuple[list[Any], dict[int, Any]]:
         import torch
         from rkv_census import census
-        from rkv_shadow import TREE, private_holder
+        from rkv_shadow import NOBODY, TREE, private_holder
 
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -223,9 +226,9 @@ class Probe:
                 )
         pages_of = {}
         for req in reqs:
-            private = slots_of[id(req)][req.kv.cache_protected_len :]
-            serial = self._held[id(req)][1].serial
-            holder[private] = private_holder(serial, req.kv.cache_protected_len, req.kv.kv_allocated_len)
+            private, held = slots_of[id(req)][req.kv.cache_protected_len :], self._held[id(req)][1]
+            holder[private] = private_holder(held.serial, req.kv.cache_protected_len, req.kv.kv_allocated_len)
+            holder[private[len(private) - held.num_fresh :]] = NOBODY
             pages_of[id(req)] = private[:: self._page_size] // self._page_size
         private_pages = {req.rid: pages_of[id(req)] for req in reqs}
         for kind, detail in census(self._allocator, tree_slots, private_pages):
@@ -258,7 +261,7 @@ class Probe:
             num_decodes = req.decode_batch_idx - held.decode_batch_idx
             if req.kv.kv_allocated_len < held.allocated_len + num_decodes:
                 self._note_compaction(req, held, num_decodes, is_after_scheduling)
-            held.update(req)
+            held.update(req, num_decodes)
         self._held = held_now
         if is_after_scheduling:
             self._check_max_private()
@@ -266,13 +269,8 @@ class Probe:
     def _note_compaction(self, req: Any, held: _Held, num_decodes: int, is_after_scheduling: bool) -> None:
         prompt_len = len(req.origin_input_ids)
         held.num_compactions += 1
-        line = {
-            "rid": req.rid,
-            "prompt_len": prompt_len,
-            "output_len": len(req.output_ids),
-            "from_len": held.allocated_len,
-            "to_len": req.kv.kv_allocated_len - num_decodes,
-        }
+        line = {"rid": req.rid, "prompt_len": prompt_len, "output_len": len(req.output_ids)}
+        line |= {"from_len": held.allocated_len, "to_len": req.kv.kv_allocated_len - num_decodes}
         self._write(event="compaction", step=self._step, forward_ct=self._scheduler.forward_ct, **line)
         if not is_after_scheduling:
             self._violation("compaction outside scheduling", **line)

@@ -1,0 +1,1 @@
+"""Policies that are told more than the keys, values and queries of the moment: a memory, a budget, statistics."""

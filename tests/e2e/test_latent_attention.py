@@ -1,0 +1,53 @@
+"""A model whose cache is one latent vector a token (MLA): dropping blocks from the map does not mind.
+
+SGLang serves it on a CPU with Triton kernels in the interpreter only, so these runs fork from a helper of their own.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+
+from devtools.tiny_models import MLA_MODEL, tiny_model_path
+from tests.e2e.workload import Setting, greedy, six_prompts
+from tests.support.harness import scheduler
+from tests.support.oracle.masked_generate import masked_generate
+
+NUM_TOKENS = 78
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreted() -> Iterator[None]:
+    """Triton decides it where a kernel is defined, that is when SGLang is imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.setattr(scheduler._Zygote, "_instance", None)
+        yield
+        if scheduler._Zygote._instance is not None:
+            scheduler._Zygote._instance.close()
+
+
+@pytest.mark.parametrize(
+    ("policy", "extra"),
+    [("random_attention", []), ("streaming_llm", ["--chunked-prefill-size", "16", "--page-size", "16"])],
+    ids=["random_attention", "streaming_llm-chunks"],
+)
+def test_tokens_equal_those_of_a_model_that_never_sees_what_was_dropped(policy, extra):
+    model, setting = tiny_model_path(MLA_MODEL), Setting(budget=24, buffer=16, policy=policy, block=16)
+    # The second finds the first's prompt in the radix cache. Both hold less than what they have seen.
+    prompts = [six_prompts()[0][:35], (*six_prompts()[0][:32], 7, 8, 9)]
+    flags = ["--model-path", str(model), "--attention-backend", "triton", "--context-length", "512"]
+    flags += [*setting.flags, *extra, "--max-total-tokens", "96"]
+    requests = [greedy(prompt, NUM_TOKENS, when_idle=True) for prompt in prompts]
+    result = scheduler.run_scheduler(
+        flags, requests, env={"TRITON_INTERPRET": "1", "RKV_PROBE_MOVES_NOTHING": "1"}, timeout=500
+    )
+    result.assert_clean()
+    assert result.outputs[1].cached_tokens == 32
+    sizes = {"budget": setting.budget, "buffer": setting.buffer, "window": setting.window, "block": 16}
+    for i, prompt in enumerate(prompts):
+        tokens, gaps, num_compactions = masked_generate(model, prompt, NUM_TOKENS, **sizes, score=setting.score)
+        assert num_compactions >= 2
+        assert sum(event["rid"] == scheduler.rid_of(i) for event in result.probe.compactions) == num_compactions
+        found = result.outputs[i].output_ids
+        first = next((n for n in range(NUM_TOKENS) if found[n] != tokens[n]), None)
+        assert first is None, f"request {i}: token {first} differs, where the oracle's logit gap is {gaps[first]:.1e}"
