@@ -22,7 +22,7 @@ from rkv_sglang.integration.hooks.owners import (
 )
 from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.restore import add_evicted_tokens
-from rkv_sglang.policies import is_stateful, memory_numbers, needs_statistics
+from rkv_sglang.policies import is_stateful, keeps_prompt_hits, memory_numbers, needs_statistics
 from rkv_sglang.sizes.memory_plan import ModelShape
 
 
@@ -45,7 +45,12 @@ def leave_room_for_side_buffers(profile: Callable[..., int], configurator: Any, 
         query_itemsize=model.dtype.itemsize,
     )
     numbers = memory_numbers(runtime.policy, shape.num_qo_heads // shape.num_kv_heads, shape.head_dim)
-    side_bytes = shape.side_bytes(runtime.config, stateful=is_stateful(runtime.policy), memory_numbers=numbers)
+    side_bytes = shape.side_bytes(
+        runtime.config,
+        stateful=is_stateful(runtime.policy),
+        memory_numbers=numbers,
+        prompt_hits=keeps_prompt_hits(runtime.policy),
+    )
     if needs_statistics(runtime.policy):
         available_bytes -= shape.statistics_bytes
     return int(available_bytes * shape.kv_bytes / (shape.kv_bytes + side_bytes))
