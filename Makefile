@@ -3,19 +3,22 @@
 #   make test                                  set-up, checks and every test
 #   make bench-smoke                           every benchmark, tiny, and a check of what it writes
 #   make serve [MODEL=...] [ARGS="..."]        an SGLang server with --kv-policy rkv, in the foreground
-# Variables: PYTHON (3.11 or newer), DEVICE=cpu|gpu, TORCH_INDEX_URL, MODEL, PORT, ARGS.
+#   make compat SGLANG=0.5.x                   another release of SGLang, in an environment of its own: what of the
+#                                              contract differs there, then the tests that meet SGLang
+# Variables: PYTHON (3.11 or newer), DEVICE=cpu|gpu, TORCH_INDEX_URL, MODEL, PORT, ARGS, SGLANG.
 
 PYTHON ?= python3
 PORT ?= 30000
 SMALL_MODEL := .cache/models/SmolLM2-135M-Instruct
 BIN := .venv/bin
+COMPAT = RKV_SGLANG_ALLOW_UNTESTED=1 .cache/compat/$(SGLANG)/bin
 # A file's tests stay on one worker, so that they share its servers; tests/conftest.py has long ones come first.
 PYTEST_FLAGS := -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 # Processes of the tests live for seconds; compiling this package anew is a good part of that.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test bench-smoke check serve clean distclean
+.PHONY: setup demo test bench-smoke compat check serve clean distclean
 
 setup:
 	@$(PYTHON) devtools/env/setup.py $(if $(DEVICE),--device $(DEVICE))
@@ -39,6 +42,14 @@ test: check
 
 bench-smoke: setup
 	@$(BIN)/python -m benchmarks.smoke --jobs 2 $(ARGS)
+
+# What is made from the release of the project itself has its own tests, which are left out.
+compat:
+	@test -n "$(SGLANG)" || { echo "name a release: make compat SGLANG=0.5.x" >&2; exit 2; }
+	@$(PYTHON) devtools/env/setup.py --sglang $(SGLANG) $(if $(DEVICE),--device $(DEVICE))
+	$(COMPAT)/rkv-sglang doctor --contract
+	$(COMPAT)/python -m pytest $(PYTEST_FLAGS) tests/integration tests/e2e \
+	  --ignore tests/integration/hooking/test_contract.py --ignore tests/integration/test_patches.py $(ARGS)
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,7 +11,7 @@ from pathlib import Path
 from rkv_sglang.integration.hooking.hook import Hook
 
 ROOT = Path(__file__).resolve().parents[1]
-PATCHES = ROOT / "patches"
+PATCHES = ROOT / "rkv_sglang" / "patching" / "patches"
 REGISTER = ROOT / "docs" / "hooks.md"
 
 _HEAD = """\
@@ -19,11 +19,12 @@ _HEAD = """\
 
 Made by `python -m devtools.hooks_page` from `rkv_sglang/integration/hooks/`; do not edit it by hand.
 
-Nothing in the installed SGLang is changed. SGLang's plugin loader applies the hooks below as its processes start, each
-only after its target has been found with the signature it was written against, and with it every other name of SGLang
-that the hook uses; `rkv-sglang doctor` looks them all up. What a port to another SGLang must go through is this list.
-Each says what would be wrong without it, and which change in SGLang would make it unnecessary. A STEP is a step of
-SGLang's resolution of its arguments, wrapped through its own extension point for that, `register_resolution_hook`.
+Nothing in the installed SGLang is changed. SGLang's plugin loader applies the hooks below as its processes start, and
+only after their targets were found with the parameters that they use, and with them every other name of SGLang that
+they use; `rkv-sglang doctor --contract` looks them all up. A port to another SGLang must go through this list. Each
+says what would be wrong without it, and which change in SGLang would make it unnecessary. "Counts on" names functions
+that a hook neither goes around nor calls, but whose course it relies on. A STEP is a step of SGLang's resolution of its
+arguments, wrapped through its own extension point for that, `register_resolution_hook`.
 
 ## Hooks
 """
@@ -32,8 +33,15 @@ _PATCHES_HEAD = """
 ## Patches for SGLang
 
 Changes worth having upstream, in the order in which they apply, each in a folder named after the SGLang it applies to.
-The plugin works without them. They are in `patches/`; to try one, in a checkout of SGLang at that version:
-`git am PATCH`.
+The plugin works without them. They are in `rkv_sglang/patching/patches/`; `git am PATCH` takes one into a checkout of
+SGLang at that version, and the command puts them into any tree of it, or takes them out: all or none, and only where
+the files they touch are the release's own.
+
+```
+rkv-sglang patch check --target path/to/sglang
+rkv-sglang patch apply --target path/to/sglang --only 1
+rkv-sglang patch revert --target path/to/sglang
+```
 """
 
 
@@ -51,7 +59,10 @@ def render(hooks: Iterable[Hook], patches: Iterable[Path]) -> str:
         if hook.signature:
             lines.append(f"- signature: `{hook.signature}`")
         lines += [f"- why: {hook.why}", f"- unnecessary with: {hook.upstream}"]
+        if hook.capability:
+            lines.append(f"- left out where the patches below give SGLang the capability `{hook.capability}`")
         lines += [f"- uses of `{owner}`: {', '.join(used)}" for owner, used in _by_owner(hook.uses).items()]
+        lines += [f"- counts on `{owner}`: {', '.join(used)}" for owner, used in _by_owner(hook.surroundings).items()]
         sections.append("\n".join(lines) + "\n")
     entries = [f"- `{patch.relative_to(PATCHES)}`: {subject(patch)}" for patch in patches]
     return "\n".join(sections) + _PATCHES_HEAD + "\n" + "\n".join(entries) + "\n"

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from rkv_sglang import __version__
+from rkv_sglang.patching.command import add_patch_flags, run_patch
 from rkv_sglang.plan_command import add_plan_flags, print_plan
 from rkv_sglang.view.command import add_view_flags, run_view
 
@@ -21,20 +22,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor.add_argument(
         "--command", dest="command_line", help="a command line that starts a server: print every reason to refuse it"
     )
+    doctor.add_argument(
+        "--contract",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="print every difference between what the plugin expects of SGLang and the one installed, or the one "
+        "unpacked in FOLDER; nothing of it is imported",
+    )
     doctor.add_argument("--model-config", help="with --command: a config.json in the place of the model's own")
     add_plan_flags(doctor)
     doctor.set_defaults(run=_doctor)
     view = commands.add_parser("view", help="write an HTML page that shows which tokens of an answer the cache kept")
     add_view_flags(view)
     view.set_defaults(run=run_view)
+    patch = commands.add_parser("patch", help="put the patches for SGLang into one on disk, take them out, or look")
+    add_patch_flags(patch)
+    patch.set_defaults(run=run_patch)
     options = parser.parse_args(argv)
     return int(options.run(options))
 
 
 def _doctor(options: argparse.Namespace) -> int:
     problem = None
-    if options.plan and options.command_line is not None:
-        problem = "--plan and --command are two questions: ask one at a time"
+    questions = {"--plan": options.plan, "--command": options.command_line is not None}
+    questions["--contract"] = options.contract is not None
+    asked = [flag for flag, is_asked in questions.items() if is_asked]
+    if len(asked) > 1:
+        problem = f"{' and '.join(asked)} are {len(asked)} questions: ask one at a time"
     elif options.model_config is not None and options.command_line is None:
         problem = "--model-config stands for the model of a --command: add --command"
     if problem is not None:
@@ -42,6 +57,10 @@ def _doctor(options: argparse.Namespace) -> int:
         return 1
     if options.plan:
         return print_plan(options)
+    if options.contract is not None:
+        from rkv_sglang.integration.doctor.contract import print_contract
+
+        return print_contract(options.contract)
     # Imported here so that --help does not wait for SGLang.
     if options.command_line is not None:
         from rkv_sglang.integration.doctor.launch import check_command

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rkv_sglang.integration.hooking.install import SUPPORTED_SGLANG
+from rkv_sglang.integration.hooking.releases import SUPPORTED_SGLANG
 from tests.test_layering import imported_modules
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,7 +126,7 @@ def test_nothing_else_names_another_version_of_sglang():
 def test_the_extras_and_the_set_up_name_the_same_tools():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     name = re.compile(r"^[\w-]+")
-    named = {name.match(line)[0] for lines in extras.values() for line in lines} - {"rkv-sglang"}
+    named = {name.match(line)[0] for lines in extras.values() for line in lines} - {"rkv-sglang", "sglang"}
     tools = (ROOT / "devtools" / "env" / "requirements-tools.txt").read_text().splitlines()
     # The package itself asks for tqdm.
     assert named == {name.match(line)[0] for line in tools if not line.startswith("#")} - {"tqdm"}

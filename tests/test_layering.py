@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rkv_sglang.integration.hooking.install import SUPPORTED_SGLANG
+from rkv_sglang.integration.hooking.releases import SUPPORTED_SGLANG
 
 PACKAGE = "rkv_sglang"
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +28,7 @@ LAYERS = (
     "cache",
     "view",
     "plan_command",
+    "patching",
     "integration",
     "cli",
 )
@@ -246,7 +247,7 @@ def test_the_pins_of_sglang_agree():
     pins = {
         (path.name, version) for path in files for version in re.findall(r"\bsglang[>=]=([\d.]+\d)", path.read_text())
     }
-    pins |= {("patches", path.name.removeprefix("sglang-")) for path in (ROOT / "patches").glob("sglang-*")}
+    pins |= {("patches", path.parent.name) for path in (ROOT / PACKAGE / "patching" / "patches").glob("*/*.patch")}
     assert {name for name, _ in pins} >= {"pyproject.toml", "requirements-cpu-nodeps.txt", "setup.py", "patches"}
     assert {version for _, version in pins} == set(SUPPORTED_SGLANG)
 

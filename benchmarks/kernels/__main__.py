@@ -49,6 +49,7 @@ from benchmarks.kernels.kit import (
     quadratic_scores,
     wall_times,
 )
+from benchmarks.kernels.long_prompt import LONG_LEN, measure_long_prompt
 from rkv_sglang.algorithm.scoring import rkv_scores
 from rkv_sglang.cache.compact import WORKING_BYTES, split_requests
 from rkv_sglang.cache.query_window import QueryWindow
@@ -64,8 +65,9 @@ WEIGHT_BYTES = 8.03e9 * 2
 # Beyond this many requests the worst case teaches nothing new.
 MOST_RANDOM_DUE = 4
 WALL_ROUNDS = 2 if REHEARSAL else 10
-# The scoring kernels' warps that are held against each other.
+# The scoring kernels' warps, and the newest keys that all are compared with, that are held against each other.
 NUM_WARPS = (4, 8)
+FIRST_COLUMNS = (16, 32)
 SMOKE = {"lengths": [640], "due": [1]}
 
 
@@ -99,6 +101,10 @@ def measure_parts(report: Report, pool: Pool, num_tokens: int, num_requests: int
             other = partial(score, replace(shipped, num_warps=num_warps))
             note = f"{num_warps} warps instead of {shipped.num_warps}"
             report.add(Row(f"score_{num_warps}_warps", *where, *gpu_times(other), note=note), key_bytes)
+    for columns in FIRST_COLUMNS:
+        other = partial(score, replace(shipped, first_columns=columns))
+        note = f"rows are listed after {columns} columns instead of {shipped.first_columns or shipped.block_columns}"
+        report.add(Row(f"score_{columns}_first", *where, *gpu_times(other), note=note), key_bytes)
 
     batch, scores = batches[-1], score()[-1]
     kept = select_kept_paged(scores, batch)
@@ -221,6 +227,8 @@ def measure_gpu(
                     tqdm.write(f"left out: {count} requests of {num_tokens} tokens do not fit beside their copies")
             if saved is None:
                 measure_quadratic(report, pool, num_tokens)
+        if saved is None and pool.num_slots >= LONG_LEN:
+            measure_long_prompt(report, pool)
         del pool
         torch.cuda.empty_cache()
 

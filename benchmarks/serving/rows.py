@@ -70,11 +70,11 @@ def own_compaction_gaps(records: Iterable[RequestRecord], config: PolicyConfig |
     With the overlap scheduler the pass of a token is queued before the token ahead of it is sent: what queueing a
     compaction takes delays that one, what the device takes delays its own token. So the gaps before both are looked at,
     and those with the larger median are returned. Without requests that were retracted or whose compactions are not
-    those that the server counted: their steps are not known.
+    those that the server counted: their steps are not known. Nor are those of any request where they are staggered.
     """
     candidates: tuple[list[float], list[float]] = ([], [])
     for record in records:
-        if config is None or record.meta_info.get("num_retractions", 0):
+        if config is None or config.stagger or record.meta_info.get("num_retractions", 0):
             continue
         steps = compaction_steps(config, record.output_len)
         if len(steps) != record.num_compactions:

@@ -1,6 +1,8 @@
 """Set this project up in ``.venv`` on a fresh machine, with or without a GPU, and fetch the small real model.
 
-Usage: ``python3 devtools/env/setup.py [--device cpu|gpu]``; ``make setup`` runs it. Only the standard library is used.
+Usage: ``python3 devtools/env/setup.py [--device cpu|gpu]``; ``make setup`` runs it. With ``--sglang VERSION``, as
+``make compat`` has it, that release gets an environment of its own in ``.cache/compat``. Only the standard library is
+used.
 A second run with nothing changed does nothing. Python older than 3.11 must still be able to read this file, to say
 that it is too old.
 
@@ -37,6 +39,15 @@ class SetupError(Exception):
     """One line: what failed and what to do."""
 
 
+def aim_at(release: str) -> None:
+    """Have everything below set up another environment, with another release of SGLang."""
+    global SGLANG, VENV, PYTHON, STAMP
+    SGLANG = f"sglang=={release}"
+    VENV = ROOT / ".cache" / "compat" / release
+    PYTHON = VENV / "bin" / "python"
+    STAMP = VENV / ".rkv-setup"
+
+
 def detect_device() -> str:
     """Return ``"gpu"`` when the NVIDIA driver lists a device, else ``"cpu"``."""
     if shutil.which("nvidia-smi") is None:
@@ -54,7 +65,7 @@ def standin_files() -> "list[Path]":
 def fingerprint(device: str) -> str:
     """Hash everything that decides what the environment holds; the first word is the device it was made for."""
     inputs = [ROOT / "pyproject.toml", Path(__file__), *sorted(ENV_DIR.glob("requirements-*.txt")), *standin_files()]
-    digest = hashlib.sha256(f"{VENV} {sys.version_info[:2]}".encode())
+    digest = hashlib.sha256(f"{VENV} {SGLANG} {sys.version_info[:2]}".encode())
     for path in inputs:
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
     return f"{device} {digest.hexdigest()}"
@@ -152,7 +163,9 @@ def install_cpu_base() -> None:
 
 
 def install_cpu_sglang() -> None:
-    Installer()("--no-deps", "-r", str(ENV_DIR / "requirements-cpu-nodeps.txt"))
+    lines = (ENV_DIR / "requirements-cpu-nodeps.txt").read_text().splitlines()
+    packages = [line for line in lines if line and not line.startswith("#")]
+    Installer()("--no-deps", *(SGLANG if line.startswith("sglang==") else line for line in packages))
 
 
 def install_gpu_sglang() -> None:
@@ -235,7 +248,11 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "gpu"], help="default: gpu when nvidia-smi lists one, else cpu")
-    device = parser.parse_args().device or detect_device()
+    parser.add_argument("--sglang", metavar="VERSION", help="another release, into an environment of its own")
+    options = parser.parse_args()
+    device = options.device or detect_device()
+    if options.sglang:
+        aim_at(options.sglang)
     (ROOT / ".cache").mkdir(exist_ok=True)
     with open(str(ROOT / ".cache" / "setup.lock"), "w") as lock:
         # Two make runs at once must not install into one environment.

@@ -2,8 +2,8 @@
 
 With the unit keys ``u`` and their sum ``s``, the column sums of the cosine matrix (diagonal 0) are
 ``u_j . s - |u_j|^2``: no pair is looked at. Pairs matter only for the one near-duplicate that each row exempts, its
-most recent, which the keys of a trained model show among the newest few percent of the columns. So each row scans
-columns from the newest to the oldest, block by block, and leaves at its first hit.
+most recent, which the keys of a trained model show among the newest few percent of the columns: see
+``near_duplicates``.
 """
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d
 
 from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
+from rkv_sglang.algorithm.near_duplicates import PromptHits, exempt_sums
 from rkv_sglang.algorithm.reference import NORM_EPS
 from rkv_sglang.algorithm.validation import (
     check_kernel_size,
@@ -19,11 +20,6 @@ from rkv_sglang.algorithm.validation import (
     check_queries,
     check_threshold,
 )
-
-# Columns of the first block, which all L rows meet: few, since most rows find their near-duplicate here.
-FIRST_WIDTH = 16
-# Every later block holds twice the pairs of the one before, up to MAX_AREA * L: fewer rows, so more columns.
-MAX_AREA = 64
 
 
 def importance(queries: Tensor, keys: Tensor, kernel_size: int, *, model: ModelAttention = PLAIN_ATTENTION) -> Tensor:
@@ -50,14 +46,16 @@ def importance(queries: Tensor, keys: Tensor, kernel_size: int, *, model: ModelA
     return _importance(queries, keys.permute(1, 0, 2).float(), kernel_size, model)
 
 
-def redundancy(keys: Tensor, threshold: float) -> Tensor:
+def redundancy(keys: Tensor, threshold: float, prompt_hits: PromptHits | None = None) -> Tensor:
     """How much each token's key repeats the others, as a softmax over all tokens.
 
     Holds ``O(L)`` floats besides a copy of the keys. Each block of columns costs a device-to-host sync on a GPU.
+    Mutates ``prompt_hits`` unless it is filled.
 
     Args:
         keys: Keys as cached, temporal order, ``[L, num_kv_heads, head_dim]``, floating.
         threshold: Cosine above which two keys are near-duplicates; the diagonal counts as 0.
+        prompt_hits: Of one layer, what the first tokens find among themselves; None to find it anew.
 
     Returns:
         ``[num_kv_heads, L]``, fp32; every row sums to 1.
@@ -69,7 +67,8 @@ def redundancy(keys: Tensor, threshold: float) -> Tensor:
     """
     check_keys(keys)
     check_threshold(threshold)
-    return _redundancy(keys.permute(1, 0, 2).float(), threshold)
+    _check_prompt_hits(prompt_hits, keys)
+    return _redundancy(keys.permute(1, 0, 2).float(), threshold, prompt_hits)
 
 
 def rkv_scores(
@@ -80,8 +79,11 @@ def rkv_scores(
     kernel_size: int,
     similarity_threshold: float,
     model: ModelAttention = PLAIN_ATTENTION,
+    prompt_hits: PromptHits | None = None,
 ) -> Tensor:
     """Score of each token before the window: ``mix_lambda * importance - (1 - mix_lambda) * redundancy``.
+
+    Mutates ``prompt_hits`` unless it is filled.
 
     Args:
         queries: As in ``importance``.
@@ -90,6 +92,7 @@ def rkv_scores(
         kernel_size: As in ``importance``.
         similarity_threshold: As in ``redundancy``, which takes its softmax over all L tokens.
         model: As in ``importance``.
+        prompt_hits: As in ``redundancy``.
 
     Returns:
         ``[num_kv_heads, L - window]``, fp32; higher means keep.
@@ -104,9 +107,10 @@ def rkv_scores(
     check_queries(queries, keys)
     check_kernel_size(kernel_size)
     check_threshold(similarity_threshold)
+    _check_prompt_hits(prompt_hits, keys)
     head_keys = keys.permute(1, 0, 2).float()
     important = _importance(queries, head_keys, kernel_size, model)
-    redundant = _redundancy(head_keys, similarity_threshold)
+    redundant = _redundancy(head_keys, similarity_threshold, prompt_hits)
     return mix_lambda * important - (1.0 - mix_lambda) * redundant[:, : important.shape[1]]
 
 
@@ -125,56 +129,27 @@ def _importance(queries: Tensor, head_keys: Tensor, kernel_size: int, model: Mod
     return max_pool1d(attention.mean(dim=1), kernel_size, stride=1, padding=kernel_size // 2)
 
 
-def _redundancy(head_keys: Tensor, threshold: float) -> Tensor:
+def _check_prompt_hits(prompt_hits: PromptHits | None, keys: Tensor) -> None:
+    """Raise ``ValueError`` unless they are of one layer and of no more tokens than ``keys``."""
+    if prompt_hits is None:
+        return
+    columns, (num_tokens, num_kv_heads, _) = prompt_hits.columns, keys.shape
+    if columns.dtype != torch.int32 or columns.shape[:2] != (1, num_kv_heads) or prompt_hits.prompt_len > num_tokens:
+        raise ValueError(
+            f"prompt_hits must be int32 [1, {num_kv_heads}, at most {num_tokens}], got {columns.dtype} "
+            f"{list(columns.shape)}"
+        )
+
+
+def _redundancy(head_keys: Tensor, threshold: float, prompt_hits: PromptHits | None) -> Tensor:
     """``redundancy`` of ``head_keys`` ``[num_kv_heads, L, head_dim]``, fp32."""
     norms = torch.linalg.vector_norm(head_keys, dim=2, keepdim=True)
     lengths = norms + NORM_EPS
     diagonals = (norms / lengths).square().squeeze(2)
     column_sums = []
     # Head by head: the keys of one head stay in a CPU's cache, and each head has rows of its own left to scan.
-    for keys_of_head, lengths_of_head, diagonal in zip(head_keys, lengths, diagonals, strict=True):
+    for head, (keys_of_head, lengths_of_head, diagonal) in enumerate(zip(head_keys, lengths, diagonals, strict=True)):
         unit = keys_of_head / lengths_of_head
-        column_sums.append(unit @ unit.sum(dim=0) - diagonal - _exempt_sums(unit, threshold))
+        hits = () if prompt_hits is None else (prompt_hits.columns[0, head], prompt_hits.is_filled)
+        column_sums.append(unit @ unit.sum(dim=0) - diagonal - exempt_sums(unit, threshold, *hits))
     return (torch.stack(column_sums) / head_keys.shape[1]).softmax(dim=-1)
-
-
-def _exempt_sums(unit: Tensor, threshold: float) -> Tensor:
-    """Per column, the sum of the similarities that rows exempt there, ``[L]``, for unit keys ``[L, head_dim]``."""
-    num_tokens = unit.shape[0]
-    # Columns are ranked from 1, so that rank 0 means no hit; what is added there is dropped.
-    sums_by_rank = unit.new_zeros(num_tokens + 1)
-    # Ranks are compared as fp32, which is exact up to 2^24 tokens.
-    ranks = torch.arange(1, num_tokens + 1, device=unit.device, dtype=unit.dtype)
-    rows = torch.arange(num_tokens, device=unit.device)
-    row_keys = unit
-    end, width, area = num_tokens, FIRST_WIDTH, FIRST_WIDTH
-    while end > 0:
-        start = max(0, end - width)
-        # [len(rows), end - start]
-        similarity = row_keys @ unit[start:end].T
-        _zero_diagonal(similarity, rows, start, num_tokens)
-        # The comparison writes fp32: storing and reducing booleans is several times slower on a CPU.
-        above = torch.gt(similarity, threshold, out=torch.empty_like(similarity))
-        newest_rank = above.mul_(ranks[start:end]).amax(dim=1).long()
-        column = (newest_rank - (start + 1)).clamp_(min=0).unsqueeze(1)
-        sums_by_rank.index_add_(0, newest_rank, similarity.gather(1, column).squeeze(1))
-        left = (newest_rank == 0).nonzero().squeeze(1)
-        if len(left) == 0:
-            return sums_by_rank[1:]
-        if len(left) < len(rows):
-            rows, row_keys = rows.index_select(0, left), row_keys.index_select(0, left)
-        area = min(2 * area, MAX_AREA)
-        end, width = start, area * num_tokens // len(rows)
-    # A row without a hit exempts column 0; on the diagonal that is a 0.
-    sums_by_rank[1] += (row_keys @ unit[0]).masked_fill(rows == 0, 0.0).sum()
-    return sums_by_rank[1:]
-
-
-def _zero_diagonal(similarity: Tensor, rows: Tensor, start: int, num_tokens: int) -> None:
-    """Set to 0, in place, where the token ``rows[i]`` of row i is the token ``start + j`` of column j."""
-    if len(rows) == num_tokens:
-        similarity.diagonal(-start).zero_()
-        return
-    diagonal = (rows - start).unsqueeze(1)
-    nearest = diagonal.clamp(0, similarity.shape[1] - 1)
-    similarity.scatter_(1, nearest, similarity.gather(1, nearest).masked_fill_(nearest == diagonal, 0.0))

@@ -11,7 +11,7 @@ import torch
 
 from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.cache.buffers import KVBuffers
-from rkv_sglang.cache.compact import DueRequest, most_tokens_together, split_layers, split_requests
+from rkv_sglang.cache.compact import DueRequest, mark_filled, most_tokens_together, split_layers, split_requests
 from rkv_sglang.kernels.dispatch import score_paged, working_bytes_per_token
 from rkv_sglang.kernels.paged_batch import PagedBatch
 from rkv_sglang.kernels.score.scorers import History
@@ -129,11 +129,17 @@ def choose_by_scores(
         for layers in split_layers(buffers.keys.num_layers, max(num_tokens[part]) * len(plans), most_tokens):
             own = buffers if layers == slice(0, buffers.keys.num_layers) else buffers.of_layers(layers)
             history = [
-                History(due.logical_len, None if due.kept_state is None else due.kept_state[layers]) for due in together
+                History(
+                    due.logical_len,
+                    None if due.kept_state is None else due.kept_state[layers],
+                    prompt_hits=None if due.prompt_hits is None else due.prompt_hits.of_layers(layers),
+                )
+                for due in together
             ]
             scores = score_paged(own.keys, own.values, batch, read_queries(part, layers), policy, history, model)
             totals += scores.sum(dim=(0, 1))
             of_layers += [scores] if is_stateful(policy) else []
+        mark_filled(together)
         if sum_over_ranks is not None:
             sum_over_ranks(totals)
         starts = [0, *torch.tensor(batch.kv_lens_cpu).cumsum(0).tolist()]

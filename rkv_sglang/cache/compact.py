@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 import torch
 
 from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
+from rkv_sglang.algorithm.near_duplicates import PromptHits
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.kernels.dispatch import compact_paged, runs_triton, working_bytes_per_token
 from rkv_sglang.kernels.paged_batch import PagedBatch
@@ -33,6 +34,7 @@ class DueRequest(Generic[PlanT]):
         logical_len: Tokens ever seen, evicted ones included.
         kept_state, memory: Those of the ``Compacted`` of this request's last compaction.
         wants_indices: Whether ``Compacted.kept_indices`` is asked for.
+        prompt_hits: Of this request's prompt, of all layers, for a policy that keeps them; None to find them anew.
     """
 
     plan: PlanT
@@ -41,6 +43,7 @@ class DueRequest(Generic[PlanT]):
     kept_state: torch.Tensor | None = None
     memory: torch.Tensor | None = None
     wants_indices: bool = False
+    prompt_hits: PromptHits | None = None
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,10 @@ def compact_requests(
 ) -> list[Compacted]:
     """Keep of each request what its plan says, chosen per layer and KV head.
 
-    Mutates the pool in each request's own slots from ``plan.prompt_len`` to ``plan.kept_len``; the prompt's slots are
-    only read. On a GPU, policies with a paged scorer make no device-to-host copy, and the working memory at any time
-    is at most ``WORKING_BYTES``, or that of one layer of the longest request if this is more.
+    Mutates the pool in each request's own slots from ``plan.prompt_len`` to ``plan.kept_len``, and fills
+    ``DueRequest.prompt_hits``; the prompt's slots are only read. On a GPU, policies with a paged scorer make no
+    device-to-host copy, and the working memory at any time is at most ``WORKING_BYTES``, or that of one layer of the
+    longest request if this is more.
 
     Args:
         read_queries: Given a slice of ``requests`` and one of the layers, returns their window's queries after RoPE,
@@ -108,6 +112,7 @@ def compact_requests(
             for layers in split_layers(buffers.keys.num_layers, max(num_tokens[part]) * len(plans), most_tokens)
         ]
         compacted += [_join(own) for own in zip(*of_layers, strict=True)]
+        mark_filled(together)
     return compacted
 
 
@@ -125,8 +130,9 @@ def _compact_layers(
         buffers = buffers.of_layers(layers)
     history = []
     for request in requests:
-        carried = (None if own is None else own[layers] for own in (request.kept_state, request.memory))
-        history.append(History(request.logical_len, *carried))
+        state, memory = (None if own is None else own[layers] for own in (request.kept_state, request.memory))
+        hits = None if request.prompt_hits is None else request.prompt_hits.of_layers(layers)
+        history.append(History(request.logical_len, state, memory, hits))
     kept = compact_paged(buffers.keys, buffers.values, batch, queries, policy, history, model)
     nothing = [None] * len(requests)
     return [
@@ -138,6 +144,13 @@ def _compact_layers(
         )
         for i, request in enumerate(requests)
     ]
+
+
+def mark_filled(requests: Sequence[DueRequest[PlanT]]) -> None:
+    """Note that all layers of these requests were scored, so that their ``prompt_hits`` are filled."""
+    for request in requests:
+        if request.prompt_hits is not None:
+            request.prompt_hits.is_filled = True
 
 
 def _join(of_layers: Sequence[Compacted]) -> Compacted:

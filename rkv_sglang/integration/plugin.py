@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rkv_sglang.config import NO_POLICY
-from rkv_sglang.integration.hooking.install import install, register_hooks, register_steps, require_targets
+from rkv_sglang.integration.hooking.install import install, register_hooks, register_steps
 from rkv_sglang.integration.hooks.flags import ARGS_HOOKS
 from rkv_sglang.integration.hooks.processes import LAUNCHER_HOOKS, PROCESS_HOOKS
 from rkv_sglang.integration.hooks.steps import LAST_STEP, STEP_HOOKS
@@ -41,12 +41,13 @@ def _register_launch_check() -> None:
         previous(server_args)
         if policy_name(server_args) == NO_POLICY:
             return
+        from rkv_sglang.integration.hooking.releases import require_contract
         from rkv_sglang.integration.hooks.answers import META_INFO_HOOKS
-        from rkv_sglang.integration.hooks.table import HOOKS
         from rkv_sglang.integration.startup.errors import stop
 
         try:
-            require_targets(HOOKS)
+            # Seen at the first step already, unless another plugin took the place of that one.
+            require_contract()
             install(LAUNCHER_HOOKS + META_INFO_HOOKS)
             return
         except RuntimeError as error:

@@ -65,8 +65,8 @@ def compact_paged(
 ) -> Kept:
     """Score, choose and move: every request keeps its prompt and its budget of generated tokens.
 
-    Mutates the pool in each request's tokens from ``prompt_len`` to ``prompt_len + budget``, and nothing else. Queues
-    no device-to-host sync if the policy has a paged scorer.
+    Mutates the pool in each request's tokens from ``prompt_len`` to ``prompt_len + budget``, and those
+    ``History.prompt_hits`` that are not filled. Queues no device-to-host sync if the policy has a paged scorer.
 
     Args:
         keys, values: All layers of the pool, on one device.
@@ -188,6 +188,7 @@ def _scores_torch(
                 logical_len=past.logical_len,
                 state=None if past.kept_state is None else past.kept_state[layer],
                 memory=None if past.memory is None else past.memory[layer],
+                prompt_hits=None if past.prompt_hits is None else past.prompt_hits.of_layers(slice(layer, layer + 1)),
                 layer=keys.first_layer + layer,
                 first_kv_head=keys.first_kv_head,
                 budget=batch.budgets_cpu[request],

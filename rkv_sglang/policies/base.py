@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
+from rkv_sglang.algorithm.near_duplicates import PromptHits
 from rkv_sglang.config import HEAD
 
 
@@ -31,6 +32,8 @@ class ScoreInputs:
             layer; ``None`` when ``state`` would be.
         budget: Generated tokens that will be kept, the window included; ``None`` where nobody says.
         model: How the model attends; ``model.logits`` makes attention logits of products of queries and keys.
+        prompt_hits: Of this layer, for a policy that keeps them: what the prompt finds within the prompt. Written
+            unless it is filled. ``None`` for a short prompt, or where there is no room: then it is found anew.
 
     Raises:
         ValueError: The lengths do not fit together.
@@ -42,6 +45,7 @@ class ScoreInputs:
     values: Tensor | None = None
     logical_len: int | None = None
     state: Tensor | None = None
+    prompt_hits: PromptHits | None = None
     layer: int = 0
     first_kv_head: int = 0
     memory: Tensor | None = None
@@ -117,9 +121,9 @@ class Policy(Protocol):
     ``needs_statistics = True`` to be given ``model.statistics``, too; ``stateful = True`` to be given back, at the next
     compaction, the scores of the tokens that were kept (see ``needs_values`` and ``is_stateful``); ``remembers = True``
     to be given back ``Scored.memory``, of which a method ``memory_numbers(gqa_group_size, head_dim)`` says how many
-    numbers it has at the most for each KV head; ``default_window`` and ``default_buffer``, tokens, for servers on which
-    nobody sets them; ``granularities``, where its choice can be made, the default first (``("head",)`` where it sets
-    none).
+    numbers it has at the most for each KV head; ``keeps_prompt_hits = True`` to be given ``prompt_hits`` of long
+    prompts; ``default_window`` and ``default_buffer``, tokens, for servers on which nobody sets them;
+    ``granularities``, where its choice can be made, the default first (``("head",)`` where it sets none).
 
     One whose scores depend on nothing but the places of tokens has a method ``score_places(places)`` too, which returns
     the scores of tokens with one choice for a whole request, ``[num_tokens]``, fp32 (see ``is_blind``).
@@ -168,6 +172,11 @@ def memory_numbers(policy: Policy, gqa_group_size: int, head_dim: int) -> int:
 def is_stateful(policy: Policy) -> bool:
     """Return whether the scores of kept tokens must come back as ``ScoreInputs.state``."""
     return bool(getattr(policy, "stateful", False))
+
+
+def keeps_prompt_hits(policy: Policy) -> bool:
+    """Return whether ``ScoreInputs.prompt_hits`` of a long prompt must be kept between compactions."""
+    return bool(getattr(policy, "keeps_prompt_hits", False))
 
 
 def granularities_of(policy: Policy | type[Any]) -> tuple[str, ...]:

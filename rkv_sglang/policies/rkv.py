@@ -25,6 +25,7 @@ class RKV:
     """
 
     granularities: ClassVar[tuple[str, ...]] = GRANULARITIES
+    keeps_prompt_hits: ClassVar[bool] = True
 
     mix_lambda: float = 0.1
     kernel_size: int = 7
@@ -39,4 +40,5 @@ class RKV:
             kernel_size=self.kernel_size,
             similarity_threshold=self.similarity_threshold,
             model=inputs.model,
+            prompt_hits=inputs.prompt_hits,
         )

@@ -42,16 +42,20 @@ class ModelShape:
         """
         return 2 * self.num_layers * self.num_qo_heads * (self.head_dim // 2) * 3 * 4
 
-    def side_bytes(self, config: PolicyConfig, *, stateful: bool = False, memory_numbers: int = 0) -> float:
+    def side_bytes(
+        self, config: PolicyConfig, *, stateful: bool = False, memory_numbers: int = 0, prompt_hits: bool = False
+    ) -> float:
         """Bytes of the policy's own per token of the pool: the query window, and what requests carry for it.
 
         A stateful policy has them carry one fp32 number a kept token, layer and KV head, one that remembers
         ``memory_numbers`` of the type of queries a layer and KV head; as many requests as the pool holds at their
-        capacity.
+        capacity. What long prompts find within themselves is one int32 number of the same, as if all tokens of the pool
+        were of such prompts.
         """
         carried = 4 * (config.budget - config.window) if stateful else 0
         carried += memory_numbers * self.query_itemsize
         queries = query_bytes_per_slot(config, self.num_layers, self.num_qo_heads, self.head_dim, self.query_itemsize)
+        carried += 4 * config.capacity if prompt_hits else 0
         return queries + self.num_layers * self.num_kv_heads * carried / config.capacity
 
 
@@ -63,11 +67,12 @@ def pool_tokens(
     *,
     looks_at_nothing: bool = False,
 ) -> int:
-    """Return how many tokens the pool holds when it shares ``num_bytes`` with the policy's side buffers.
+    """Return how many tokens the pool holds when it shares ``num_bytes`` with the side buffers of the policy rkv.
 
     A policy that looks at no queries, keys or values has none.
     """
-    per_token = shape.kv_bytes + (0.0 if config is None or looks_at_nothing else shape.side_bytes(config))
+    side_bytes = 0.0 if config is None or looks_at_nothing else shape.side_bytes(config, prompt_hits=True)
+    per_token = shape.kv_bytes + side_bytes
     return int(num_bytes / per_token) // page_size * page_size
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rkv_sglang.algorithm import reference, scoring, selection
+from rkv_sglang.algorithm import near_duplicates, reference, scoring, selection
 from tests.algorithm.cases import DEVICES, KEY_MAKERS, THRESHOLD, fresh_seed, make_keys, make_queries
 
 # fp32 against float64: logits and mean cosines are off by a few 1e-7, and the softmax passes that on relatively.
@@ -139,7 +139,7 @@ def test_no_tensor_grows_with_the_square_of_the_length():
         keys = KEY_MAKERS[kind]((num_tokens, 1, head_dim))
         with TensorSizes() as sizes:
             scoring.redundancy(keys, 0.95)
-        assert sizes.largest <= scoring.MAX_AREA * num_tokens, kind
+        assert sizes.largest <= near_duplicates.MAX_AREA * num_tokens, kind
         assert sizes.num_pairs > 0
 
 
@@ -149,12 +149,12 @@ def test_rows_leave_the_scan_at_their_first_hit():
     keys = torch.randn(1, 1, 32) + 0.1 * torch.randn(num_tokens, 1, 32)
     with TensorSizes() as sizes:
         scoring.redundancy(keys, THRESHOLD)
-    assert sizes.num_pairs == scoring.FIRST_WIDTH * num_tokens
+    assert sizes.num_pairs == near_duplicates.FIRST_WIDTH * num_tokens
     # One row without near-duplicate scans on, and it alone.
     keys[num_tokens // 2] = 0.0
     with TensorSizes() as sizes:
         scoring.redundancy(keys, THRESHOLD)
-    assert sizes.num_pairs == scoring.FIRST_WIDTH * num_tokens + num_tokens - scoring.FIRST_WIDTH
+    assert sizes.num_pairs == near_duplicates.FIRST_WIDTH * num_tokens + num_tokens - near_duplicates.FIRST_WIDTH
 
 
 @pytest.mark.parametrize("module", [reference, scoring], ids=["reference", "scoring"])

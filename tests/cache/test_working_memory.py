@@ -9,7 +9,7 @@ from rkv_sglang.cache import compact
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import WORKING_BYTES, DueRequest, compact_requests
 from rkv_sglang.kernels import dispatch, move, select
-from rkv_sglang.kernels.score import attention
+from rkv_sglang.kernels.score import attention, scan
 from rkv_sglang.policies import RKV
 from rkv_sglang.sizes.compaction_plan import plan_compaction
 
@@ -18,6 +18,7 @@ NUM_LAYERS, NUM_KV_HEADS, NUM_QO_HEADS, HEAD_DIM, WINDOW = 32, 8, 32, 128, 8
 BUDGET = 1024
 KERNELS = {
     attention: ("summarise_blocks_kernel", "reduce_blocks_kernel", "score_tokens_kernel", "combine_scores_kernel"),
+    scan: ("scan_rows_kernel",),
     select: ("_select_kept_kernel",),
     move: ("_move_kept_kernel",),
 }

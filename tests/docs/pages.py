@@ -9,7 +9,7 @@ PAGES = sorted(
     [
         *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
         *(ROOT / "docs").rglob("*.md"),
-        *(ROOT / folder / "README.md" for folder in ("benchmarks", "patches", "tests")),
+        *(ROOT / folder / "README.md" for folder in ("benchmarks", "tests")),
     ]
 )
 _LINK = re.compile(r"\]\(([^)\s]+)\)")

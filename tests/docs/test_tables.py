@@ -210,7 +210,7 @@ def test_the_table_of_benchmarks_has_each_with_its_files() -> None:
 
 
 def test_the_versions_named_are_those_supported() -> None:
-    from rkv_sglang.integration.hooking.install import SUPPORTED_SGLANG
+    from rkv_sglang.integration.hooking.releases import SUPPORTED_SGLANG
 
     assert f"SGLang {', '.join(SUPPORTED_SGLANG)}; Python" in COMPATIBILITY
     assert f"for SGLang {', '.join(SUPPORTED_SGLANG)}." in README.read_text()

@@ -22,7 +22,7 @@ from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.kernels import capture, dispatch, move, select, warmup
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
-from rkv_sglang.kernels.score import key_passes, mean_keys, totals, values
+from rkv_sglang.kernels.score import key_passes, mean_keys, scan, totals, values
 from rkv_sglang.kernels.score.per_head import beaconkv, block_means, farthest, gkv, half, triattention
 from rkv_sglang.policies import make_policy
 from tests.policies.cases import model_with_statistics
@@ -47,7 +47,7 @@ class AbsentGpu:
 
 def kernel_counts() -> dict[str, int]:
     """Return how many variants of each kernel were compiled."""
-    modules = (capture, move, select, key_passes, mean_keys, totals, values)
+    modules = (capture, move, select, key_passes, mean_keys, scan, totals, values)
     modules += (beaconkv, block_means, farthest, gkv, half, triattention)
     kernels = {name: value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
     return {name: len(kernel.device_caches[0][0]) for name, kernel in kernels.items()}

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.common.device import DEVICE, REHEARSAL, captured, no_wait, peak_extra_bytes
+from rkv_sglang.algorithm.near_duplicates import PromptHits
 from rkv_sglang.algorithm.scoring import rkv_scores
 from rkv_sglang.algorithm.selection import select_kept
 from rkv_sglang.cache.buffers import KVBuffers
@@ -118,6 +119,19 @@ def test_scores_and_the_choice_are_those_of_the_oracle(seed, dtype, head_dim):
                 least = expected[head, prompt_len + best[head, : budget - WINDOW]].min()
                 chosen = expected[head, prompt_len + own[head, : budget - WINDOW].long()]
                 assert (chosen >= least - 2 * TOLERANCE * least.abs()).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn], ids=str)
+def test_what_a_prompt_found_within_itself_gives_the_scores_of_a_whole_scan(seed, dtype):
+    case = Case(seed, dtype)
+    whole = rkv_scores_paged(case.buffers.keys, case.batch, case.queries, **SETTINGS)
+    hits = [PromptHits.empty(NUM_LAYERS, NUM_KV_HEADS, n, whole.device) for n in case.prompt_lens]
+    for _ in range(2):
+        scores = rkv_scores_paged(case.buffers.keys, case.batch, case.queries, **SETTINGS, prompt_hits=hits)
+        # A pair whose cosine is the threshold up to rounding may be found in one and not in the other.
+        assert ((scores - whole).abs() > TOLERANCE * whole.abs()).float().mean() < 0.01
+        for own in hits:
+            own.is_filled = True
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -11,10 +11,16 @@ from triton.runtime.jit import JITFunction
 
 from rkv_sglang.kernels import dispatch
 from rkv_sglang.kernels.dispatch import choose_kept_torch, compact_paged
-from rkv_sglang.kernels.score.attention import h2o_scores_paged
 from rkv_sglang.kernels.score.mean_keys import keydiff_scores_paged
 from rkv_sglang.kernels.score.per_head.block_means import manifoldkv_scores_paged
-from rkv_sglang.kernels.score.scorers import PAGED_SCORERS, History, PagedInputs, PagedScored, state_of_kept
+from rkv_sglang.kernels.score.per_head.received import h2o_scores_paged
+from rkv_sglang.kernels.score.scorers import (
+    PAGED_SCORERS,
+    History,
+    PagedInputs,
+    scored_paged,
+    state_of_kept,
+)
 from rkv_sglang.kernels.score.values import longflow_scores_paged
 from rkv_sglang.kernels.select import select_kept_paged
 from rkv_sglang.policies import (
@@ -103,8 +109,8 @@ def serve(rng: random.Random, *, value_dim: int = 48, **sizes: Any) -> Served:
 
 
 def score_all(policy: Policy, served: Served) -> Scored:
-    result = PAGED_SCORERS[type(policy)](policy, served.inputs())
-    return as_scored(result.scores if isinstance(result, PagedScored) else result)
+    result = scored_paged(PAGED_SCORERS[type(policy)](policy, served.inputs()))
+    return Scored(result.scores, result.state)
 
 
 def check(served: Served, policy: Policy, result: Tensor | Scored) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARED = ("_capture_queries_kernel", "_move_kept_kernel", "_select_kept_kernel")
 QUERY_PASSES = ("summarise_blocks_kernel", "reduce_blocks_kernel", "score_tokens_kernel")
 RUN = {
-    "rkv": (*SHARED, *QUERY_PASSES, "combine_scores_kernel"),
+    "rkv": (*SHARED, *QUERY_PASSES, "scan_rows_kernel", "combine_scores_kernel"),
     "snapkv": (*SHARED, *QUERY_PASSES, "combine_scores_kernel"),
     "keydiff": (*SHARED, "sum_keys_kernel", "mean_keys_kernel", "compare_keys_kernel"),
     "manifoldkv": (*SHARED, "far_from_mean_kernel"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TextIO
 
 from rkv_sglang.config import GRANULARITIES
-from rkv_sglang.integration.hooking.install import SUPPORTED_SGLANG, target_problem
+from rkv_sglang.integration.hooking.releases import SUPPORTED_SGLANG
 from rkv_sglang.integration.hooks.table import HOOKS
 from rkv_sglang.integration.startup.refused_settings import (
     ATTENTION_BACKENDS,
@@ -35,8 +35,7 @@ def print_details(out: TextIO | None = None) -> None:
         say(f"  {subject:<21}{', '.join(values)}")
     say("\nHooks that a policy applies, in order (without one: only the flags and a look at them)")
     for hook in HOOKS:
-        state = "ok  " if target_problem(hook) is None else "FAIL"
-        say(f"  {state} {hook.kind:<8}{hook.target.removeprefix('sglang.')}")
+        say(f"  {hook.kind:<8}{hook.target.removeprefix('sglang.')}")
     say("\nRefused with a policy, where it is set to more than its default")
     for refused in REFUSED_SETTINGS:
         served = f" (served by {', '.join(BLIND_NAMES)} with --kv-granularity request)" * refused.records_only

@@ -3,15 +3,17 @@
 import os
 import platform
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from typing import TextIO
 
 from rkv_sglang import __version__
-from rkv_sglang.integration.hooking.hook import Hook
-from rkv_sglang.integration.hooking.install import PLUGIN_NAME, SUPPORTED_SGLANG, target_problem, version_problem
+from rkv_sglang.integration.hooking.contract import Contract
+from rkv_sglang.integration.hooking.install import PLUGIN_NAME
+from rkv_sglang.integration.hooking.releases import SUPPORTED_SGLANG, Verdict, findings_in, judge_installed
 from rkv_sglang.messages import one_line
+from rkv_sglang.patching.folders import PACKAGE, installed_folder
 
 PLUGIN_GROUP = "sglang.srt.plugins"
 
@@ -56,17 +58,16 @@ def report(findings: Iterable[Finding], out: TextIO | None) -> int:
 def _examine() -> Iterable[Finding]:
     yield Finding(subject="rkv_sglang", detail=__version__)
     yield Finding(subject="python", detail=platform.python_version())
-    sglang = check_sglang()
-    yield sglang
+    yield check_sglang()
     for package in ("torch", "triton"):
         yield check_package(package)
     yield Finding(subject="flashinfer", detail=_version_or_none("flashinfer-python") or "not installed (optional)")
     yield check_device()
     yield check_plugin(entry_points(group=PLUGIN_GROUP), os.environ.get("SGLANG_PLUGINS", ""))
-    if sglang.problem is None:
-        yield _check_all_hooks()
-    else:
-        yield Finding(subject="hooks", detail="not looked at: SGLang is not a supported one")
+    contract = check_contract()
+    yield contract
+    if contract.problem is None:
+        yield check_import()
 
 
 def _version_or_none(package: str) -> str | None:
@@ -77,14 +78,16 @@ def _version_or_none(package: str) -> str | None:
 
 
 def check_sglang() -> Finding:
-    """Compare the installed SGLang with the supported versions."""
-    installed = _version_or_none("sglang")
+    """Judge the installed SGLang, by its version and by all that the plugin touches in it. Imports nothing of it."""
+    installed = _version_or_none(PACKAGE)
     if installed is None:
-        problem: str | None = f"SGLang is not installed: run pip install sglang=={SUPPORTED_SGLANG[-1]}"
+        verdict = Verdict(f"SGLang is not installed: run pip install {PACKAGE}=={SUPPORTED_SGLANG[-1]}")
     else:
-        problem = version_problem()
-    detail = f"{installed or 'not installed'} (supported: {', '.join(SUPPORTED_SGLANG)})"
-    return Finding(subject="sglang", detail=detail, problem=problem)
+        verdict = judge_installed()
+    detail = f"{installed or 'not installed'} (tested: {', '.join(SUPPORTED_SGLANG)})"
+    if verdict.warning is not None:
+        detail += f"; {verdict.warning}"
+    return Finding(subject="sglang", detail=detail, problem=verdict.problem)
 
 
 def check_package(package: str) -> Finding:
@@ -133,14 +136,30 @@ def check_plugin(plugins: Iterable[EntryPoint], allowed: str) -> Finding:
     return Finding(subject="plugin", detail=f"found: {found[0].value}")
 
 
-def _check_all_hooks() -> Finding:
+def check_contract() -> Finding:
+    """Count what the plugin touches in the installed SGLang and what of it is as expected. Imports nothing of it."""
+    folder = installed_folder()
+    if folder is None:
+        return Finding(subject="contract", detail="not looked at", problem="SGLang is not installed: install it")
+    contract, findings = Contract.load(), findings_in(folder)
+    breaks = [finding for finding in findings if finding.breaks]
+    total = len(contract.names) + len(contract.parameters)
+    detail = (
+        f"{total - len(breaks)} of {total} names and signatures that the plugin uses, "
+        f"{len(contract.functions) - len(findings) + len(breaks)} of {len(contract.functions)} functions as in "
+        f"SGLang {contract.sglang}"
+    )
+    return Finding(subject="contract", detail=detail, problem=str(breaks[0]) if breaks else None)
+
+
+def check_import() -> Finding:
+    """See that all that is hooked can be imported."""
     try:
         from rkv_sglang.integration.hooks.table import HOOKS
     # Not only what is missing: SGLang makes folders and asks the machine as it is imported.
     except Exception as error:
-        problem = import_problem(error)
-        return Finding(subject="hooks", detail="cannot be imported", problem=problem)
-    return check_hooks(HOOKS, target_problem)
+        return Finding(subject="hooks", detail="cannot be imported", problem=import_problem(error))
+    return Finding(subject="hooks", detail=f"{len(HOOKS)}, and what they go around can be imported")
 
 
 def import_problem(error: Exception) -> str:
@@ -160,15 +179,3 @@ def _mend(error: Exception, otherwise: str) -> str:
     # Caches are below it.
     is_at_home = str(error.filename).startswith(os.path.expanduser("~"))
     return "set HOME to a folder that you may write to" if is_at_home else "make that a place that you may write to"
-
-
-def check_hooks(hooks: tuple[Hook, ...], problem_of: Callable[[Hook], str | None]) -> Finding:
-    """Look every hook's target up in the installed SGLang and compare its signature. Imports the targets.
-
-    Args:
-        hooks: The table of hooks.
-        problem_of: Returns one line if a hook's target is not as expected.
-    """
-    problems = [problem for hook in hooks if (problem := problem_of(hook)) is not None]
-    detail = f"{len(hooks) - len(problems)} of {len(hooks)} targets in SGLang as expected"
-    return Finding(subject="hooks", detail=detail, problem=problems[0] if problems else None)

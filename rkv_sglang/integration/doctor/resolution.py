@@ -15,7 +15,6 @@ from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
 from sglang.srt.utils import get_device
 
 from rkv_sglang.integration.doctor.arguments import MODEL_FLAG, NO_MODEL
-from rkv_sglang.integration.hooking.install import installation_problems
 from rkv_sglang.integration.startup.policy_parameters import read_parameters
 from rkv_sglang.integration.startup.refusals import flag_problems, model_problems, refused_values
 from rkv_sglang.integration.startup.server_args import PARAMETERS_FIELD, RKVServerArgs
@@ -39,9 +38,7 @@ def look_at_server(
     Returns:
         One line for every reason to refuse, in the order of a start; and what was not checked.
     """
-    from rkv_sglang.integration.hooks.table import HOOKS
-
-    problems = list(installation_problems(HOOKS))
+    problems: list[str] = []
     options = _with_parameters(options, problems)
     unchecked = [NEVER_CHECKED]
     # As far as SGLang gets before it looks at the model, which is where flags are refused.

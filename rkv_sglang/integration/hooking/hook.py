@@ -16,11 +16,15 @@ class Hook:
         kind: How SGLang's ``HookRegistry`` applies ``function``; ``"STEP"`` goes around a step of its resolution of
             arguments, through ``register_resolution_hook``.
         function: The hook itself; a class for ``REPLACE`` of a class.
-        signature: ``str(inspect.signature(target))`` without annotations, as this release was written against.
+        signature: ``str(inspect.signature(target))`` without annotations, as this release was written against. Of
+            these only the parameters that ``function`` itself names are compared with another SGLang's.
         why: What would be wrong without it.
         upstream: The change in SGLang that would make it unnecessary.
         uses: Every other name of SGLang that ``function`` relies on, itself or in what it calls, as dotted paths. They
             must exist; it is also the list to go through for another SGLang.
+        surroundings: Functions of SGLang that the hook neither goes around nor calls, but on whose course it counts,
+            as dotted paths. They must read as they did.
+        capability: Of a patched SGLang that does the same by itself, so that the hook is left out; empty for none.
     """
 
     target: str
@@ -30,6 +34,8 @@ class Hook:
     why: str
     upstream: str
     uses: tuple[str, ...] = ()
+    surroundings: tuple[str, ...] = ()
+    capability: str = ""
 
 
 def names(owner: str, attributes: str) -> tuple[str, ...]:

@@ -68,6 +68,7 @@ ADMISSION_HOOKS: tuple[Hook, ...] = (
             *names(SAMPLING_PARAMS, "custom_params max_new_tokens min_new_tokens"),
             f"{MODEL_CONFIG}.context_len",
         ),
+        surroundings=(f"{SCHEDULER}.handle_generate_request",),
     ),
     Hook(
         target="sglang.srt.managers.scheduler.Scheduler.get_prefill_adder_class",
@@ -88,5 +89,6 @@ ADMISSION_HOOKS: tuple[Hook, ...] = (
             *names(REQ_KV, "cache_protected_len kv_allocated_len"),
             f"{SAMPLING_PARAMS}.ignore_eos",
         ),
+        surroundings=names(ADDER, "add_one_req_ignore_eos budget_state"),
     ),
 )

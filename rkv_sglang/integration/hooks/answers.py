@@ -157,5 +157,9 @@ META_INFO_HOOKS: tuple[Hook, ...] = (
                 "customized_info_accumulated customized_info_reported_keys",
             ),
         ),
+        surroundings=names(
+            "sglang.srt.managers.tokenizer_manager.TokenizerManager",
+            "_accumulate_request_meta_info _handle_batch_output",
+        ),
     ),
 )

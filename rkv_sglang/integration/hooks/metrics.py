@@ -45,6 +45,7 @@ METRICS_HOOKS: tuple[Hook, ...] = (
         kind="AFTER",
         function=report_running,
         signature="(self, stats)",
+        capability="reports",
         why="The gauges of running requests belong to the same moment as SGLang's own.",
         upstream="Metrics that a plugin registers with the collector.",
         uses=(
@@ -62,6 +63,7 @@ METRICS_HOOKS: tuple[Hook, ...] = (
         kind="AFTER",
         function=add_to_decode_log,
         signature="(self)",
+        capability="reports",
         why="The decode log line tells the size of the pool in use, but not what it would be without the policy.",
         upstream="Parts of the log line that a plugin adds.",
     ),

@@ -16,12 +16,13 @@ from rkv_sglang.integration.hooks.owners import (
     KV_POOL,
     MODEL_CONFIG,
     MODEL_RUNNER,
+    PARALLEL,
     ROWS,
     RUNTIME_CONTEXT,
 )
 from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.restore import add_evicted_tokens
-from rkv_sglang.policies import is_stateful, memory_numbers, needs_statistics
+from rkv_sglang.policies import is_stateful, keeps_prompt_hits, memory_numbers, needs_statistics
 from rkv_sglang.sizes.memory_plan import ModelShape
 
 
@@ -44,7 +45,12 @@ def leave_room_for_side_buffers(profile: Callable[..., int], configurator: Any, 
         query_itemsize=model.dtype.itemsize,
     )
     numbers = memory_numbers(runtime.policy, shape.num_qo_heads // shape.num_kv_heads, shape.head_dim)
-    side_bytes = shape.side_bytes(runtime.config, stateful=is_stateful(runtime.policy), memory_numbers=numbers)
+    side_bytes = shape.side_bytes(
+        runtime.config,
+        stateful=is_stateful(runtime.policy),
+        memory_numbers=numbers,
+        prompt_hits=keeps_prompt_hits(runtime.policy),
+    )
     if needs_statistics(runtime.policy):
         available_bytes -= shape.statistics_bytes
     return int(available_bytes * shape.kv_bytes / (shape.kv_bytes + side_bytes))
@@ -81,19 +87,23 @@ MODEL_HOOKS: tuple[Hook, ...] = (
         kind="AROUND",
         function=leave_room_for_side_buffers,
         signature="(self, pre_model_load_memory)",
+        capability="memory",
         why="The query window lives beside the KV pool; unless its share is left over, a full pool runs out of memory.",
         upstream="A registry of side buffers that KV pool sizing subtracts.",
         uses=(
             *names("sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator", "model_config kv_cache_dtype"),
             *names(MODEL_CONFIG, "num_hidden_layers num_attention_heads get_num_kv_heads head_dim v_head_dim dtype"),
             f"{RUNTIME_CONTEXT}.get_parallel",
+            f"{PARALLEL}.tp_size",
         ),
+        surroundings=("sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator.configure",),
     ),
     Hook(
         target="sglang.srt.model_executor.model_runner.ModelRunner.alloc_memory_pool",
         kind="AFTER",
         function=bind_model_runner,
         signature="(self, memory_pool_config=None, *, draft_parallel_layout=None)",
+        capability="memory",
         why="The query window must exist, at a fixed address, before decode CUDA graphs are captured.",
         upstream="A `kv_policy` object that ModelRunner builds together with its memory pools.",
         uses=(
@@ -101,9 +111,12 @@ MODEL_HOOKS: tuple[Hook, ...] = (
             f"{MODEL_CONFIG}.get_total_num_kv_heads",
             *names(ATTENTION, "layer_id k_scale_float v_scale_float tp_k_head_num tp_q_head_num qk_head_dim"),
             *names(ATTENTION, "scaling logit_cap"),
+            f"{RUNTIME_CONTEXT}.get_parallel",
+            *names(PARALLEL, "tp_rank tp_size"),
             *names(KV_POOL, "k_buffer v_buffer dtype size start_layer"),
             f"{ROWS}.req_to_token",
         ),
+        surroundings=(f"{MODEL_RUNNER}.initialize",),
     ),
     Hook(
         target="sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
@@ -113,6 +126,7 @@ MODEL_HOOKS: tuple[Hook, ...] = (
             "(batch, model_runner, *, capture_hidden_mode=None, return_hidden_states_before_norm, "
             "extend_position_info=None, spec_mrope_positions=None, kv_loc_plan=None, write_cols=None)"
         ),
+        capability="positions",
         why="Positions are taken from seq_lens, which counts resident tokens once a request was compacted.",
         upstream="ForwardBatch.init_new takes positions from `orig_seq_lens`.",
         uses=(
@@ -131,6 +145,7 @@ CAPTURE_HOOKS: tuple[Hook, ...] = (
         kind="BEFORE",
         function=record_queries,
         signature="(self, q, k, v, forward_batch, save_kv_cache=True, key_value_num_tokens=None, **kwargs)",
+        capability="observe",
         why="The score needs the queries of the last tokens, and no later place sees them for every attention backend.",
         upstream="A call `forward_batch.kv_policy.observe(layer, q)` in RadixAttention.forward.",
         uses=(

@@ -2,10 +2,14 @@
 
 MANAGERS = "sglang.srt.managers"
 MEM_CACHE = "sglang.srt.mem_cache"
+ENVS = "sglang.srt.environ.envs"
+HOOK_REGISTRY = "sglang.srt.plugins.hook_registry"
 PENALTIES = "sglang.srt.sampling.penaltylib"
+PARALLEL = "sglang.srt.arg_groups.fields.parallel.Parallel"
 OVERRIDES = "sglang.srt.arg_groups.overrides"
 RUNTIME_CONTEXT = "sglang.srt.runtime_context"
 
+SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 SCHEDULER = f"{MANAGERS}.scheduler.Scheduler"
 REQ = f"{MANAGERS}.schedule_batch.Req"
 REQ_KV = f"{MANAGERS}.schedule_batch.ReqKvInfo"

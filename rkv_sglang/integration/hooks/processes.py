@@ -17,6 +17,7 @@ from rkv_sglang.integration.hooks.owners import (
     BATCH,
     FORWARD_BATCH,
     KV_POOL,
+    MANAGERS,
     MEM_CACHE,
     MODEL_RUNNER,
     REQ,
@@ -25,6 +26,7 @@ from rkv_sglang.integration.hooks.owners import (
     RUNTIME_CONTEXT,
     SAMPLING_PARAMS,
     SCHEDULER,
+    SERVER_ARGS,
     TREE,
 )
 from rkv_sglang.integration.startup.server_args import config_from_args, policy_name
@@ -34,7 +36,7 @@ def start_scheduler(init: Callable[..., None], scheduler: Any, server_args: Any,
     """Build a scheduler; with a policy, hook it first and check afterwards that what was built can be compacted.
 
     Raises:
-        RuntimeError: A hook could not be applied.
+        RuntimeError: SGLang is not as the hooks expect, or one could not be applied.
         ValueError: The scheduler's pools or tree are of a kind that the policy does not know.
     """
     if policy_name(server_args) == NO_POLICY:
@@ -42,21 +44,29 @@ def start_scheduler(init: Callable[..., None], scheduler: Any, server_args: Any,
     # Here, so that a scheduler without a policy loads none of it.
     from sglang.srt.arg_groups.overrides import resolving_view
 
+    from rkv_sglang.integration.hooking.releases import require_contract
     from rkv_sglang.integration.hooks.admission import ADMISSION_HOOKS
     from rkv_sglang.integration.hooks.answers import STREAMER_HOOKS
     from rkv_sglang.integration.hooks.metrics import METRICS_HOOKS
     from rkv_sglang.integration.hooks.model import CAPTURE_HOOKS, MODEL_HOOKS
+    from rkv_sglang.integration.hooks.native import host_capabilities, set_native_policy, without_native
     from rkv_sglang.integration.hooks.restore import RESTORE_HOOKS
     from rkv_sglang.integration.hooks.scheduler import SCHEDULER_HOOKS
     from rkv_sglang.integration.runtime.current import set_runtime
     from rkv_sglang.integration.runtime.runtime import Runtime
     from rkv_sglang.integration.startup.refusals import refuse_runtime
 
+    # This process may have been started with another SGLang than the launcher's; that one warned of what differs.
+    require_contract()
     runtime = Runtime(config_from_args(resolving_view(server_args)))
     set_runtime(runtime)
     capture_hooks = () if runtime.looks_at_nothing else CAPTURE_HOOKS
-    install(MODEL_HOOKS + capture_hooks + ADMISSION_HOOKS + RESTORE_HOOKS)
-    install(SCHEDULER_HOOKS + STREAMER_HOOKS + METRICS_HOOKS)
+    hooks = MODEL_HOOKS + capture_hooks + ADMISSION_HOOKS + RESTORE_HOOKS
+    hooks += SCHEDULER_HOOKS + STREAMER_HOOKS + METRICS_HOOKS
+    capabilities = host_capabilities()
+    install(without_native(hooks, capabilities))
+    if capabilities:
+        set_native_policy()
     init(scheduler, server_args, *args, **kwargs)
     refuse_runtime(scheduler)
     runtime.bind_scheduler(scheduler)
@@ -119,6 +129,10 @@ PROCESS_HOOKS: tuple[Hook, ...] = (
             *names(f"{ROPE}.base.RotaryEmbedding", "_compute_inv_freq base is_neox_style"),
             f"{ROPE}.rope_variant.Llama3RotaryEmbedding._compute_inv_freq",
             *names(f"{ROPE}.yarn.YaRNScalingRotaryEmbedding", "_compute_inv_freq mscale scaling_factor"),
+            f"{SERVER_ARGS}.cuda_graph_config",
+            "sglang.srt.model_executor.cuda_graph_config.CudaGraphConfig.decode",
+            *names("sglang.srt.model_executor.cuda_graph_config.PhaseConfig", "backend max_bs"),
+            f"{MANAGERS}.tp_worker.TpModelWorker.model_runner",
             *names(
                 MEM_CACHE,
                 "allocator.TokenToKVPoolAllocator memory_pool.MHATokenToKVPool unified_radix_cache.UnifiedRadixCache",
@@ -129,6 +143,7 @@ PROCESS_HOOKS: tuple[Hook, ...] = (
             *names(ATTENTION, "sliding_window_size use_irope xai_temperature_len"),
             "sglang.srt.layers.radix_attention.AttentionType.DECODER",
         ),
+        surroundings=(f"{MANAGERS}.scheduler.run_scheduler_process",),
     ),
     Hook(
         target="sglang.srt.managers.data_parallel_controller.DataParallelController.__init__",
@@ -160,5 +175,6 @@ LAUNCHER_HOOKS: tuple[Hook, ...] = (
         signature="(scheduler_pipe_readers, scheduler_procs)",
         why="SGLang logs a plugin's failure in a child process and serves on, silently without the policy.",
         upstream="A strict mode in which a plugin that fails to load stops the server.",
+        surroundings=("sglang.srt.entrypoints.engine.Engine._launch_subprocesses",),
     ),
 )

@@ -104,17 +104,22 @@ def sample_at_logical_positions(sample: Callable[..., Any], runner: Any, logits_
         forward_batch.seq_lens = seq_lens
 
 
+def drop_copies_of(why: str) -> None:
+    """Drop the copies on the host, because of what happened to their cache; ``why`` says that."""
+    runtime = get_runtime()
+    if runtime.is_bound:
+        drop_host_copies(runtime.parts.scheduler, f"{why} before its compressed KV was put back")
+
+
 def drop_after_flush(is_flushed: bool, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """Flush the copies on the host together with the cache."""
     if is_flushed:
-        drop_host_copies(scheduler, "the cache was flushed before its compressed KV was put back")
+        drop_copies_of("the cache was flushed")
 
 
 def drop_old_weights(manager: Any, *args: Any, **kwargs: Any) -> None:
     """Drop KV of weights that are replaced now, or may have been since the last look."""
-    runtime = get_runtime()
-    if runtime.is_bound:
-        drop_host_copies(runtime.parts.scheduler, "the weights changed before its compressed KV was put back")
+    drop_copies_of("the weights changed")
 
 
 RESTORE_HOOKS: tuple[Hook, ...] = (
@@ -136,6 +141,7 @@ RESTORE_HOOKS: tuple[Hook, ...] = (
             *names(KV_POOL, "k_buffer v_buffer"),
             f"{ROWS}.req_to_token",
         ),
+        surroundings=names(BATCH, "check_decode_mem release_req retract_decode"),
     ),
     Hook(
         target="sglang.srt.managers.schedule_batch.Req.reset_for_retract",
@@ -164,12 +170,14 @@ RESTORE_HOOKS: tuple[Hook, ...] = (
         kind="AROUND",
         function=match_prompt_only,
         signature="(self, input_len)",
+        capability="sharing",
         why=(
             "A retracted request matches prompt plus outputs against the tree; if a finished twin inserted them, "
             "compaction would write slots that other requests share."
         ),
         upstream="A per-request limit on how much of its history may be shared.",
         uses=(*names(REQ, "origin_input_ids output_ids"),),
+        surroundings=(f"{REQ}.init_next_round_input",),
     ),
     Hook(
         target="sglang.srt.managers.schedule_batch.Req.refresh_fill_ids",
@@ -227,6 +235,7 @@ RESTORE_HOOKS: tuple[Hook, ...] = (
         kind="AROUND",
         function=sample_at_logical_positions,
         signature="(self, logits_output, forward_batch)",
+        capability="positions",
         why="A seeded sample after a prefill depends on seq_lens, which counts resident tokens once it was compacted.",
         upstream="Samples after a prefill depend on positions, as those of decode steps do.",
         uses=(f"{FORWARD_BATCH}.seq_lens",),
@@ -236,6 +245,7 @@ RESTORE_HOOKS: tuple[Hook, ...] = (
         kind="AFTER",
         function=drop_after_flush,
         signature="(self, empty_cache=True)",
+        capability="invalidation",
         why="After a flush, as with new weights, the old KV must not come back in a restored request.",
         upstream="A `kv_policy.flush()` call in flush_cache.",
         uses=(f"{SCHEDULER}.waiting_queue",),
@@ -245,6 +255,7 @@ RESTORE_HOOKS: tuple[Hook, ...] = (
         kind="BEFORE",
         function=drop_old_weights,
         signature="(self, source)",
+        capability="invalidation",
         why="New weights that SGLang loads pass here; KV of the old ones must not come back in a restored request.",
         upstream="The same call before weights are loaded.",
     ),

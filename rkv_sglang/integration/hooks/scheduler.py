@@ -6,13 +6,13 @@ from typing import Any
 
 from rkv_sglang.config import POLICY_FIELD
 from rkv_sglang.integration.hooking.hook import Hook, names
-from rkv_sglang.integration.hooks.owners import ALLOCATOR, BATCH, REQ, REQ_KV, ROWS, SCHEDULER, TREE
+from rkv_sglang.integration.hooks.owners import ALLOCATOR, BATCH, MEM_CACHE, REQ, REQ_KV, ROWS, SCHEDULER, TREE
 from rkv_sglang.integration.runtime.current import get_runtime
 
 
-def before_admission(scheduler: Any, *args: Any, **kwargs: Any) -> None:
+def before_admission(scheduler: Any, prefill_delayer_single_pass: Any, running_batch: Any) -> None:
     """Compact before waiting requests are admitted, so that they see the freed slots in the same step."""
-    get_runtime().before_decode(kwargs["running_batch"] if "running_batch" in kwargs else args[1])
+    get_runtime().before_decode(running_batch)
 
 
 def before_decode_step(scheduler: Any, batch: Any) -> None:
@@ -36,6 +36,7 @@ SCHEDULER_HOOKS: tuple[Hook, ...] = (
         kind="BEFORE",
         function=before_admission,
         signature="(self, prefill_delayer_single_pass, running_batch)",
+        capability="schedule",
         why="Compaction belongs after finished requests left the batch and before admission counts free slots.",
         upstream="A call `self.kv_policy.before_decode(running_batch)` after the merge in get_next_batch_to_run.",
         uses=(
@@ -49,12 +50,19 @@ SCHEDULER_HOOKS: tuple[Hook, ...] = (
             *names(ALLOCATOR, "free_group_begin free_group_end free_page_ids page_size"),
             *names(TREE, "all_values_flatten free_kv_row"),
         ),
+        surroundings=(
+            *names(SCHEDULER, "event_loop_normal event_loop_overlap get_new_batch_prefill get_next_batch_to_run"),
+            *names(SCHEDULER, "process_batch_result run_batch"),
+            *names(BATCH, "filter_batch merge_batch prepare_for_decode"),
+            f"{MEM_CACHE}.common.release_kv_cache",
+        ),
     ),
     Hook(
         target="sglang.srt.managers.scheduler.Scheduler.update_running_batch",
         kind="BEFORE",
         function=before_decode_step,
         signature="(self, batch)",
+        capability="schedule",
         why="Some steps skip admission (deferred prefill), and a due request must not outgrow its capacity there.",
         upstream="The same call as for admission.",
     ),
@@ -63,6 +71,7 @@ SCHEDULER_HOOKS: tuple[Hook, ...] = (
         kind="AFTER",
         function=add_policy_stats,
         signature="(self, recv_req)",
+        capability="reports",
         why="Users see in /server_info how often the server compacted.",
         upstream="A place for plugins to add to the internal state.",
         uses=("sglang.srt.managers.io_struct.GetInternalStateReqOutput.internal_state",),

@@ -5,12 +5,13 @@ Every process loads this module, so what only a policy needs is imported where i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from rkv_sglang.config import NO_POLICY
 from rkv_sglang.integration.hooking.hook import Hook, names
-from rkv_sglang.integration.hooks.owners import MODEL_CONFIG, OVERRIDES
+from rkv_sglang.integration.hooks.owners import ENVS, MODEL_CONFIG, OVERRIDES, SERVER_ARGS
 from rkv_sglang.integration.startup.server_args import (
     PARAMETERS_FIELD,
     config_from_args,
@@ -18,14 +19,18 @@ from rkv_sglang.integration.startup.server_args import (
     resolved_fields,
 )
 
+logger = logging.getLogger(__name__)
+
 
 def refuse_early(server_args: Any, previous: Callable[[Any], None]) -> None:
-    """Refuse flags before SGLang looks at the model: a wrong one costs neither a download nor the loading of a config.
+    """Refuse another SGLang, and flags, before SGLang looks at the model: so it costs no download and no loading.
 
     It is also the last step that SGLang takes for ``--model-path dummy``.
     """
     previous(server_args)
     if policy_name(server_args) != NO_POLICY:
+        # First of all: with another SGLang, even a look at its flags may fail.
+        _stop_if(_check_contract)
         _read_parameters(server_args)
         _refuse_flags(server_args)
 
@@ -43,6 +48,18 @@ def refuse_resolved(server_args: Any, previous: Callable[[Any], None]) -> None:
     _stop_if(lambda: refuse_model(model_config_of(server_args), resolving_view(server_args)))
     # What /server_info shows: with the policy's own defaults, whatever spelling was used.
     declare_resolution(server_args, "rkv_sglang", **resolved_fields(config_from_args(resolving_view(server_args))))
+
+
+def _check_contract() -> None:
+    from rkv_sglang.integration.hooking.releases import require_contract
+    from rkv_sglang.integration.startup.errors import RefusedError
+
+    try:
+        warning = require_contract()
+    except RuntimeError as error:
+        raise RefusedError(str(error)) from None
+    if warning is not None:
+        logger.warning(warning)
 
 
 def _read_parameters(server_args: Any) -> None:
@@ -97,7 +114,42 @@ STEP_HOOKS: tuple[Hook, ...] = (
         uses=(
             "sglang.srt.arg_groups.resolution_hooks.register_resolution_hook",
             *names(OVERRIDES, "declare_resolution resolving_view"),
-            "sglang.srt.environ.envs",
+            # What is refused.
+            *names(
+                SERVER_ARGS,
+                "attention_backend attn_cp_size attn_dp_size dcp_size decode_attention_backend decoupled_spec_role",
+            ),
+            *names(
+                SERVER_ARGS,
+                "device disaggregation_decode_enable_offload_kvcache disaggregation_decode_retraction_backup",
+            ),
+            *names(
+                SERVER_ARGS, "disaggregation_mode dllm_algorithm elastic_ep_backend enable_amd_monokernel enable_flexkv"
+            ),
+            *names(
+                SERVER_ARGS,
+                "enable_hierarchical_cache enable_hisparse enable_kv_cache_sharding enable_lmcache enable_mis",
+            ),
+            *names(
+                SERVER_ARGS,
+                "enable_mixed_chunk enable_nvidia_megakernel enable_page_major_kv_layout enable_pd_role_switch",
+            ),
+            *names(
+                SERVER_ARGS, "enable_pdmux enable_prefill_cp enable_return_indexer_topk enable_return_routed_experts"
+            ),
+            *names(
+                SERVER_ARGS,
+                "enable_session_radix_cache enable_streaming_session enable_torch_compile enable_two_batch_overlap",
+            ),
+            *names(SERVER_ARGS, "enable_unified_cache_external_linker enable_unified_memory encoder_only ep_join_mode"),
+            *names(SERVER_ARGS, "hicache_storage_backend is_embedding kv_cache_dtype kv_canary language_only pp_size"),
+            *names(
+                SERVER_ARGS,
+                "prefill_attention_backend prefill_only_disable_kv_cache radix_cache_backend speculative_algorithm",
+            ),
+            *names(SERVER_ARGS, "tokenizer_worker_num use_ray"),
+            *names(ENVS, "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING SGLANG_RUST_SERVER SGLANG_USE_HND_KVCACHE"),
+            *names(ENVS, "SGLANG_KV_CANARY_ENABLE_TOKEN_ORACLE SGLANG_KV_CANARY_ENABLE_VERIFY_TOKEN_ASSERT"),
         ),
     ),
     Hook(
@@ -119,6 +171,11 @@ STEP_HOOKS: tuple[Hook, ...] = (
             *names(MODEL_CONFIG, "is_hybrid_swa model_is_mrope model_path use_engram use_ngram_embedding"),
             *names("sglang.srt.configs.model_config.AttentionArch", "MHA SSM"),
             "sglang.srt.configs.hybrid_arch.mambaish_config",
+            # Of rkv-sglang doctor --command, which takes the steps of a start.
+            *names(SERVER_ARGS, "check_server_args device from_cli_args page_size resolve_once"),
+            *names("sglang.cli.serve", "_extract_model_type_override _normalize_positional_model_path"),
+            "sglang.srt.utils.server_args_config_parser.ConfigArgumentMerger.merge_config_with_args",
+            "sglang.srt.utils.get_device",
         ),
     ),
 )

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from rkv_sglang.cache.block_choice import BlockChoice, choose_by_place, choose_by_scores, kept_tokens
-from rkv_sglang.cache.compact import DueRequest
 from rkv_sglang.cache.drop import drop_blocks
 from rkv_sglang.cache.step_tensors import read_slots
 from rkv_sglang.config import PolicyConfig
-from rkv_sglang.integration.runtime.jobs import Job, on_forward_stream
+from rkv_sglang.integration.runtime.jobs import Job, due_requests, on_forward_stream
 from rkv_sglang.integration.runtime.parts import Parts, Scored
 from rkv_sglang.policies import Policy
 from rkv_sglang.sizes.compaction_plan import DropPlan, plan_drop
@@ -88,10 +87,7 @@ def _by_scores(
         places = [(job.req.kv.req_pool_idx, job.logical_len) for job in jobs]
         choices = choose_by_scores(
             scored.buffers,
-            [
-                DueRequest(job.plan, own, job.logical_len, job.state.kept_state)
-                for job, own in zip(jobs, slots, strict=True)
-            ],
+            due_requests(parts, jobs, slots),
             lambda part, layers: query_window.read(places[part], layers),
             policy,
             window,

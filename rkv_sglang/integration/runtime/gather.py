@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from rkv_sglang.cache.compact import Compacted, DueRequest, compact_requests
+from rkv_sglang.cache.compact import Compacted, compact_requests
 from rkv_sglang.cache.step_tensors import read_slots
 from rkv_sglang.config import PolicyConfig
-from rkv_sglang.integration.runtime.jobs import Job, on_forward_stream
+from rkv_sglang.integration.runtime.jobs import Job, due_requests, on_forward_stream
 from rkv_sglang.integration.runtime.parts import Parts
 from rkv_sglang.integration.startup.verify_switch import is_verifying
 from rkv_sglang.policies import Policy
@@ -53,10 +53,7 @@ def compact(parts: Parts, policy: Policy, window: int, batch: ScheduleBatch, job
 
         results = _compacting(scheduler.tree_cache)(
             scored.buffers,
-            [
-                DueRequest(job.plan, own, job.logical_len, job.state.kept_state, job.state.memory, job.wants_trace)
-                for job, own in zip(jobs, slots, strict=True)
-            ],
+            due_requests(parts, jobs, slots),
             read_queries,
             policy,
             window,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic
 
-from rkv_sglang.cache.compact import PlanT
+from torch import Tensor
+
+from rkv_sglang.cache.compact import DueRequest, PlanT
 from rkv_sglang.cache.trace import pack_compaction
 from rkv_sglang.config import PolicyConfig
+from rkv_sglang.integration.runtime.parts import Parts
 from rkv_sglang.integration.runtime.requests import trace_of
 from rkv_sglang.sizes.lengths import RequestState
 
@@ -52,6 +56,30 @@ class Job(Generic[PlanT]):
                     evicted_before=self.state.evicted_tokens,
                 )
             )
+
+
+def due_requests(parts: Parts, jobs: Sequence[Job[PlanT]], slots: Sequence[Tensor]) -> list[DueRequest[PlanT]]:
+    """Describe what is compacted by scores, on the stream that it runs on.
+
+    Args:
+        slots: Of each job's resident tokens.
+    """
+    scored, pool_size = parts.scored, parts.scheduler.max_total_num_tokens
+    assert scored is not None, "scores are made of something"
+    return [
+        DueRequest(
+            job.plan,
+            own,
+            job.logical_len,
+            kept_state=job.state.kept_state,
+            memory=job.state.memory,
+            wants_indices=job.wants_trace,
+            prompt_hits=scored.prompt_hits_room.hits_of(
+                job.state, scored.buffers, capacity=job.config.capacity, most_tokens=pool_size
+            ),
+        )
+        for job, own in zip(jobs, slots, strict=True)
+    ]
 
 
 def on_forward_stream(scheduler: Any) -> contextlib.AbstractContextManager[Any]:

@@ -37,10 +37,14 @@ class PolicyMetrics:
         import prometheus_client
 
         labels = collector.labels
+        bases = {
+            "Counter": getattr(collector, "_counter_cls", None) or prometheus_client.Counter,
+            "Gauge": getattr(collector, "_gauge_cls", None) or prometheus_client.Gauge,
+            "Histogram": getattr(collector, "_histogram_cls", None) or prometheus_client.Histogram,
+        }
 
         def make(kind: str, name: str, text: str, **options: Any) -> Any:
-            base = getattr(collector, f"_{kind.lower()}_cls", None) or getattr(prometheus_client, kind)
-            series = base(name=PREFIX + name, documentation=text, labelnames=list(labels), **options)
+            series = bases[kind](name=PREFIX + name, documentation=text, labelnames=list(labels), **options)
             return series.labels(**labels)
 
         self._counters = {name: make("Counter", f"{name}_total", text) for name, text in COUNTERS.items()}

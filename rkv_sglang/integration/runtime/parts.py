@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.algorithm.query_statistics import QueryStatistics
 from rkv_sglang.cache.buffers import KVBuffers
+from rkv_sglang.cache.prompt_hits import PromptHitsRoom
 from rkv_sglang.cache.query_window import QueryWindow
 from rkv_sglang.cache.step_tensors import warm_up_step
 from rkv_sglang.config import PolicyConfig
@@ -21,7 +22,7 @@ from rkv_sglang.integration.startup.errors import RefusedError
 from rkv_sglang.integration.startup.policy_trial import score_problem
 from rkv_sglang.kernels.dispatch import runs_triton
 from rkv_sglang.kernels.warmup import warm_up
-from rkv_sglang.policies import POLICIES, Policy, memory_numbers, needs_rope, needs_statistics
+from rkv_sglang.policies import POLICIES, Policy, keeps_prompt_hits, memory_numbers, needs_rope, needs_statistics
 from rkv_sglang.sizes.query_rows import num_query_rows
 
 # How much more than what a policy remembers a compaction holds meanwhile.
@@ -42,6 +43,7 @@ class Scored:
         first_layer: The model's number of the pool's first layer.
         attention: How the model attends.
         memory_bytes: What compacting a request takes besides, for a policy that remembers.
+        prompt_hits_room: What long prompts found within themselves; none for other policies.
     """
 
     buffers: KVBuffers
@@ -49,6 +51,7 @@ class Scored:
     first_layer: int
     attention: ModelAttention = PLAIN_ATTENTION
     memory_bytes: int = 0
+    prompt_hits_room: PromptHitsRoom = field(default_factory=lambda: PromptHitsRoom(is_used=False))
 
     @property
     def request_bytes(self) -> int:
@@ -83,9 +86,9 @@ def scored_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.runtime_context import get_parallel
 
-    layers = [module for module in model_runner.model.modules() if isinstance(module, RadixAttention)]
+    modules = (module for module in model_runner.model.modules() if isinstance(module, RadixAttention))
+    layers = sorted(modules, key=lambda layer: layer.layer_id)
     pool: Any = model_runner.token_to_kv_pool
-    layers.sort(key=lambda layer: layer.layer_id)
     parallel = get_parallel()
     buffers = KVBuffers.from_layers(
         pool.k_buffer,
@@ -132,6 +135,7 @@ def scored_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy
         attention=attention,
         # What is remembered, in fp32, and some copies of it and of the window's queries, turned and not.
         memory_bytes=MEMORY_COPIES * 4 * numbers,
+        prompt_hits_room=PromptHitsRoom(is_used=keeps_prompt_hits(policy)),
     )
 
 

@@ -2,12 +2,14 @@
 
 Source: arXiv 2505.24133.
 
-Four kernels and one fill, whatever the number of layers, heads and requests: two passes over the keys, a reduction
-between them, and a last step that pools and combines. No L x L matrix: 12 bytes per token and head beside the result,
-and some per block. The function is that of ``rkv_sglang.algorithm.scoring`` with its sums in another order.
+Five kernels and one fill, whatever the number of layers, heads and requests: two passes over the keys, a scan and a
+reduction between them, and a last step that pools and combines; up to two kernels more where a request has
+``PromptHits``. No L x L matrix: 16 bytes per token and head beside the result, and some per block. The function is that
+of ``rkv_sglang.algorithm.scoring`` with its sums in another order.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +18,10 @@ import triton
 from torch import Tensor
 
 from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
+from rkv_sglang.algorithm.near_duplicates import PromptHits
 from rkv_sglang.algorithm.validation import check_kernel_size, check_mix_lambda, check_threshold
 from rkv_sglang.kernels.paged_batch import VECTOR_BYTES, PagedBatch, PagedBuffers
-from rkv_sglang.kernels.score.checks import check_score_inputs
+from rkv_sglang.kernels.score.checks import check_prompt_hits, check_score_inputs
 from rkv_sglang.kernels.score.config import (
     CHUNK,
     COMBINE_BLOCK,
@@ -27,9 +30,11 @@ from rkv_sglang.kernels.score.config import (
     ScoreConfig,
     choose_factor_dtype,
     key_constants,
+    scan_constants,
     score_config,
 )
 from rkv_sglang.kernels.score.key_passes import score_tokens_kernel, summarise_blocks_kernel
+from rkv_sglang.kernels.score.scan import scan_lists, scan_rows, scan_rows_kernel
 from rkv_sglang.kernels.score.totals import combine_scores_kernel, reduce_blocks_kernel
 
 
@@ -42,9 +47,12 @@ def rkv_scores_paged(
     kernel_size: int,
     similarity_threshold: float,
     model: ModelAttention = PLAIN_ATTENTION,
+    prompt_hits: Sequence[PromptHits | None] | None = None,
     config: ScoreConfig | None = None,
 ) -> Tensor:
     """Score every token: ``mix_lambda * importance - (1 - mix_lambda) * redundancy``. Queues no sync.
+
+    Mutates those of ``prompt_hits`` that are not filled.
 
     Args:
         keys: Keys of all layers, as cached.
@@ -55,6 +63,7 @@ def rkv_scores_paged(
         kernel_size: Width of the max-pool over importance, odd.
         similarity_threshold: Cosine above which two keys are near-duplicates.
         model: How logits are made of products.
+        prompt_hits: Per request and of these layers, what its prompt finds within the prompt; None to find it anew.
         config: Sizes of the programs; default: ``score_config``.
 
     Returns:
@@ -68,59 +77,12 @@ def rkv_scores_paged(
     """
     check_mix_lambda(mix_lambda)
     check_threshold(similarity_threshold)
-    return _scores(keys, batch, queries, kernel_size, mix_lambda, similarity_threshold, model, config)
+    hits = [None] * batch.num_requests if prompt_hits is None else prompt_hits
+    check_prompt_hits(hits, keys, batch)
+    return combined_scores(keys, batch, queries, kernel_size, mix_lambda, similarity_threshold, model, config, hits)
 
 
-def snapkv_scores_paged(
-    keys: PagedBuffers,
-    batch: PagedBatch,
-    queries: Tensor,
-    *,
-    kernel_size: int,
-    model: ModelAttention = PLAIN_ATTENTION,
-    config: ScoreConfig | None = None,
-) -> Tensor:
-    """Score every token by its importance alone, as SnapKV does (arXiv 2404.14469). Queues no sync.
-
-    Args:
-        keys, batch, queries, kernel_size, model, config: As in ``rkv_scores_paged``.
-
-    Returns:
-        As ``rkv_scores_paged``.
-
-    Raises:
-        ValueError: A shape, dtype, device, stride or value differs from the above.
-
-    Reference: ``rkv_sglang.algorithm.reference.importance``.
-    """
-    return _scores(keys, batch, queries, kernel_size, 1.0, None, model, config)
-
-
-def h2o_scores_paged(
-    keys: PagedBuffers,
-    batch: PagedBatch,
-    queries: Tensor,
-    *,
-    model: ModelAttention = PLAIN_ATTENTION,
-    config: ScoreConfig | None = None,
-) -> Tensor:
-    """Score every token by the attention that all queries of the window pay it, as H2O adds it up. Queues no sync.
-
-    Args:
-        keys, batch, queries, model, config: As in ``rkv_scores_paged``.
-
-    Returns:
-        As ``rkv_scores_paged``; what earlier compactions counted is not in it.
-
-    Raises:
-        ValueError: A shape, dtype, device, stride or value differs from the above.
-
-    Reference: ``rkv_sglang.policies.H2O``.
-    """
-    return _scores(keys, batch, queries, 1, float(batch.window), None, model, config)
-
-
-def _scores(
+def combined_scores(
     keys: PagedBuffers,
     batch: PagedBatch,
     queries: Tensor,
@@ -129,12 +91,21 @@ def _scores(
     threshold: float | None,
     model: ModelAttention,
     config: ScoreConfig | None,
+    prompt_hits: Sequence[PromptHits | None] = (),
 ) -> Tensor:
     """``rkv_scores_paged``; without a threshold, the weighted importance only."""
     check_kernel_size(kernel_size)
     check_score_inputs(keys, batch, queries)
+    unscored = batch.window
     passes = run_key_passes(
-        keys, batch, queries, threshold=threshold, num_unscored=batch.window, model=model, config=config
+        keys,
+        batch,
+        queries,
+        threshold=threshold,
+        num_unscored=unscored,
+        model=model,
+        config=config,
+        prompt_hits=prompt_hits,
     )
     grid = (triton.cdiv(batch.max_kv_len, COMBINE_BLOCK), batch.num_requests, keys.num_layers * keys.num_kv_heads)
     combine_scores_kernel[grid](
@@ -167,8 +138,7 @@ class KeyPasses:
             ``[num_layers, num_kv_heads, num_tokens]``, fp32.
         column_means: Mean of each similarity column, of the same shape; unwritten without a threshold.
         exp_sums: Per block, the sum of their exponentials; None without a threshold.
-        num_blocks: Rows of per-block results.
-        block: Tokens of a block.
+        num_blocks, block: Rows of per-block results, and tokens of a block.
     """
 
     attention: Tensor
@@ -187,6 +157,7 @@ def run_key_passes(
     num_unscored: int,
     model: ModelAttention,
     config: ScoreConfig | None,
+    prompt_hits: Sequence[PromptHits | None] = (),
 ) -> KeyPasses:
     """Run the passes that read keys and the reduction between them, on inputs that were checked.
 
@@ -196,6 +167,7 @@ def run_key_passes(
         threshold: For the redundancy; None leaves it out.
         num_unscored: Last tokens that get no attention.
         model: How logits are made of products.
+        prompt_hits: For the redundancy, one entry per request.
     """
     num_layers, num_requests, window, num_qo_heads, head_dim = queries.shape
     factor_dtype = choose_factor_dtype(keys.dtype, queries.dtype)
@@ -229,11 +201,11 @@ def run_key_passes(
     attention, column_means = (fp32(num_layers, keys.num_kv_heads, num_tokens) for _ in range(2))
     logit_maxima, logit_sums = fp32(num_heads, num_blocks, block_w), fp32(num_heads, num_blocks, block_w)
     logit_totals = fp32(num_heads, num_requests, 2, block_w)
-    key_sums = key_totals = exp_sums = exempt = None
+    key_sums = key_totals = exp_sums = None
     if threshold is not None:
         key_sums, key_totals = fp32(num_heads, num_blocks, block_d), fp32(num_heads, num_requests, block_d)
         exp_sums = fp32(num_heads, num_blocks)
-        exempt = torch.zeros(num_heads, num_tokens, dtype=torch.int64, device=keys.device)
+    lists = scan_lists(batch, attention, column_means, with_redundancy=threshold is not None)
 
     # What both passes over the keys take.
     shared: dict[str, Any] = {
@@ -262,12 +234,16 @@ def run_key_passes(
         key_sums_ptr=key_sums,
         logit_maxima_ptr=logit_maxima,
         logit_sums_ptr=logit_sums,
-        exempt_ptr=exempt,
+        **lists,
         threshold=threshold or 0.0,
-        BLOCK_COLUMNS=config.block_columns,
+        FIRST_COLUMNS=config.first_columns or config.block_columns,
         **constants,
         **key_shape,
     )
+    if threshold is not None:
+        scanned = {name: value for name, value in shared.items() if name in scan_rows_kernel.arg_names}
+        scanned |= lists | scan_constants(constants, config) | key_shape | {"threshold": threshold}
+        scan_rows(scanned, grid, prompt_hits or [None] * num_requests, keys.device)
     reduce_blocks_kernel[(num_requests, num_heads)](
         token_indptr_ptr=batch.token_indptr,
         key_sums_ptr=key_sums,
@@ -288,7 +264,7 @@ def run_key_passes(
         **shared,
         key_totals_ptr=key_totals,
         logit_totals_ptr=logit_totals,
-        exempt_ptr=exempt,
+        exempt_ptr=lists["exempt_ptr"],
         attention_ptr=attention,
         column_means_ptr=column_means if threshold is not None else None,
         exp_sums_ptr=exp_sums,

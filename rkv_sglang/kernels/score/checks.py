@@ -1,8 +1,11 @@
 """Checks of what the scoring kernels are given."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from rkv_sglang.algorithm.near_duplicates import PromptHits
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
 from rkv_sglang.kernels.score.config import MAX_WINDOW
 
@@ -37,3 +40,19 @@ def check_score_inputs(keys: PagedBuffers, batch: PagedBatch, queries: Tensor) -
         )
     if queries.device != keys.device:
         raise ValueError(f"queries is on {queries.device} and keys on {keys.device}: put all on one device")
+
+
+def check_prompt_hits(prompt_hits: Sequence[PromptHits | None], keys: PagedBuffers, batch: PagedBatch) -> None:
+    """Raise ``ValueError`` unless there is an entry for each request, and of its own prompt."""
+    if len(prompt_hits) != batch.num_requests:
+        raise ValueError(f"prompt_hits must have {batch.num_requests} entries, got {len(prompt_hits)}")
+    for request, (own, prompt_len) in enumerate(zip(prompt_hits, batch.prompt_lens_cpu, strict=True)):
+        if own is None:
+            continue
+        wanted, columns = [keys.num_layers, keys.num_kv_heads, prompt_len], own.columns
+        fits = columns.dtype == torch.int32 and columns.device == keys.device and columns.is_contiguous()
+        if list(columns.shape) != wanted or not fits:
+            raise ValueError(
+                f"prompt_hits of request {request} must be contiguous int32 {wanted} on {keys.device}, got "
+                f"{columns.dtype} {list(columns.shape)} on {columns.device}"
+            )

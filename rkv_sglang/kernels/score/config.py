@@ -9,6 +9,7 @@ import triton.language as tl
 
 from rkv_sglang.kernels.paged_batch import FP8_DTYPES
 from rkv_sglang.kernels.score.key_passes import score_tokens_kernel, summarise_blocks_kernel
+from rkv_sglang.kernels.score.scan import scan_rows_kernel
 from rkv_sglang.kernels.score.totals import combine_scores_kernel, reduce_blocks_kernel
 
 MAX_WINDOW = 64
@@ -17,6 +18,8 @@ KEY_WARPS = 4
 # Of the kernels that read no keys.
 NUM_WARPS = 4
 NUM_STAGES = 2
+# Dimensions at a time of single similarities that are computed again: whole rows would need too many registers.
+KNOWN_WIDTH = 16
 # Tokens of one program that combines the parts of the score, and block results read at a time.
 COMBINE_BLOCK = 256
 CHUNK = 32
@@ -32,12 +35,15 @@ class ScoreConfig:
         block_columns: Keys that it compares them with at a time, a power of two from 16.
         dot_width: Dimensions that it multiplies at a time, a power of two from 16; None for all.
         num_warps: Warps.
+        first_columns: Newest keys that every key is compared with before rows are listed, a power of two from 16; None
+            for ``block_columns``.
     """
 
     block: int
     block_columns: int
     dot_width: int | None = None
     num_warps: int = 4
+    first_columns: int | None = None
 
 
 def score_config(head_dim: int, key_dtype: torch.dtype, factor_dtype: torch.dtype) -> ScoreConfig:
@@ -105,6 +111,13 @@ def key_constants(
     }
 
 
+def scan_constants(constants: dict[str, Any], config: ScoreConfig) -> dict[str, Any]:
+    """Return the compile-time arguments of the scan, given ``key_constants``."""
+    shared = {name: value for name, value in constants.items() if name in scan_rows_kernel.arg_names}
+    own = {"BLOCK_COLUMNS": config.block_columns, "FIRST_COLUMNS": config.first_columns or config.block_columns}
+    return shared | own | {"KNOWN_WIDTH": KNOWN_WIDTH}
+
+
 def padded_window(window: int) -> int:
     """Return the rows of a tile of window queries: a power of two from 16, as matrix units want."""
     return max(16, int(triton.next_power_of_2(window)))
@@ -128,10 +141,16 @@ def _signature(kernel: Any, query_type: str, with_redundancy: bool) -> tuple[dic
         "kv_indptr_ptr": "*i32",
         "kv_indices_ptr": "*i64",
         "token_indptr_ptr": "*i64",
+        "prompt_lens_ptr": "*i32",
+        "hits_ptrs": "*i64",
+        "left_ptr": "*i32",
+        "newest_ptr": "*i32",
+        "counts_ptr": "*i64",
         "exempt_ptr": "*i64",
     }
     fractions = ("softmax_scale", "threshold", "importance_weight", "redundancy_weight")
     unused = {"key_sums_ptr", "key_totals_ptr", "exp_sums_ptr", "exempt_ptr", "column_means_ptr"}
+    unused |= {"factors_ptr", "left_ptr", "newest_ptr", "counts_ptr"}
     signature: dict[str, str] = {}
     absent: dict[str, Any] = {}
     for name in kernel.arg_names:
@@ -149,7 +168,7 @@ def _signature(kernel: Any, query_type: str, with_redundancy: bool) -> tuple[dic
 
 
 def _key_cases(dtype: torch.dtype, query_dtype: torch.dtype, head_dim: int, **sizes: Any) -> list[_Case]:
-    """Return the cases of both passes over the keys."""
+    """Return the cases of both passes over the keys, and of the scan between them."""
     factor_dtype = choose_factor_dtype(dtype, query_dtype)
     config = score_config(head_dim, dtype, factor_dtype)
     with_redundancy = sizes.pop("with_redundancy", True)
@@ -166,14 +185,17 @@ def _key_cases(dtype: torch.dtype, query_dtype: torch.dtype, head_dim: int, **si
         **sizes,
     )
     suffix = f"{_SHORT[dtype]}_by_{_SHORT[query_dtype]}_d{head_dim}" + "".join(f"_{k[0]}{v}" for k, v in sizes.items())
+    first = {"FIRST_COLUMNS": config.first_columns or config.block_columns}
+    kernels: list[tuple[Any, dict[str, Any]]] = [(summarise_blocks_kernel, constants | first)]
+    kernels.append((score_tokens_kernel, constants))
+    # The scan reads no queries.
+    if with_redundancy and (sizes["window"], sizes["gqa_group_size"]) == (8, 4):
+        kernels.append((scan_rows_kernel, scan_constants(constants, config)))
     cases: list[_Case] = []
-    for kernel, own in (
-        (summarise_blocks_kernel, {"BLOCK_COLUMNS": config.block_columns}),
-        (score_tokens_kernel, {}),
-    ):
+    for kernel, own in kernels:
         signature, absent = _signature(kernel, _SHORT[query_dtype], with_redundancy)
         name = f"{'' if with_redundancy else 'importance_'}{kernel.__name__.removesuffix('_kernel')}_{suffix}"
-        cases.append((name, kernel, signature, constants | own | absent, config.num_warps, NUM_STAGES))
+        cases.append((name, kernel, signature, own | absent, config.num_warps, NUM_STAGES))
     return cases
 
 

@@ -11,8 +11,9 @@ from rkv_sglang.algorithm import reference
 VARYING_SIZES = (
     *("num_tokens", "num_blocks"),
     *("stride_query_layer", "stride_query_request", "stride_query_token", "stride_query_head"),
+    "kind",
 )
-BATCH_POINTERS = ("kv_indptr_ptr", "kv_indices_ptr", "token_indptr_ptr")
+BATCH_POINTERS = ("kv_indptr_ptr", "kv_indices_ptr", "token_indptr_ptr", "prompt_lens_ptr", "hits_ptrs")
 NORM_EPS = tl.constexpr(reference.NORM_EPS)
 
 

@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """The two passes of the score that read keys: one sums blocks up, the other uses the totals.
 
-Programs of one launch write disjoint places in any order, with one exception: the sums of exempt similarities, which
-are added up as integers. So the scores are the same in every run.
+Programs of one launch write disjoint places in any order, with two exceptions: the sums of exempt similarities, which
+are added up as integers, and the list of rows that ``scan`` goes on with. So the scores are the same in every run.
 
 Block ``b`` of request ``r`` owns row ``token_indptr[r] // BLOCK + r + b`` of the per-block results: distinct, since a
 request of n tokens has at most ``n // BLOCK + 1`` blocks.
@@ -15,7 +15,6 @@ from rkv_sglang.kernels.score.device import (
     BATCH_POINTERS,
     VARYING_SIZES,
     block_of_program,
-    dot_rows,
     key_rows,
     load_tile,
     place_of_program,
@@ -23,9 +22,7 @@ from rkv_sglang.kernels.score.device import (
     unit_factors,
     window_logits,
 )
-
-# Similarities are summed as integers of this unit, exactly and so in any order.
-EXEMPT_ONE = tl.constexpr(2.0**32)
+from rkv_sglang.kernels.score.scan import EXEMPT_ONE, add_exempt, append_rows, newest_near_duplicate
 
 
 @triton.jit(do_not_specialize=VARYING_SIZES, do_not_specialize_on_alignment=BATCH_POINTERS)
@@ -39,6 +36,11 @@ def summarise_blocks_kernel(
     key_sums_ptr,
     logit_maxima_ptr,
     logit_sums_ptr,
+    prompt_lens_ptr,
+    factors_ptr,
+    left_ptr,
+    newest_ptr,
+    counts_ptr,
     exempt_ptr,
     num_kv_heads,
     num_tokens,
@@ -62,7 +64,7 @@ def summarise_blocks_kernel(
     GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    FIRST_COLUMNS: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DOT_WIDTH: tl.constexpr,
@@ -70,9 +72,10 @@ def summarise_blocks_kernel(
     NUM_UNSCORED: tl.constexpr,
     LOGIT_CAP: tl.constexpr,
 ):
-    """Per block of keys: sum of the unit keys, maximum and sum of exp of the logits, and each row's exempt column.
+    """Per block of keys: sum of the unit keys, maximum and sum of exp of the logits, and what is exempt in new columns.
 
-    The last ``NUM_UNSCORED`` keys are left out of the softmax.
+    The last ``NUM_UNSCORED`` keys are left out of the softmax. Rows without a near-duplicate among the newest
+    ``FIRST_COLUMNS`` are listed in ``left``; ``newest`` is written for prompt tokens (see ``scan_rows_kernel``).
     """
     request, layer_head, layer, head, first_column, kv_len, start = place_of_program(
         token_indptr_ptr, num_kv_heads, BLOCK
@@ -121,34 +124,37 @@ def summarise_blocks_kernel(
         dims = tl.arange(0, BLOCK_D)
         tl.store(key_sums_ptr + block_row * BLOCK_D + dims, tl.sum(keys.to(tl.float32) * factors[:, None], axis=0))
 
-        # -1: no near-duplicate yet. Rows that do not exist are done.
-        newest = tl.where(inside, -1, 0)
-        exempt = tl.zeros([BLOCK], tl.float32)
-        end = kv_len
-        while (end > 0) & (tl.min(newest, axis=0) < 0):
-            columns = end - BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-            exists = columns >= 0
-            column_rows = key_rows(
-                base, page_ptr, tl.maximum(columns, 0), exists, stride_page, stride_slot, PAGE_SIZE, ALIGNMENT
-            )
-            column_keys = load_tile(column_rows, exists, 0, HEAD_DIM, BLOCK_D, E4M3)
-            column_factors = unit_factors(squared_norms(column_keys), scale)
-            # [BLOCK, BLOCK_COLUMNS]
-            similarity = dot_rows(
-                keys, column_keys, rows, inside, column_rows, exists, HEAD_DIM, BLOCK_D, DOT_WIDTH, DOT_DTYPE, E4M3
-            )
-            similarity *= factors[:, None] * column_factors[None, :]
-            similarity = tl.where(tokens[:, None] == columns[None, :], 0.0, similarity)
-            above = (similarity > threshold) & exists[None, :]
-            hit = tl.max(tl.where(above, columns[None, :], -1), axis=1)
-            # Without a hit this reads column 0, which the last round has: what a row without any hit exempts.
-            chosen = columns[None, :] == tl.maximum(hit, 0)[:, None]
-            exempt = tl.where(newest < 0, tl.sum(tl.where(chosen, similarity, 0.0), axis=1), exempt)
-            # Columns of later rounds are older.
-            newest = tl.maximum(newest, hit)
-            end -= BLOCK_COLUMNS
-        exempt_columns = layer_head * num_tokens + first_column + tl.maximum(newest, 0)
-        tl.atomic_add(exempt_ptr + exempt_columns, (exempt * EXEMPT_ONE).to(tl.int64), mask=inside, sem="relaxed")
+        columns = kv_len - FIRST_COLUMNS + tl.arange(0, FIRST_COLUMNS)
+        exists = columns >= 0
+        column_rows = key_rows(
+            base, page_ptr, tl.maximum(columns, 0), exists, stride_page, stride_slot, PAGE_SIZE, ALIGNMENT
+        )
+        column_keys = load_tile(column_rows, exists, 0, HEAD_DIM, BLOCK_D, E4M3)
+        hit, similarity = newest_near_duplicate(
+            keys,
+            rows,
+            tokens,
+            inside,
+            factors,
+            column_keys,
+            column_rows,
+            columns,
+            exists,
+            unit_factors(squared_norms(column_keys), scale),
+            threshold,
+            E4M3,
+            DOT_DTYPE,
+            HEAD_DIM,
+            BLOCK_D,
+            DOT_WIDTH,
+        )
+        first_row = layer_head * num_tokens + first_column
+        tl.store(factors_ptr + first_row + tokens, factors, mask=inside)
+        add_exempt(exempt_ptr, first_row + hit, similarity, inside & (hit >= 0))
+        prompt_len = tl.load(prompt_lens_ptr + request)
+        tl.store(newest_ptr + first_row + tokens, hit, mask=tokens < prompt_len)
+        count_ptr = counts_ptr + layer_head * tl.num_programs(1) + request
+        append_rows(left_ptr + first_row, count_ptr, tokens, inside & (hit < 0))
 
 
 @triton.jit(do_not_specialize=VARYING_SIZES, do_not_specialize_on_alignment=BATCH_POINTERS)

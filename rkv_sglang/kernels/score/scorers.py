@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
+from rkv_sglang.algorithm.near_duplicates import PromptHits
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
-from rkv_sglang.kernels.score.attention import h2o_scores_paged, rkv_scores_paged, snapkv_scores_paged
+from rkv_sglang.kernels.score.attention import rkv_scores_paged
 from rkv_sglang.kernels.score.mean_keys import keydiff_scores_paged
 from rkv_sglang.kernels.score.per_head.beaconkv import beaconkv_scores_paged
 from rkv_sglang.kernels.score.per_head.block_means import manifoldkv_scores_paged
 from rkv_sglang.kernels.score.per_head.gkv import gkv_scores_paged
 from rkv_sglang.kernels.score.per_head.half import half_scores_paged
+from rkv_sglang.kernels.score.per_head.received import h2o_scores_paged, snapkv_scores_paged
 from rkv_sglang.kernels.score.per_head.triattention import triattention_scores_paged
 from rkv_sglang.kernels.score.places import places_of, spread
 from rkv_sglang.kernels.score.values import longflow_scores_paged
@@ -45,11 +47,13 @@ class History:
         kept_state: The state that the last compaction gave to the tokens kept for their score,
             ``[num_layers, num_kv_heads, budget - window]``, fp32; None before the first.
         memory: What the policy remembers from it, ``[num_layers, num_kv_heads, ...]``; None before the first.
+        prompt_hits: What the prompt finds within the prompt, written unless it is filled; None to find it anew.
     """
 
     logical_len: int
     kept_state: Tensor | None = None
     memory: Tensor | None = None
+    prompt_hits: PromptHits | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +113,7 @@ def _rkv(policy: RKV, inputs: PagedInputs) -> Tensor:
         kernel_size=policy.kernel_size,
         similarity_threshold=policy.similarity_threshold,
         model=inputs.model,
+        prompt_hits=[past.prompt_hits for past in inputs.history],
     )
 
 

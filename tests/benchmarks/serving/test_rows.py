@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -118,6 +119,8 @@ def test_gaps_of_requests_whose_steps_are_not_known_are_left_out() -> None:
     for meta in ({"kv_compactions": 13}, {"kv_compactions": 14, "num_retractions": 1}, {}):
         assert own_compaction_gaps([record(5, 0.0, times, **meta)], CONFIG) == []
     assert own_compaction_gaps([record(5, 0.0, times, kv_compactions=14)], None) == []
+    staggered = replace(CONFIG, stagger=True)
+    assert own_compaction_gaps([record(5, 0.0, times, kv_compactions=14)], staggered) == []
 
 
 def test_a_run_without_answers_is_refused() -> None:

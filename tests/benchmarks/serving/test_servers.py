@@ -58,6 +58,15 @@ def test_settings() -> None:
             parse_setting(wrong)
 
 
+def test_a_staggered_setting_is_the_same_server_with_one_flag_more() -> None:
+    plain, staggered = parse_setting("rkv:64:32"), parse_setting("rkv:64:32:stagger")
+    assert sorted(staggered.flags) == sorted((*plain.flags, "--kv-stagger"))
+    assert staggered.name == "rkv:64:32:stagger" and staggered.config is not None and staggered.config.stagger
+    for text in ("none:stagger", "rkv:64:stagger", "rkv:64:32:staggered"):
+        with pytest.raises(ValueError, match="the setting"):
+            parse_setting(text)
+
+
 @pytest.mark.skipif(has_gpu(), reason="on a GPU fp8 is served")
 def test_fp8_is_refused_without_a_gpu() -> None:
     with pytest.raises(ValueError, match="GPU"):

@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import os
+import pkgutil
 import shlex
 import socket
 import subprocess
@@ -19,7 +20,6 @@ from rkv_sglang import cli
 from rkv_sglang.integration.doctor import launch as doctor
 from rkv_sglang.integration.doctor.launch import check_command
 from rkv_sglang.integration.doctor.report import Finding
-from rkv_sglang.integration.hooking.install import installation_problems
 from rkv_sglang.integration.hooks.table import HOOKS
 from rkv_sglang.integration.startup.refusals import refuse, refuse_model
 from rkv_sglang.integration.startup.refused_settings import RefusedSetting
@@ -47,7 +47,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module", autouse=True)
 def imports_are_over() -> None:
     """Python itself runs ldconfig to find a library that SGLang imports."""
-    assert list(installation_problems(HOOKS)) == []
+    for hook in HOOKS:
+        pkgutil.resolve_name(hook.target)
 
 
 @pytest.fixture(autouse=True)

@@ -12,13 +12,16 @@ import pytest
 from rkv_sglang import __version__, cli
 from rkv_sglang.integration.doctor import report as doctor
 from rkv_sglang.integration.doctor.launch import check_command
-from rkv_sglang.integration.doctor.report import Finding, check_device, check_hooks, check_plugin, check_sglang, report
-from rkv_sglang.integration.hooking.hook import Hook
+from rkv_sglang.integration.doctor.report import Finding, check_device, check_plugin, check_sglang, report
+from rkv_sglang.integration.hooking import releases
+from rkv_sglang.integration.hooking.contract import Contract
+from rkv_sglang.integration.hooking.contract import Finding as Difference
 from rkv_sglang.integration.hooks.table import HOOKS
 from rkv_sglang.integration.startup.refused_settings import REFUSED_SETTINGS
 from rkv_sglang.policies import policy_names
 from tests.integration.children import Child
 
+CONTRACT = Contract.load()
 PLUGIN = EntryPoint("rkv_sglang", "rkv_sglang.integration.plugin:register", doctor.PLUGIN_GROUP)
 OTHER = EntryPoint("other", "no.such.module:register", doctor.PLUGIN_GROUP)
 
@@ -34,7 +37,18 @@ def test_this_installation_is_ready(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0, lines
     assert lines[-1].startswith("ready:") and all(line.startswith("ok ") for line in lines[:-1])
     subjects = [line.split()[1] for line in lines[:-1]]
-    assert subjects == ["rkv_sglang", "python", "sglang", "torch", "triton", "flashinfer", "device", "plugin", "hooks"]
+    assert subjects == [
+        "rkv_sglang",
+        "python",
+        "sglang",
+        "torch",
+        "triton",
+        "flashinfer",
+        "device",
+        "plugin",
+        "contract",
+        "hooks",
+    ]
     assert __version__ in lines[0]
 
 
@@ -80,7 +94,7 @@ def test_whatever_an_import_raises_is_one_line_with_its_mend(
 def test_details_name_every_hook_every_policy_and_every_refusal(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--details"]) == 0
     shown = capsys.readouterr().out
-    assert all(f"  ok   {hook.kind:<8}{hook.target.removeprefix('sglang.')}\n" in shown for hook in HOOKS)
+    assert all(f"  {hook.kind:<8}{hook.target.removeprefix('sglang.')}\n" in shown for hook in HOOKS)
     assert all(f"  {refusal.setting}: {refusal.why}" in shown for refusal in REFUSED_SETTINGS)
     assert ", ".join(policy_names()) in shown
 
@@ -106,20 +120,26 @@ def test_a_missing_or_unknown_sglang_is_a_problem(monkeypatch: pytest.MonkeyPatc
     assert "pip install sglang==" in (check_sglang().problem or "")
     assert "pip install triton" in (doctor.check_package("triton").problem or "")
     monkeypatch.setattr(doctor, "version", lambda package: "0.9.9")
-    monkeypatch.setattr(doctor, "version_problem", lambda: "SGLang 0.9.9 is not supported: install another")
+    monkeypatch.setattr(releases, "version", lambda package: "0.9.9")
     finding = check_sglang()
-    assert finding.problem == "SGLang 0.9.9 is not supported: install another" and "0.9.9" in finding.detail
+    assert (finding.problem or "").startswith("SGLang 0.9.9 was not tested") and "0.9.9" in finding.detail
 
 
-def test_with_an_unsupported_sglang_no_hook_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> Finding:
-        raise AssertionError("imported SGLang's insides")
-
-    monkeypatch.setattr(doctor, "check_sglang", lambda: Finding(subject="sglang", detail="x", problem="unsupported"))
-    monkeypatch.setattr(doctor, "_check_all_hooks", fail)
+def test_with_another_sglang_the_contract_is_looked_at_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = (
+        Difference("missing", "sglang.a.b", "used by c", breaks=True),
+        Difference("changed", "sglang.a.f", "its body is not that of 0.5.23", breaks=False),
+    )
+    for module in (doctor, releases):
+        monkeypatch.setattr(module, "version", lambda package: "0.9.9")
+        monkeypatch.setattr(module, "findings_in", lambda folder: found)
     out = io.StringIO()
     assert doctor.diagnose(out) == 1
-    assert out.getvalue().splitlines()[-1] == "unsupported"
+    *lines, last = out.getvalue().splitlines()
+    total = len(CONTRACT.names) + len(CONTRACT.parameters)
+    assert lines[-1].startswith(f"FAIL contract   {total - 1} of {total} names and signatures ")
+    assert f" {len(CONTRACT.functions) - 1} of {len(CONTRACT.functions)} functions as in " in lines[-1]
+    assert last.startswith("SGLang 0.9.9 lacks 1 thing ") and "missing sglang.a.b" in last
 
 
 @pytest.mark.parametrize(
@@ -140,15 +160,6 @@ def test_the_plugin_must_be_found_allowed_and_loadable(plugins: Any, allowed: st
         assert finding.problem is None
     else:
         assert finding.problem is not None and problem in finding.problem and "\n" not in finding.problem
-
-
-def test_every_hook_is_counted_and_the_first_bad_one_named() -> None:
-    hooks = tuple(
-        Hook(target=f"m.f{i}", kind="AFTER", function=print, signature="()", why="", upstream="") for i in range(5)
-    )
-    assert check_hooks(hooks, lambda hook: None).problem is None
-    finding = check_hooks(hooks, lambda hook: f"{hook.target} is gone" if hook.target in ("m.f2", "m.f4") else None)
-    assert finding.detail.startswith("3 of 5 ") and finding.problem == "m.f2 is gone"
 
 
 def test_the_device_is_named() -> None:

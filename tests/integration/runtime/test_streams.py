@@ -57,6 +57,7 @@ def a_step(streams: Streams, config: PolicyConfig) -> tuple[Runtime, Any, Any]:
         schedule_stream=streams.schedule_stream,
         tp_size=1,
         tree_cache=SimpleNamespace(free_kv_row=lambda kv, ranges: None),
+        max_total_num_tokens=1000,
         token_to_kv_pool_allocator=SimpleNamespace(
             page_size=1,
             free_group_begin=lambda: None,
@@ -163,7 +164,7 @@ def test_a_choice_by_places_runs_no_kernel_and_touches_nothing_but_the_map():
 
 def test_a_finished_request_keeps_no_tensors(monkeypatch):
     """A session keeps the requests of all its turns."""
-    state = RequestState(5, 300, compactions=2, kept_state=torch.zeros(3), host_copy=object())
+    state = RequestState(5, 300, compactions=2, kept_state=torch.zeros(3), prompt_hits=object(), host_copy=object())
     req = SimpleNamespace(rid="r", origin_input_ids=[1] * 5, output_ids=[2] * 90, finished=lambda: True)
     req.extend_batch_idx, req.decode_batch_idx = 1, 89
     setattr(req, STATE_ATTRIBUTE, state)
@@ -178,5 +179,5 @@ def test_a_finished_request_keeps_no_tensors(monkeypatch):
     )
     info = answers.streamer_class(object)().build_additional_customized_info([req, runs])
     assert info["kv_compactions"] == [[2], []]
-    assert state.kept_state is None and state.host_copy is None
+    assert state.kept_state is state.prompt_hits is state.host_copy is None
     assert running.kept_state is not None

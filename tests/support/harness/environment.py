@@ -25,6 +25,16 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+# The oracle computes in fp32, and its near-ties are those of fp32 summed in another order: a thousand times closer than
+# 16 bits can tell apart. SGLang's CUDA kernels for norms and activations take 16-bit numbers only.
+ORACLE_APPLIES = not has_gpu()
+WHY_NOT = (
+    "on a GPU SGLang computes in 16 bits, and the oracle's near-ties are those of fp32: hide the GPU "
+    "(CUDA_VISIBLE_DEVICES=) with SGLang's CPU build installed, or run bash benchmarks/gpu/serving.sh, which compares "
+    "what a GPU answers"
+)
+
+
 def child_environment(probe_file: Path | None = None, env: dict[str, str] | None = None) -> dict[str, str]:
     """Return the environment of an SGLang process: strict checks on, no network, the probe writing to ``probe_file``.
 
@@ -57,9 +67,13 @@ def end_with_parent(number: signal.Signals) -> None:
 
 
 def device_flags() -> list[str]:
-    """Return the flags that make SGLang run on what this machine has."""
+    """Return the flags that make SGLang run on what this machine has, as much alike everywhere as can be.
+
+    On a GPU the dtype is one that its kernels take, whatever a model's files say, and attention and sampling are those
+    that need no library beside SGLang.
+    """
     if has_gpu():
-        return []
+        return ["--dtype", "bfloat16", "--attention-backend", "triton", "--sampling-backend", "pytorch"]
     return ["--device", "cpu", "--attention-backend", "torch_native", "--dtype", "float32"]
 
 
