@@ -169,7 +169,7 @@ STEP_HOOKS: tuple[Hook, ...] = (
                 "attention_arch attention_chunk_size hf_config hf_text_config is_encoder_decoder is_generation",
             ),
             *names(MODEL_CONFIG, "is_hybrid_swa model_is_mrope model_path use_engram use_ngram_embedding"),
-            *names("sglang.srt.configs.model_config.AttentionArch", "MHA SSM"),
+            *names("sglang.srt.configs.model_config.AttentionArch", "MHA MLA SSM"),
             "sglang.srt.configs.hybrid_arch.mambaish_config",
             # Of rkv-sglang doctor --command, which takes the steps of a start.
             *names(SERVER_ARGS, "check_server_args device from_cli_args page_size resolve_once"),

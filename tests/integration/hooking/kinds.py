@@ -51,7 +51,9 @@ OWNERS = {
     "controller": f"{MANAGERS}.data_parallel_controller.DataParallelController",
     "cuda_graph_config": f"{GRAPH_CONFIG}.CudaGraphConfig",
     "decode": f"{GRAPH_CONFIG}.PhaseConfig",
+    "embedding": "sglang.srt.layers.rotary_embedding.base.RotaryEmbedding",
     "forward_batch": FORWARD_BATCH,
+    "tp_group": "sglang.srt.distributed.parallel_state.GroupCoordinator",
     "forward_mode": FORWARD_MODE,
     "get_kvcache": KV_POOL,
     # The part of the arguments that SGLang publishes under this name.
@@ -88,9 +90,14 @@ OWNERS = {
 }
 # What is none of SGLang's, though nothing else in the package says so.
 PLAIN = {
+    "_compute_inv_freq",
     "_counted_for_preemption",
     "_patched",
     "_scheduler_init_infos",
+    "_tokenizer()",
+    "next_token_logits",
+    "policy",
+    "prefill_input_ids_cpu",
     "all_values_flatten",
     "cumulated_frequency_penalties",
     "cumulated_presence_penalties",
@@ -122,7 +129,15 @@ PLAIN = {
 VALUES = {
     "sglang.cli.serve._extract_model_type_override": OTHER,
     "sglang.srt.arg_groups.overrides.model_config_of": MODEL_CONFIG,
+    "sglang.srt.model_executor.model_runner.ModelRunner.forward": (
+        "sglang.srt.model_executor.model_runner.ModelRunnerOutput"
+    ),
+    "sglang.srt.model_executor.model_runner.ModelRunnerOutput.logits_output": (
+        "sglang.srt.layers.logits_processor.LogitsProcessorOutput"
+    ),
     # Parts of the arguments, published.
+    "sglang.srt.runtime_context.get_model": SERVER_ARGS,
+    "sglang.srt.runtime_context.get_serving": SERVER_ARGS,
     "sglang.srt.runtime_context.get_exec": OTHER,
     "sglang.srt.runtime_context.get_parallel": PARALLEL,
 }
@@ -148,6 +163,8 @@ OWN_MEMBERS = {
         "rkv_",
     ),
     ADDER: ("_counted_for_preemption",),
+    # Only pools of latents have it, and they are told by it.
+    KV_POOL: ("kv_buffer",),
 }
 # Functions of this package that read the field or variable that is named by their first argument, or by their caller's.
 FIELD_READERS = {

@@ -24,6 +24,8 @@ from tests.integration.hooking.kinds import (
 )
 
 KINDS = "tests/integration/hooking/kinds.py"
+# Of lists, which are told by what is in them.
+LIST_METHODS = ("append", "extend")
 ENVIRONMENT = "sglang.srt.environ.envs"
 
 
@@ -106,6 +108,11 @@ class Walker(ast.NodeVisitor):
             name, kind = test.args[0], self._kind(test.args[1])
             if isinstance(name, ast.Name) and is_sglang(kind):
                 narrowed[name.id] = kind
+        elif isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.Is) and isinstance(test.left, ast.Call):
+            # type(name) is Class
+            kind = self._kind(test.comparators[0])
+            if ast.unparse(test.left.func) == "type" and isinstance(test.left.args[0], ast.Name) and is_sglang(kind):
+                narrowed[test.left.args[0].id] = kind
         known = set(narrowed)
         self._scopes.append(narrowed)
         for statement in node.body:
@@ -246,7 +253,7 @@ class Walker(ast.NodeVisitor):
     def _attribute(self, node: ast.AST, kind: Kind, attribute: str) -> None:
         if isinstance(kind, _Unknown):
             self._gap(node, f"touches {attribute!r}: {kind.mend}")
-        elif is_sglang(kind):
+        elif is_sglang(kind) and attribute not in LIST_METHODS:
             self._touch(node, f"{kind}.{attribute}")
 
     def visit_Call(self, node: ast.Call) -> None:
