@@ -94,8 +94,8 @@ class Server:
             return log.read()
 
     def flush_cache(self) -> None:
-        """Empty the prefix cache; nothing may be running."""
-        open_url(self.url + "/flush_cache", method="POST", timeout_s=60).close()
+        """Empty the prefix cache as soon as nothing runs, aborted requests included; within a minute."""
+        open_url(self.url + "/flush_cache?timeout=60", method="POST", timeout_s=120).close()
 
     def _open_generate(self, payload: Mapping[str, Any], timeout_s: float) -> Any:
         return open_url(self.url + "/generate", body=json.dumps(payload).encode(), timeout_s=timeout_s)

@@ -34,7 +34,6 @@ from devtools.chat import chat_ids
 from devtools.launch import Server, has_gpu, launched_server
 from rkv_sglang.plan_command import model_shape
 from rkv_sglang.sizes.memory_plan import ModelShape
-from rkv_sglang.view.http import open_url
 
 WARM_UP_SEED = -1
 LOG_DIR = Path(".cache/logs/serving")
@@ -175,7 +174,7 @@ def start_servers(bench: Bench, pool: float, settings: list[Setting], stack: con
 def run_once(bench: Bench, server: Server, setting: Setting, pool: float, arrivals: str, round_index: int) -> Row:
     """Replay the trace of a round on one server and return its row."""
     trace = bench.trace(arrivals, round_index)
-    flush_cache(server)
+    server.flush_cache()
     offset = server.log_path.stat().st_size
     num_requests = sum(len(conversation.turns) for conversation in trace)
     with (
@@ -210,9 +209,3 @@ def run_once(bench: Bench, server: Server, setting: Setting, pool: float, arriva
         "peak_memory_bytes": peak.num_bytes,
         **request_figures(records, setting.config),
     }
-
-
-def flush_cache(server: Server) -> None:
-    """Empty the server's prefix cache, once it is idle."""
-    with open_url(server.url + "/flush_cache?timeout=60", method="POST", timeout_s=120) as response:
-        response.read()

@@ -131,7 +131,7 @@ def test_tokens_that_the_score_does_not_choose_are_found(name, seed, rng):
         needs_values = True
 
         def score(self, inputs: object) -> torch.Tensor:
-            return -as_scored(make_policy(PolicyConfig(policy=name)).score(inputs)).scores  # type: ignore[arg-type]
+            return -as_scored(make_policy(PolicyConfig(policy=name, kernel_size=1)).score(inputs)).scores  # type: ignore[arg-type]
 
     def wrong(
         buffers: KVBuffers, due: list[DueRequest], queries: object, policy: Policy, *args: object, **kwargs: object
@@ -139,4 +139,6 @@ def test_tokens_that_the_score_does_not_choose_are_found(name, seed, rng):
         return compact_requests(buffers, due, queries, Opposite(), *args, **kwargs)  # type: ignore[arg-type]
 
     with pytest.raises(CompactionDiffersError, match="layer 0 kept other tokens than the policy's score says"):
-        verified(wrong, make_pool(torch.float32), some_requests(rng), make_policy(PolicyConfig(policy=name)))
+        verified(
+            wrong, make_pool(torch.float32), some_requests(rng), make_policy(PolicyConfig(policy=name, kernel_size=1))
+        )
