@@ -30,8 +30,9 @@ def flag_problems(server_args: Any) -> Iterator[str]:
     policy = policy_name(server_args)
     if policy == NO_POLICY:
         return
-    yield from config_problems(server_args)
-    yield from filter(None, [verify_problem()])
+    problems = config_problems(server_args)
+    yield from problems
+    yield from filter(None, [verify_problem(None if problems else config_from_args(server_args).granularity)])
     for refused, value in refused_values(server_args):
         is_variable = not refused.setting.startswith("--")
         shown = refused.setting if value is True else f"{refused.setting} {value}"

@@ -1,0 +1,36 @@
+"""The variable that has compactions checked says yes, no, or what is wrong with it; nothing is unchecked unsaid."""
+
+import pytest
+
+from rkv_sglang.integration.startup.errors import RefusedError
+from rkv_sglang.integration.startup.refusals import refuse
+from rkv_sglang.integration.startup.server_args import RKVServerArgs
+from rkv_sglang.integration.startup.verify_switch import VERIFY_VARIABLE, is_verifying
+
+SERVED = {"model_path": "m", "device": "cpu", "attention_backend": "torch_native"}
+
+
+@pytest.mark.parametrize(("value", "is_on"), [("1", True), ("0", False), ("", False)])
+def test_one_is_yes_and_nothing_is_no(monkeypatch: pytest.MonkeyPatch, value: str, is_on: bool) -> None:
+    monkeypatch.setenv(VERIFY_VARIABLE, value)
+    assert is_verifying() is is_on
+    refuse(RKVServerArgs(**SERVED, kv_policy="rkv"))
+
+
+@pytest.mark.parametrize("value", ["true", " 1", "2", "x" * 1000])
+def test_anything_else_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv(VERIFY_VARIABLE, value)
+    with pytest.raises(RefusedError, match=f"^{VERIFY_VARIABLE} is '.{{1,80}}': set it to 1 .*, or unset it$"):
+        refuse(RKVServerArgs(**SERVED, kv_policy="rkv"))
+    refuse(RKVServerArgs(**SERVED))
+
+
+@pytest.mark.parametrize("settings", [{"kv_policy": "random_attention"}, {"kv_granularity": "request"}])
+def test_a_choice_for_a_whole_request_is_not_checked_so_it_is_refused(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str]
+) -> None:
+    args = RKVServerArgs(**{**SERVED, "kv_policy": "rkv", **settings})
+    refuse(args)
+    monkeypatch.setenv(VERIFY_VARIABLE, "1")
+    with pytest.raises(RefusedError, match=f"^{VERIFY_VARIABLE} checks --kv-granularity head alone: unset it, or "):
+        refuse(args)
