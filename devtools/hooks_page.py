@@ -11,7 +11,7 @@ from pathlib import Path
 from rkv_sglang.integration.hooking.hook import Hook
 
 ROOT = Path(__file__).resolve().parents[1]
-PATCHES = ROOT / "rkv_sglang" / "patching" / "patches"
+PATCHES = ROOT / "patches"
 REGISTER = ROOT / "docs" / "hooks.md"
 
 _HEAD = """\
@@ -33,9 +33,9 @@ _PATCHES_HEAD = """
 ## Patches for SGLang
 
 Changes worth having upstream, in the order in which they apply, each in a folder named after the SGLang it applies to.
-The plugin works without them. They are in `rkv_sglang/patching/patches/`; `git am PATCH` takes one into a checkout of
-SGLang at that version, and the command puts them into any tree of it, or takes them out: all or none, and only where
-the files they touch are the release's own.
+The plugin works without them. They are in `patches/`; `git am PATCH` takes one into a checkout of SGLang at that
+version, and the command puts them into any tree of it, or takes them out: all or none, and only where the files they
+touch are the release's own.
 
 ```
 rkv-sglang patch check --target path/to/sglang

@@ -247,7 +247,7 @@ def test_the_pins_of_sglang_agree():
     pins = {
         (path.name, version) for path in files for version in re.findall(r"\bsglang[>=]=([\d.]+\d)", path.read_text())
     }
-    pins |= {("patches", path.parent.name) for path in (ROOT / PACKAGE / "patching" / "patches").glob("*/*.patch")}
+    pins |= {("patches", path.parent.name) for path in (ROOT / "patches").glob("*/*.patch")}
     assert {name for name, _ in pins} >= {"pyproject.toml", "requirements-cpu-nodeps.txt", "setup.py", "patches"}
     assert {version for _, version in pins} == set(SUPPORTED_SGLANG)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rkv_sglang.patching.diffs import Patch, change, read_patch
 
+# In a checkout a link to the folder at its top; a wheel holds the files themselves.
 PATCHES = Path(__file__).with_name("patches")
 # Of every touched file, as the release has it: its hash. Made by ``python -m devtools.contract``.
 PRISTINE_FILE = "pristine.json"
