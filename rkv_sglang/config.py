@@ -4,8 +4,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rkv_sglang.messages import shown
-
 NO_POLICY = "none"
 # Where the choice of what stays is made: per layer and KV head, or once for a whole request, in blocks of tokens.
 HEAD, REQUEST = "head", "request"
@@ -77,15 +75,15 @@ def value_problems(settings: Any) -> Iterator[str]:
         settings: Whatever has the attributes of a ``PolicyConfig``, of any type.
     """
     if not isinstance(settings.policy, str) or not settings.policy:
-        yield f"--kv-policy {shown(settings.policy)} is not a name: set --kv-policy to the name of a policy"
+        yield f"--kv-policy {_shown(settings.policy)} is not a name: set --kv-policy to the name of a policy"
     if settings.granularity not in GRANULARITIES:
         yield (
-            f"--kv-granularity {shown(settings.granularity)} is unknown: set --kv-granularity to one of "
+            f"--kv-granularity {_shown(settings.granularity)} is unknown: set --kv-granularity to one of "
             f"{', '.join(GRANULARITIES)}"
         )
     for flag, switch in (("--kv-stagger", settings.stagger), ("--kv-trace", settings.trace)):
         if not isinstance(switch, bool):
-            yield f"{flag} {shown(switch)} is not a boolean: set {flag} or leave it out"
+            yield f"{flag} {_shown(switch)} is not a boolean: set {flag} or leave it out"
     bad_counts = set()
     for flag, value, least in (
         ("--kv-window", settings.window, 1),
@@ -95,10 +93,10 @@ def value_problems(settings: Any) -> Iterator[str]:
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             bad_counts.add(flag)
-            yield f"{flag} {shown(value)} is not an integer of at least {least}: set {flag} {least} or more"
+            yield f"{flag} {_shown(value)} is not an integer of at least {least}: set {flag} {least} or more"
         elif value > MOST_TOKENS:
             bad_counts.add(flag)
-            yield f"{flag} {shown(value)} is more than any context has: set {flag} {MOST_TOKENS} or less"
+            yield f"{flag} {_shown(value)} is more than any context has: set {flag} {MOST_TOKENS} or less"
     if not bad_counts & {"--kv-window", "--kv-budget"} and settings.budget <= settings.window:
         yield (
             f"--kv-budget {settings.budget} must be greater than --kv-window {settings.window}, because the window is "
@@ -127,4 +125,11 @@ def value_problems(settings: Any) -> Iterator[str]:
         is_number = isinstance(number, int | float) and not isinstance(number, bool)
         # Not so of NaN either.
         if not is_number or not low <= number <= 1.0:
-            yield f"{flag} {shown(number)} is not a number in [{low:g}, 1]: set {flag} between {low:g} and 1"
+            yield f"{flag} {_shown(number)} is not a number in [{low:g}, 1]: set {flag} between {low:g} and 1"
+
+
+def _shown(value: Any) -> str:
+    # Here, so that processes without a policy load one module less.
+    from rkv_sglang.messages import shown
+
+    return shown(value)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-# Characters of a value, and of an error or a text.
-MOST_SHOWN = 80
+# Characters of a value, which may be a path, and of an error or a text.
+MOST_SHOWN = 200
 MOST_TOLD = 1000
 
 

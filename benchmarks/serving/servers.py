@@ -54,9 +54,11 @@ def parse_setting(text: str) -> Setting:
         return Setting(text, own_flags=("--kv-cache-dtype", "fp8_e4m3"))
     try:
         setting = settings.parse_setting(text.removesuffix(STAGGER))
-        if setting.config is None or not text.endswith(STAGGER):
+        if not text.endswith(STAGGER):
             return setting
-        return Setting(text, replace(setting.config, stagger=True), own_flags=("--kv-stagger",))
+        if setting.config is None:
+            raise ValueError(f"the setting {text!r} has nothing to stagger")
+        return Setting(text, replace(setting.config, stagger=True))
     except ValueError as error:
         raise ValueError(f"{error}; here also {STOCK}, {FP8} and POLICY:BUDGET:BUFFER{STAGGER}") from error
 

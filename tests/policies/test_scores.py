@@ -62,7 +62,16 @@ def check(name: str, parameters: dict[str, Any], inputs: ScoreInputs, values: Te
     for head in range(inputs.keys.shape[1]):
         expected = loop_scores(name, one_head(inputs, head, values, list(range(len(inputs.keys)))), **parameters)
         tolerance = {"rtol": rtol, "atol": 1e-6 * error_scale(name, parameters, inputs.keys)}
-        torch.testing.assert_close(scores[head].double().cpu(), torch.tensor(expected).double(), **tolerance)
+        mine, its = scores[head].double().cpu(), torch.tensor(expected).double()
+        differs = ~torch.isclose(mine, its, **tolerance)
+        if name == "half" and differs.any():
+            # Of two tokens that R-KV scores alike, rounding may choose the other.
+            by_rkv = {key: value for key, value in parameters.items() if key != "seed"}
+            ranked = loop_scores("rkv", one_head(inputs, head, values, list(range(len(inputs.keys)))), **by_rkv)
+            near = torch.tensor(ranked)[differs]
+            assert near.max() - near.min() <= 1e-6
+            continue
+        torch.testing.assert_close(mine, its, **tolerance)
 
 
 @pytest.mark.parametrize("device", DEVICES)

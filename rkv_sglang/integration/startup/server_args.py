@@ -10,10 +10,7 @@ from typing import Any
 from sglang.srt import server_args as sglang_args
 
 from rkv_sglang.config import GRANULARITIES, NO_POLICY, POLICY_FIELD, REQUEST, PolicyConfig, value_problems
-from rkv_sglang.messages import shown
 from rkv_sglang.policy_names import policy_names
-from rkv_sglang.sizes.compaction_plan import block_of_pages
-from rkv_sglang.sizes.pages import ceil_to_page
 
 GROUP_TITLE = "KV policy (rkv_sglang)"
 
@@ -154,8 +151,12 @@ def _names_a_policy(path: str) -> bool:
 def policy_name(server_args: Any) -> str:
     """Return the policy asked for, ``"none"`` for a record of SGLang's own class."""
     name = getattr(server_args, POLICY_FIELD, NO_POLICY)
+    if isinstance(name, str):
+        return name
+    from rkv_sglang.messages import shown
+
     # Callers in Python may give anything; it is refused later, by this name.
-    return name if isinstance(name, str) else shown(name)
+    return shown(name)
 
 
 def config_from_args(server_args: Any) -> PolicyConfig:
@@ -186,6 +187,8 @@ def _read_config(server_args: Any) -> tuple[PolicyConfig | None, list[str]]:
     # Here, so that processes without a policy load neither policies nor torch for them.
     from rkv_sglang.integration.startup.policy_parameters import read_parameters
     from rkv_sglang.policies import default_settings, make_policy
+    from rkv_sglang.sizes.compaction_plan import block_of_pages
+    from rkv_sglang.sizes.pages import ceil_to_page
 
     policy, problems = server_args.kv_policy, []
     settings: dict[str, Any] = {}
@@ -236,6 +239,8 @@ def _given(server_args: Any, setting: str) -> tuple[dict[str, Any], str | None]:
     if len(values) == 2:
         (first, value), (second, other) = values.items()
         if value != other:
+            from rkv_sglang.messages import shown
+
             problem = (
                 f"{_flag(first)} {shown(value)} and {_flag(second)} {shown(other)} are two spellings of one setting: "
                 f"set {_flag(first)} only"

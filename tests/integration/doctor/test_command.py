@@ -257,7 +257,8 @@ def test_every_refused_model_gets_the_line_of_the_real_start(
     tmp_path: Path, architecture: str, config: Any, why: str
 ) -> None:
     folder = tiny_config_dir(tmp_path, config, architecture)
-    message = message_of(refuse_model, model_config_of(RKVServerArgs(model_path=folder)))
+    args = RKVServerArgs(model_path=folder, kv_policy="rkv")
+    message = message_of(refuse_model, model_config_of(args), args)
     lines = refused(f"sglang serve {folder} --kv-policy rkv")
     assert lines[0] == message and all("cannot be served with" in line or "SGLang itself" in line for line in lines)
 
@@ -281,7 +282,9 @@ def test_flags_that_do_not_go_together_are_one_line(argv: list[str], capsys: pyt
 
 
 def test_the_example_of_the_page_prints_what_the_page_shows(llama: str, capsys: pytest.CaptureFixture[str]) -> None:
-    command, output = fences(page("docs/compatibility.md"))[:2]
+    blocks = fences(page("docs/compatibility.md"))
+    (place,) = [place for place, block in enumerate(blocks) if "doctor --model-config" in block]
+    command, output = blocks[place : place + 2]
     argv = [llama if word == "config.json" else word for word in shlex.split(command)[1:]]
     assert cli.main(argv) == 1
     assert capsys.readouterr().out.split() == output.split()
