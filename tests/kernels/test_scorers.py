@@ -25,6 +25,8 @@ from rkv_sglang.kernels.score.values import longflow_scores_paged
 from rkv_sglang.kernels.select import select_kept_paged
 from rkv_sglang.policies import (
     POLICIES,
+    RKV,
+    Half,
     KeyDiff,
     LongFlow,
     ManifoldKV,
@@ -134,6 +136,18 @@ def check(served: Served, policy: Policy, result: Tensor | Scored) -> None:
             if isinstance(policy, KeyDiff):
                 atol = 1e-6 * error_scale(case.keys[layer][request])
             tolerance = {"rtol": RTOL, "atol": float(atol)}
+            if isinstance(policy, Half) and batch.window < kv_len:
+                # Of two tokens that R-KV scores alike, rounding may choose the other.
+                by_rkv = RKV(
+                    mix_lambda=policy.mix_lambda,
+                    kernel_size=policy.kernel_size,
+                    similarity_threshold=policy.similarity_threshold,
+                )
+                ranked = served.own_score(by_rkv, layer, request).scores
+                for mine_of_head, own, rank in zip(mine, expected.scores, ranked, strict=True):
+                    near = rank[~torch.isclose(mine_of_head[: len(own)], own, **tolerance)]
+                    assert len(near) == 0 or near.max() - near.min() <= 1e-6
+                continue
             torch.testing.assert_close(mine[:, : kv_len - batch.window], expected.scores, **tolerance)
             state = scored.state[layer, :, columns_of(batch, request)][:, : kv_len - batch.window]
             torch.testing.assert_close(state, expected.state, **tolerance)
