@@ -13,7 +13,7 @@ from devtools import hooks_page
 from tests.integration.children import Child
 from tests.support.harness.environment import PROJECT_ROOT
 
-PATCHES = PROJECT_ROOT / "rkv_sglang" / "patching" / "patches"
+PATCHES = PROJECT_ROOT / "patches"
 SERIES = sorted((PATCHES / sglang.__version__).glob("*.patch"))
 SERVE_HELP = "from sglang.cli.main import main; main()"
 
