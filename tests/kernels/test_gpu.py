@@ -5,13 +5,16 @@ With ``RKV_REHEARSE=1`` they run at tiny sizes on a CPU, in Triton's interpreter
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.common.device import DEVICE, REHEARSAL, captured, no_wait, peak_extra_bytes
+from rkv_sglang.algorithm.model_attention import ModelAttention
 from rkv_sglang.algorithm.near_duplicates import PromptHits
+from rkv_sglang.algorithm.query_statistics import QueryStatistics
 from rkv_sglang.algorithm.scoring import rkv_scores
 from rkv_sglang.algorithm.selection import select_kept
 from rkv_sglang.cache.buffers import KVBuffers
@@ -32,6 +35,7 @@ from rkv_sglang.kernels.warmup import warm_up
 from rkv_sglang.policies import POLICIES, RKV, Policy, make_policy
 from rkv_sglang.sizes.compaction_plan import plan_compaction
 from tests.kernels.test_api import GPU_ATTENTIONS, check_attention
+from tests.policies.cases import model_with_statistics
 
 pytestmark = pytest.mark.gpu
 
@@ -87,6 +91,14 @@ class Case:
         return rkv_scores(self.queries[layer, request], dequantised, **SETTINGS)
 
 
+def some_model() -> ModelAttention:
+    """Rotary positions, and statistics of queries on the device, for the policies that ask for them."""
+    model = model_with_statistics(NUM_LAYERS, NUM_KV_HEADS * GROUP_SIZE, HEAD_DIM)
+    assert model.statistics is not None
+    on_device = QueryStatistics(model.statistics.means.to(DEVICE), model.statistics.mean_lengths.to(DEVICE))
+    return replace(model, statistics=on_device)
+
+
 def copy_of(buffers: PagedBuffers) -> PagedBuffers:
     return PagedBuffers.from_tensors([tensor.clone() for tensor in buffers.tensors], dtype=buffers.dtype)
 
@@ -140,8 +152,9 @@ def test_every_policy_chooses_as_in_torch(seed, name, dtype):
     case = Case(seed, dtype)
     policy = make_policy(PolicyConfig(policy=name))
     keys, values = case.buffers.keys, case.buffers.values
-    expected = choose_kept_torch(keys, values, case.batch, case.queries, policy).indices
-    kept = compact_paged(keys, values, case.batch, case.queries, policy).indices
+    model = some_model()
+    expected = choose_kept_torch(keys, values, case.batch, case.queries, policy, model=model).indices
+    kept = compact_paged(keys, values, case.batch, case.queries, policy, model=model).indices
     # Products in another order move a score by its last bits, so the last one kept may change places with the next.
     shared = [
         len(set(mine) & set(its)) / len(set(its))
@@ -169,8 +182,9 @@ def test_a_compaction_repeats_itself_to_the_byte(seed, name):
     policy = make_policy(PolicyConfig(policy=name))
     case = Case(seed, torch.bfloat16)
     twin = copy_of(case.buffers.keys), copy_of(case.buffers.values)
-    first = compact_paged(case.buffers.keys, case.buffers.values, case.batch, case.queries, policy)
-    second = compact_paged(*twin, case.batch, case.queries, policy)
+    model = some_model()
+    first = compact_paged(case.buffers.keys, case.buffers.values, case.batch, case.queries, policy, model=model)
+    second = compact_paged(*twin, case.batch, case.queries, policy, model=model)
     assert torch.equal(first.indices, second.indices)
     assert equal_bytes(case.buffers.keys, twin[0]) and equal_bytes(case.buffers.values, twin[1])
 
@@ -211,8 +225,13 @@ def served(seed: int, num_requests: int) -> tuple[KVBuffers, QueryWindow, Callab
         requests.append(DueRequest(plan, own, len(own) + 7))
         places.append((index + 1, len(own) + 7))
 
+    model = some_model()
+
+    def read_queries(part: slice, layers: slice) -> torch.Tensor:
+        return window.read(places[part], layers)
+
     def compact(policy: Policy) -> None:
-        compact_requests(case.buffers, requests, lambda part, layers: window.read(places[part], layers), policy, WINDOW)
+        compact_requests(case.buffers, requests, read_queries, policy, WINDOW, model=model)
 
     return case.buffers, window, compact
 
