@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Scores that hold each key against the mean of all: KeyDiff (arXiv 2504.15364) and ManifoldKV (arXiv 2602.08343).
+"""KeyDiff's score (arXiv 2504.15364): each key is held against the mean direction of all.
 
 Three kernels, whatever the number of layers, heads and requests: sums of blocks of keys, their total, and a second pass
 over the keys. Both passes read every key once; no queries are read.
@@ -47,7 +47,6 @@ def sum_keys_kernel(
     stride_page,
     stride_slot,
     stride_head,
-    mean_tokens,
     ELEMENT: tl.constexpr,
     E4M3: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -55,9 +54,8 @@ def sum_keys_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    UNIT: tl.constexpr,
 ):
-    """Per block: the sum of the unit keys, or of those keys that are among the last ``mean_tokens``."""
+    """Per block: the sum of the unit keys."""
     request, layer_head, layer, head, first_column, kv_len, start = place_of_program(
         token_indptr_ptr, num_kv_heads, BLOCK
     )
@@ -68,11 +66,7 @@ def sum_keys_kernel(
     )
     rows = key_rows(base, page_ptr, tokens, inside, stride_page, stride_slot, PAGE_SIZE, ALIGNMENT)
     keys = load_tile(rows, inside, 0, HEAD_DIM, BLOCK_D, E4M3).to(tl.float32)
-    if UNIT:
-        keys = keys * unit_factors(squared_norms(keys), scale)[:, None]
-    else:
-        # A choice, not a factor of 0: an old key that is no number must not spoil the mean of the recent ones.
-        keys = tl.where((tokens >= kv_len - mean_tokens)[:, None], keys * scale, 0.0)
+    keys = keys * unit_factors(squared_norms(keys), scale)[:, None]
     block_row = layer_head * num_blocks + first_column // BLOCK + request + tl.program_id(0)
     tl.store(key_sums_ptr + block_row * BLOCK_D + tl.arange(0, BLOCK_D), tl.sum(keys, axis=0))
 
@@ -83,13 +77,11 @@ def mean_keys_kernel(
     key_sums_ptr,
     means_ptr,
     num_blocks,
-    mean_tokens,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    UNIT: tl.constexpr,
 ):
-    """Per request and head: the mean key, or the direction of the mean of the unit keys."""
+    """Per request and head: the direction of the mean of the unit keys."""
     request = tl.program_id(0)
     layer_head = tl.program_id(1).to(tl.int64)
     first_column = tl.load(token_indptr_ptr + request)
@@ -102,11 +94,8 @@ def mean_keys_kernel(
         blocks = start + tl.arange(0, CHUNK)
         offsets = (first_row + blocks)[:, None] * BLOCK_D + dims[None, :]
         total += tl.sum(tl.load(key_sums_ptr + offsets, mask=(blocks < blocks_here)[:, None], other=0.0), axis=0)
-    if UNIT:
-        mean = total / kv_len
-        mean = mean / (tl.sqrt_rn(tl.sum(mean * mean, axis=0)) + NORM_EPS)
-    else:
-        mean = total / tl.minimum(kv_len, mean_tokens)
+    mean = total / kv_len
+    mean = mean / (tl.sqrt_rn(tl.sum(mean * mean, axis=0)) + NORM_EPS)
     tl.store(means_ptr + (layer_head * tl.num_programs(0) + request) * BLOCK_D + dims, mean)
 
 
@@ -132,9 +121,8 @@ def compare_keys_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    UNIT: tl.constexpr,
 ):
-    """Per token: minus the cosine with the mean direction, or the distance from the mean key; -inf in the window."""
+    """Per token: minus the cosine with the mean direction; -inf in the window."""
     request, layer_head, layer, head, first_column, kv_len, start = place_of_program(
         token_indptr_ptr, num_kv_heads, BLOCK
     )
@@ -147,11 +135,7 @@ def compare_keys_kernel(
     rows = key_rows(base, page_ptr, tokens, inside, stride_page, stride_slot, PAGE_SIZE, ALIGNMENT)
     keys = load_tile(rows, inside, 0, HEAD_DIM, BLOCK_D, E4M3).to(tl.float32)
     mean = tl.load(means_ptr + (layer_head * tl.num_programs(1) + request) * BLOCK_D + dims)
-    if UNIT:
-        scores = -tl.sum(keys * mean[None, :], axis=1) * unit_factors(squared_norms(keys), scale)
-    else:
-        # Dimensions past head_dim are 0 in both.
-        scores = tl.sqrt_rn(squared_norms(keys * scale - mean[None, :]))
+    scores = -tl.sum(keys * mean[None, :], axis=1) * unit_factors(squared_norms(keys), scale)
     scores = tl.where(tokens < kv_len - WINDOW, scores, float("-inf"))
     tl.store(scores_ptr + layer_head * num_tokens + first_column + tokens, scores, mask=inside)
 
@@ -172,37 +156,11 @@ def keydiff_scores_paged(keys: PagedBuffers, batch: PagedBatch, *, block: int | 
 
     Reference: ``rkv_sglang.policies.KeyDiff``.
     """
-    return _scores(keys, batch, None, block)
-
-
-def manifoldkv_scores_paged(
-    keys: PagedBuffers, batch: PagedBatch, *, mean_tokens: int, block: int | None = None
-) -> Tensor:
-    """Score every token by the distance of its key from the mean of the last ``mean_tokens`` keys. Queues no sync.
-
-    Args:
-        keys, batch, block: As in ``keydiff_scores_paged``.
-        mean_tokens: Most recent tokens of each request that make its mean, 1 or more.
-
-    Returns:
-        As ``keydiff_scores_paged``.
-
-    Raises:
-        ValueError: Page sizes or devices differ.
-
-    Reference: ``rkv_sglang.policies.ManifoldKV``.
-    """
-    return _scores(keys, batch, mean_tokens, block)
-
-
-def _scores(keys: PagedBuffers, batch: PagedBatch, mean_tokens: int | None, block: int | None) -> Tensor:
-    """Distances from the mean of the last ``mean_tokens`` keys; without a number, minus cosines."""
     check_pool("keys", keys, batch)
     block = block or tokens_per_program(keys.head_dim, keys.dtype)
-    unit = mean_tokens is None
     num_heads, num_tokens = keys.num_layers * keys.num_kv_heads, batch.num_tokens
     num_blocks = num_tokens // block + batch.num_requests
-    constants = pass_constants(keys, block, unit=unit)
+    constants = pass_constants(keys, block)
     block_d = constants["BLOCK_D"]
 
     def fp32(*shape: int) -> Tensor:
@@ -214,14 +172,12 @@ def _scores(keys: PagedBuffers, batch: PagedBatch, mean_tokens: int | None, bloc
     strides = (keys.stride_page, keys.stride_slot, keys.stride_head)
     grid = (triton.cdiv(batch.max_kv_len, block), batch.num_requests, num_heads)
     shape = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES}
-    last = mean_tokens or 0
-    sum_keys_kernel[grid](*pool, key_sums, keys.num_kv_heads, num_blocks, *strides, last, **constants, **shape)
+    sum_keys_kernel[grid](*pool, key_sums, keys.num_kv_heads, num_blocks, *strides, **constants, **shape)
     mean_keys_kernel[(batch.num_requests, num_heads)](
-        *(batch.token_indptr, key_sums, means, num_blocks, last),
+        *(batch.token_indptr, key_sums, means, num_blocks),
         BLOCK=block,
         CHUNK=CHUNK,
         BLOCK_D=block_d,
-        UNIT=unit,
         **shape,
     )
     sizes = (keys.num_kv_heads, num_tokens)
@@ -232,11 +188,11 @@ def _scores(keys: PagedBuffers, batch: PagedBatch, mean_tokens: int | None, bloc
 _Case = tuple[str, Any, dict[str, str], dict[str, Any], int, int]
 
 
-def _cases(dtype: torch.dtype, head_dim: int, *, unit: bool) -> list[_Case]:
-    constants = aot_constants(dtype, head_dim) | {"UNIT": unit}
-    mean = {"BLOCK": constants["BLOCK"], "CHUNK": CHUNK, "BLOCK_D": padded_head_dim(head_dim), "UNIT": unit}
+def _cases(dtype: torch.dtype, head_dim: int) -> list[_Case]:
+    constants = aot_constants(dtype, head_dim)
+    mean = {"BLOCK": constants["BLOCK"], "CHUNK": CHUNK, "BLOCK_D": padded_head_dim(head_dim)}
     kernels = ((sum_keys_kernel, constants), (mean_keys_kernel, mean), (compare_keys_kernel, constants | {"WINDOW": 8}))
-    suffix = f"{str(dtype).removeprefix('torch.')}_d{head_dim}_{'unit' if unit else 'mean'}"
+    suffix = f"{str(dtype).removeprefix('torch.')}_d{head_dim}"
     cases: list[_Case] = []
     for kernel, own in kernels:
         name = f"{kernel.__name__.removesuffix('_kernel')}_{suffix}"
@@ -247,13 +203,12 @@ def _cases(dtype: torch.dtype, head_dim: int, *, unit: bool) -> list[_Case]:
 # (name, kernel, signature, constexprs, num_warps, num_stages)
 AOT_CASES: list[_Case] = [
     case
-    for dtype, head_dim, unit in (
-        (torch.bfloat16, 128, True),
-        (torch.bfloat16, 128, False),
-        (torch.bfloat16, 256, False),
-        (torch.float32, 256, True),
-        (torch.float8_e4m3fn, 128, True),
-        (torch.float8_e5m2, 80, False),
+    for dtype, head_dim in (
+        (torch.bfloat16, 128),
+        (torch.bfloat16, 256),
+        (torch.float32, 256),
+        (torch.float8_e4m3fn, 128),
+        (torch.float8_e5m2, 80),
     )
-    for case in _cases(dtype, head_dim, unit=unit)
+    for case in _cases(dtype, head_dim)
 ]

@@ -13,9 +13,7 @@ def tokens_per_program(head_dim: int, dtype: torch.dtype) -> int:
     return 32 if head_dim > 128 and dtype == torch.float32 else 64
 
 
-def pass_constants(
-    buffers: PagedBuffers, block: int, *, unit: bool | None = None, window: int | None = None
-) -> dict[str, Any]:
+def pass_constants(buffers: PagedBuffers, block: int, *, window: int | None = None) -> dict[str, Any]:
     """Return the compile-time arguments of a kernel that reads one side of the pool and no queries."""
     constants = {
         "ELEMENT": ELEMENTS[buffers.storage_dtype],
@@ -26,8 +24,7 @@ def pass_constants(
         "BLOCK": block,
         "BLOCK_D": padded_head_dim(buffers.head_dim),
     }
-    optional = {"UNIT": unit, "WINDOW": window}
-    return constants | {name: value for name, value in optional.items() if value is not None}
+    return constants if window is None else constants | {"WINDOW": window}
 
 
 def aot_constants(dtype: torch.dtype, head_dim: int) -> dict[str, Any]:
