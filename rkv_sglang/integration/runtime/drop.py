@@ -9,9 +9,8 @@ import torch
 
 from rkv_sglang.cache.block_choice import BlockChoice, choose_by_place, choose_by_scores, kept_tokens
 from rkv_sglang.cache.drop import drop_blocks
-from rkv_sglang.cache.step_tensors import read_slots
 from rkv_sglang.config import PolicyConfig
-from rkv_sglang.integration.runtime.jobs import Job, due_requests, on_forward_stream
+from rkv_sglang.integration.runtime.jobs import Job, scoring
 from rkv_sglang.integration.runtime.parts import Parts, Scored
 from rkv_sglang.policies import Policy
 from rkv_sglang.sizes.compaction_plan import DropPlan, plan_drop
@@ -74,21 +73,12 @@ def _drop(
 def _by_scores(
     parts: Parts, scored: Scored, policy: Policy, window: int, batch: ScheduleBatch, jobs: Sequence[Job[DropPlan]]
 ) -> list[BlockChoice]:
-    scheduler, query_window = parts.scheduler, scored.query_window
-    slots = read_slots(
-        batch.req_to_token_pool.req_to_token,
-        [job.req.kv.req_pool_idx for job in jobs],
-        [job.plan.resident_len for job in jobs],
-    )
-    with on_forward_stream(scheduler) as stream, parts.timed():
-        query_window.flush()
-        if stream is not None and slots[0].is_cuda:
-            slots[0].record_stream(stream)
-        places = [(job.req.kv.req_pool_idx, job.logical_len) for job in jobs]
+    scheduler = parts.scheduler
+    with scoring(parts, scored, batch, jobs) as due:
         choices = choose_by_scores(
             scored.buffers,
-            due_requests(parts, jobs, slots),
-            lambda part, layers: query_window.read(places[part], layers),
+            due.requests,
+            due.read_queries,
             policy,
             window,
             query_bytes=scored.request_bytes,
@@ -96,9 +86,9 @@ def _by_scores(
             sum_over_ranks=_sum_over_ranks(scheduler) if scheduler.tp_size > 1 else None,
         )
         _record(jobs, choices)
-    if stream is not None:
+    if due.stream is not None:
         # The rows are rewritten by what was chosen. The device waits here, the CPU does not.
-        scheduler.schedule_stream.wait_stream(stream)
+        scheduler.schedule_stream.wait_stream(due.stream)
         for choice in choices:
             for blocks in (choice.kept, choice.dropped):
                 if blocks.is_cuda:

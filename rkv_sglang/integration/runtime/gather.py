@@ -6,12 +6,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from rkv_sglang.cache.compact import Compacted, compact_requests
-from rkv_sglang.cache.step_tensors import read_slots
 from rkv_sglang.config import PolicyConfig
-from rkv_sglang.integration.runtime.jobs import Job, due_requests, on_forward_stream
+from rkv_sglang.integration.runtime.jobs import Job, scoring
 from rkv_sglang.integration.runtime.parts import Parts
 from rkv_sglang.integration.startup.verify_switch import is_verifying
 from rkv_sglang.policies import Policy
@@ -33,28 +30,11 @@ def compact(parts: Parts, policy: Policy, window: int, batch: ScheduleBatch, job
     """
     scored, scheduler = parts.scored, parts.scheduler
     assert scored is not None, "what every head keeps is chosen by scores"
-    query_window = scored.query_window
-    # Under overlap the scheduler may rewrite the map before the device gets to the move, so the slots are copied now,
-    # on the scheduler's stream.
-    slots = read_slots(
-        batch.req_to_token_pool.req_to_token,
-        [job.req.kv.req_pool_idx for job in jobs],
-        [job.plan.resident_len for job in jobs],
-    )
-    with on_forward_stream(scheduler) as stream, parts.timed():
-        query_window.flush()
-        # All slots are views of one tensor.
-        if stream is not None and slots[0].is_cuda:
-            slots[0].record_stream(stream)
-        places = [(job.req.kv.req_pool_idx, job.logical_len) for job in jobs]
-
-        def read_queries(part: slice, layers: slice) -> Tensor:
-            return query_window.read(places[part], layers)
-
+    with scoring(parts, scored, batch, jobs) as due:
         results = _compacting(scheduler.tree_cache)(
             scored.buffers,
-            due_requests(parts, jobs, slots),
-            read_queries,
+            due.requests,
+            due.read_queries,
             policy,
             window,
             query_bytes=scored.request_bytes,

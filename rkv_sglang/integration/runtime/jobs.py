@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic
 
 from torch import Tensor
 
 from rkv_sglang.cache.compact import DueRequest, PlanT
+from rkv_sglang.cache.step_tensors import read_slots
 from rkv_sglang.cache.trace import pack_compaction
 from rkv_sglang.config import PolicyConfig
-from rkv_sglang.integration.runtime.parts import Parts
+from rkv_sglang.integration.runtime.parts import Parts, Scored
 from rkv_sglang.integration.runtime.requests import trace_of
 from rkv_sglang.sizes.lengths import RequestState
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,28 +59,57 @@ class Job(Generic[PlanT]):
             )
 
 
-def due_requests(parts: Parts, jobs: Sequence[Job[PlanT]], slots: Sequence[Tensor]) -> list[DueRequest[PlanT]]:
-    """Describe what is compacted by scores, on the stream that it runs on.
+@dataclass(frozen=True, kw_only=True)
+class Scoring(Generic[PlanT]):
+    """What scores are made of, for ``compact_requests`` and ``choose_by_scores``, on the stream that they run on.
 
-    Args:
-        slots: Of each job's resident tokens.
+    Attributes:
+        requests: One of each job.
+        read_queries: The window's queries of some of them in some layers.
+        stream: The stream of forward passes; None if there is no other.
     """
-    scored, pool_size = parts.scored, parts.scheduler.max_total_num_tokens
-    assert scored is not None, "scores are made of something"
-    return [
-        DueRequest(
-            job.plan,
-            own,
-            job.logical_len,
-            kept_state=job.state.kept_state,
-            memory=job.state.memory,
-            wants_indices=job.wants_trace,
-            prompt_hits=scored.prompt_hits_room.hits_of(
-                job.state, scored.buffers, capacity=job.config.capacity, most_tokens=pool_size
-            ),
+
+    requests: list[DueRequest[PlanT]]
+    read_queries: Callable[[slice, slice], Tensor]
+    stream: Any
+
+
+@contextlib.contextmanager
+def scoring(parts: Parts, scored: Scored, batch: ScheduleBatch, jobs: Sequence[Job[PlanT]]) -> Iterator[Scoring[PlanT]]:
+    """Enter the stream on which forward passes run, with all that the scores of these requests of a batch need.
+
+    What is done within is observed by the metrics, if there are any.
+    """
+    pool_size = parts.scheduler.max_total_num_tokens
+    rows = [job.req.kv.req_pool_idx for job in jobs]
+    # Under overlap the scheduler may rewrite the map before the device gets to the scores, so the slots are copied now,
+    # on the scheduler's stream.
+    slots = read_slots(batch.req_to_token_pool.req_to_token, rows, [job.plan.resident_len for job in jobs])
+    with on_forward_stream(parts.scheduler) as stream, parts.timed():
+        scored.query_window.flush()
+        # All slots are views of one tensor.
+        if stream is not None and slots[0].is_cuda:
+            slots[0].record_stream(stream)
+        requests = [
+            DueRequest(
+                job.plan,
+                own,
+                job.logical_len,
+                kept_state=job.state.kept_state,
+                memory=job.state.memory,
+                wants_indices=job.wants_trace,
+                prompt_hits=scored.prompt_hits_room.hits_of(
+                    job.state, scored.buffers, capacity=job.config.capacity, most_tokens=pool_size
+                ),
+            )
+            for job, own in zip(jobs, slots, strict=True)
+        ]
+        places = [(row, request.logical_len) for row, request in zip(rows, requests, strict=True)]
+        yield Scoring(
+            requests=requests,
+            read_queries=lambda part, layers: scored.query_window.read(places[part], layers),
+            stream=stream,
         )
-        for job, own in zip(jobs, slots, strict=True)
-    ]
 
 
 def on_forward_stream(scheduler: Any) -> contextlib.AbstractContextManager[Any]:
