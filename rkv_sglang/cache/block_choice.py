@@ -11,10 +11,8 @@ import torch
 
 from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.cache.buffers import KVBuffers
-from rkv_sglang.cache.compact import DueRequest, mark_filled, most_tokens_together, split_layers, split_requests
-from rkv_sglang.kernels.dispatch import score_paged, working_bytes_per_token
-from rkv_sglang.kernels.paged_batch import PagedBatch
-from rkv_sglang.kernels.score.scorers import History
+from rkv_sglang.cache.compact import DueRequest, mark_filled, split_work
+from rkv_sglang.kernels.dispatch import score_paged
 from rkv_sglang.kernels.transfer import to_device
 from rkv_sglang.policies import Places, Policy, is_stateful
 from rkv_sglang.sizes.compaction_plan import DropPlan
@@ -111,31 +109,13 @@ def choose_by_scores(
             their own each.
     """
     choices: list[BlockChoice] = []
-    token_bytes = working_bytes_per_token(buffers.keys, window)
-    num_tokens = [due.plan.resident_len + query_bytes // token_bytes for due in requests]
-    most_tokens = most_tokens_together(buffers, token_bytes)
-    for part in split_requests(num_tokens, most_tokens):
+    for part, batch, layers_of_part in split_work(buffers, requests, window, query_bytes):
         together = requests[part]
         plans = [due.plan for due in together]
-        batch = PagedBatch.from_slots(
-            torch.cat([due.slots for due in together]),
-            kv_lens=[plan.resident_len for plan in plans],
-            prompt_lens=[plan.prompt_len for plan in plans],
-            budgets=[plan.budget for plan in plans],
-            window=window,
-        )
         of_layers: list[torch.Tensor] = []
         totals = torch.zeros(batch.num_tokens, device=buffers.keys.device)
-        for layers in split_layers(buffers.keys.num_layers, max(num_tokens[part]) * len(plans), most_tokens):
-            own = buffers if layers == slice(0, buffers.keys.num_layers) else buffers.of_layers(layers)
-            history = [
-                History(
-                    due.logical_len,
-                    None if due.kept_state is None else due.kept_state[layers],
-                    prompt_hits=None if due.prompt_hits is None else due.prompt_hits.of_layers(layers),
-                )
-                for due in together
-            ]
+        for layers in layers_of_part:
+            own, history = buffers.of_layers(layers), [due.history(layers) for due in together]
             scores = score_paged(own.keys, own.values, batch, read_queries(part, layers), policy, history, model)
             totals += scores.sum(dim=(0, 1))
             of_layers += [scores] if is_stateful(policy) else []

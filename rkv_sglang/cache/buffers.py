@@ -52,6 +52,8 @@ class KVBuffers:
 
     def of_layers(self, layers: slice) -> "KVBuffers":
         """Return the pool of some layers only, which shares their tensors with this one; waits for nothing."""
+        if layers == slice(0, self.keys.num_layers):
+            return self
         return KVBuffers(keys=_of_layers(self.keys, layers), values=_of_layers(self.values, layers))
 
 

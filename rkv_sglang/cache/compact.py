@@ -45,6 +45,12 @@ class DueRequest(Generic[PlanT]):
     wants_indices: bool = False
     prompt_hits: PromptHits | None = None
 
+    def history(self, layers: slice) -> History:
+        """Return what the score of some layers goes on from."""
+        state, memory = (None if own is None else own[layers] for own in (self.kept_state, self.memory))
+        hits = None if self.prompt_hits is None else self.prompt_hits.of_layers(layers)
+        return History(self.logical_len, state, memory, hits)
+
 
 @dataclass(frozen=True)
 class Compacted:
@@ -93,23 +99,11 @@ def compact_requests(
         Per request, in order, what was kept.
     """
     compacted: list[Compacted] = []
-    token_bytes = working_bytes_per_token(buffers.keys, window)
-    query_tokens = query_bytes // token_bytes
-    num_tokens = [request.plan.resident_len + query_tokens for request in requests]
-    most_tokens = most_tokens_together(buffers, token_bytes)
-    for part in split_requests(num_tokens, most_tokens):
+    for part, batch, layers_of_part in split_work(buffers, requests, window, query_bytes):
         together = requests[part]
-        plans = [request.plan for request in together]
-        batch = PagedBatch.from_slots(
-            torch.cat([request.slots for request in together]),
-            kv_lens=[plan.resident_len for plan in plans],
-            prompt_lens=[plan.prompt_len for plan in plans],
-            budgets=[plan.budget for plan in plans],
-            window=window,
-        )
         of_layers = [
             _compact_layers(buffers, together, batch, read_queries(part, layers), policy, layers, model)
-            for layers in split_layers(buffers.keys.num_layers, max(num_tokens[part]) * len(plans), most_tokens)
+            for layers in layers_of_part
         ]
         compacted += [_join(own) for own in zip(*of_layers, strict=True)]
         mark_filled(together)
@@ -126,13 +120,8 @@ def _compact_layers(
     model: ModelAttention,
 ) -> list[Compacted]:
     """Compact some layers of the requests of ``batch``; what is returned has these layers only."""
-    if layers != slice(0, buffers.keys.num_layers):
-        buffers = buffers.of_layers(layers)
-    history = []
-    for request in requests:
-        state, memory = (None if own is None else own[layers] for own in (request.kept_state, request.memory))
-        hits = None if request.prompt_hits is None else request.prompt_hits.of_layers(layers)
-        history.append(History(request.logical_len, state, memory, hits))
+    buffers = buffers.of_layers(layers)
+    history = [request.history(layers) for request in requests]
     kept = compact_paged(buffers.keys, buffers.values, batch, queries, policy, history, model)
     nothing = [None] * len(requests)
     return [
@@ -162,6 +151,30 @@ def _join(of_layers: Sequence[Compacted]) -> Compacted:
         parts = [part for of_layer in of_layers if (part := getattr(of_layer, name)) is not None]
         joined.append(torch.cat(parts) if parts else None)
     return Compacted(*joined)
+
+
+def split_work(
+    buffers: KVBuffers, requests: Sequence[DueRequest[PlanT]], window: int, query_bytes: int
+) -> Iterator[tuple[slice, PagedBatch, list[slice]]]:
+    """Yield parts of the work that fit into the working memory: which requests, as a batch, and which layers at a time.
+
+    Args:
+        query_bytes: As in ``compact_requests``.
+    """
+    token_bytes = working_bytes_per_token(buffers.keys, window)
+    num_tokens = [request.plan.resident_len + query_bytes // token_bytes for request in requests]
+    most_tokens = most_tokens_together(buffers, token_bytes)
+    for part in split_requests(num_tokens, most_tokens):
+        plans = [request.plan for request in requests[part]]
+        batch = PagedBatch.from_slots(
+            torch.cat([request.slots for request in requests[part]]),
+            kv_lens=[plan.resident_len for plan in plans],
+            prompt_lens=[plan.prompt_len for plan in plans],
+            budgets=[plan.budget for plan in plans],
+            window=window,
+        )
+        longest = max(num_tokens[part])
+        yield part, batch, list(split_layers(buffers.keys.num_layers, longest * len(plans), most_tokens))
 
 
 def split_requests(num_tokens: Sequence[int], most_tokens: int) -> Iterator[slice]:
