@@ -82,7 +82,7 @@ def parse_setting(text: str) -> Setting:
     """Return the setting that ``none`` or ``POLICY:BUDGET:BUFFER[:NAME=VALUE...]`` names.
 
     A name is a setting of every policy, such as window, or a parameter of this one, such as mix_lambda or seed; a value
-    is a number, true, false or a word.
+    is a number, true, false or a word. A switch such as stagger may stand alone.
 
     Raises:
         ValueError: The text is neither, or there is no such server; one line.
@@ -108,9 +108,15 @@ _FLAGS = {
 }
 
 
+# Those that are on or off: their name alone turns them on.
+_SWITCHES = {field.name for field in fields(PolicyConfig) if isinstance(field.default, bool)}
+
+
 def _pair(word: str) -> tuple[str, Any]:
     name, sign, value = word.partition("=")
     if not sign:
+        if name in _SWITCHES:
+            return name, True
         raise ValueError(f"{word!r} is not NAME=VALUE")
     try:
         return name, json.loads(value)

@@ -11,7 +11,7 @@ Starts one server per setting and pool and replays the same trace on each. Setti
   too: a server with a policy has these flags and ``--kv-policy``, budget and buffer; a policy turns nothing off.
 - ``stock``: the same without the plugin's package loaded at all (``benchmarks.idle_cost`` measures that difference).
 - ``fp8``: ``none`` with an fp8 KV cache, on a GPU only.
-- ``POLICY:BUDGET:BUFFER``, such as ``rkv:1024:128``; with ``--kv-stagger`` if ``:stagger`` follows.
+- ``POLICY:BUDGET:BUFFER``, such as ``rkv:1024:128``; with ``--kv-stagger`` if ``:stagger`` follows, and so on.
 
 All have equal memory in total: a pool of 1 or more is a number of tokens without a policy, and a policy's own buffers
 are taken off its pool; a pool below 1 is ``--mem-fraction-static``, for GPUs, and the plugin takes them off itself.

@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,6 @@ from rkv_sglang.sizes.query_rows import num_query_rows
 from rkv_sglang.view.http import open_url
 
 STOCK, FP8 = "stock", "fp8"
-# After a setting with a policy: with --kv-stagger.
-STAGGER = ":stagger"
 # Tokens singly and at once, as differences; the log tells the batch size every so many decode steps.
 COMMON_FLAGS = (
     *("--stream-interval", "1", "--incremental-streaming-output"),
@@ -41,7 +39,7 @@ _SIDE_BYTES = re.compile(r"^rkv:side_buffer_bytes(?:\{.*\})? (\S+)$", re.MULTILI
 
 
 def parse_setting(text: str) -> Setting:
-    """Return the setting called ``none``, ``stock``, ``fp8``, ``POLICY:BUDGET:BUFFER`` or that with ``:stagger``.
+    """Return the setting called ``none``, ``stock``, ``fp8``, or as every benchmark names it (``rkv:64:32:stagger``).
 
     Raises:
         ValueError: It is none of these, or cannot run here; one line.
@@ -53,14 +51,9 @@ def parse_setting(text: str) -> Setting:
             raise ValueError("the setting fp8 needs a GPU: leave it out of --settings")
         return Setting(text, own_flags=("--kv-cache-dtype", "fp8_e4m3"))
     try:
-        setting = settings.parse_setting(text.removesuffix(STAGGER))
-        if not text.endswith(STAGGER):
-            return setting
-        if setting.config is None:
-            raise ValueError(f"the setting {text!r} has nothing to stagger")
-        return Setting(text, replace(setting.config, stagger=True))
+        return settings.parse_setting(text)
     except ValueError as error:
-        raise ValueError(f"{error}; here also {STOCK}, {FP8} and POLICY:BUDGET:BUFFER{STAGGER}") from error
+        raise ValueError(f"{error}; here also {STOCK} and {FP8}") from error
 
 
 def query_window_bytes(shape: ModelShape, config: PolicyConfig, pool: int, max_requests: int) -> int:
