@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rkv_sglang.config import PolicyConfig
-from rkv_sglang.integration.startup.server_args import RKVServerArgs, config_problems
+from rkv_sglang.integration.startup.server_args import RKVServerArgs, read_config
 from rkv_sglang.policies import make_policy, registry
 from tests.garbage.neighbours import any_value, assert_flat, assert_one_line
 
@@ -65,7 +65,7 @@ def point(monkeypatch: pytest.MonkeyPatch) -> Point:
 
 def problems(point: Point, load: Callable[[], Any], parameters: Any = None) -> list[str]:
     point.load = load
-    found = config_problems(RKVServerArgs(model_path="m", kv_policy="some", kv_policy_config=parameters or {}))
+    _, found = read_config(RKVServerArgs(model_path="m", kv_policy="some", kv_policy_config=parameters or {}))
     for problem in found:
         assert_one_line(problem)
     return found

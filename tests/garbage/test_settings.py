@@ -15,7 +15,7 @@ from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.doctor.arguments import read_arguments, server_parser
 from rkv_sglang.integration.doctor.command_line import read_launch
 from rkv_sglang.integration.runtime.requests import config_for, wants_trace
-from rkv_sglang.integration.startup.server_args import RKVServerArgs, config_from_args, config_problems
+from rkv_sglang.integration.startup.server_args import RKVServerArgs, config_from_args, read_config
 from rkv_sglang.policies import POLICIES, make_policy, registry
 from tests.garbage.neighbours import any_value, assert_flat, assert_one_line, damaged, mutated, nested
 
@@ -105,7 +105,7 @@ def no_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def read(settings: dict[str, Any]) -> None:
     args = RKVServerArgs(model_path="m", **settings)
-    problems = config_problems(args)
+    _, problems = read_config(args)
     for problem in problems:
         assert_one_line(problem)
         assert "--" in problem

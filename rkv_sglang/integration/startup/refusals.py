@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
-from rkv_sglang.config import NO_POLICY
+from rkv_sglang.config import NO_POLICY, PolicyConfig
 from rkv_sglang.integration.startup.errors import RefusedError
 from rkv_sglang.integration.startup.refused_settings import REFUSED_SETTINGS, RefusedSetting
-from rkv_sglang.integration.startup.server_args import config_from_args, config_problems, policy_name
+from rkv_sglang.integration.startup.server_args import policy_name, read_config
 from rkv_sglang.integration.startup.verify_switch import verify_problem
 
 _WHOLE_CACHE_LAYERS = ("full_attention", "attention")
@@ -30,10 +30,10 @@ def flag_problems(server_args: Any) -> Iterator[str]:
     policy = policy_name(server_args)
     if policy == NO_POLICY:
         return
-    problems = config_problems(server_args)
+    config, problems = read_config(server_args)
     yield from problems
-    yield from filter(None, [verify_problem(None if problems else config_from_args(server_args).granularity)])
-    for refused, value in refused_values(server_args):
+    yield from filter(None, [verify_problem(None if config is None else config.granularity)])
+    for refused, value in _refused_values(server_args, config):
         is_variable = not refused.setting.startswith("--")
         shown = refused.setting if value is True else f"{refused.setting} {value}"
         mend = refused.mend or (f"unset {refused.setting}" if is_variable else f"leave {refused.setting} out")
@@ -42,21 +42,22 @@ def flag_problems(server_args: Any) -> Iterator[str]:
 
 def refused_values(server_args: Any) -> Iterator[tuple[RefusedSetting, Any]]:
     """Yield every setting that this policy, as it is set here, cannot be combined with, and its value."""
-    records_nothing = _records_nothing(server_args)
+    yield from _refused_values(server_args, read_config(server_args)[0])
+
+
+def _refused_values(server_args: Any, config: PolicyConfig | None) -> Iterator[tuple[RefusedSetting, Any]]:
+    records_nothing = _records_nothing(config)
     for refused in REFUSED_SETTINGS:
         value = None if refused.records_only and records_nothing else refused.found(server_args)
         if value is not None and value is not False:
             yield refused, value
 
 
-def _records_nothing(server_args: Any) -> bool:
-    """Return whether the policy looks at places alone, so that no query is recorded; False if the settings are bad."""
+def _records_nothing(config: PolicyConfig | None) -> bool:
+    """Return whether the policy looks at places alone, so that no query is recorded; False without good settings."""
     from rkv_sglang.policies import looks_at_nothing
 
-    try:
-        return looks_at_nothing(config_from_args(server_args))
-    except ValueError:
-        return False
+    return config is not None and looks_at_nothing(config)
 
 
 def refuse_model(model_config: Any, server_args: Any) -> None:
@@ -79,7 +80,8 @@ def model_problems(model_config: Any, server_args: Any) -> Iterator[str]:
     from sglang.srt.configs.model_config import AttentionArch
 
     text_config = model_config.hf_text_config
-    served = (AttentionArch.MHA, AttentionArch.MLA) if _records_nothing(server_args) else (AttentionArch.MHA,)
+    records_nothing = _records_nothing(read_config(server_args)[0])
+    served = (AttentionArch.MHA, AttentionArch.MLA) if records_nothing else (AttentionArch.MHA,)
     other_layers = sorted(set(getattr(text_config, "layer_types", None) or ()) - set(_WHOLE_CACHE_LAYERS))
     problems = (
         (not model_config.is_generation, "it does not generate"),
@@ -146,7 +148,7 @@ def _pool_problem(scheduler: Any) -> str | None:
     allocator = scheduler.token_to_kv_pool_allocator
     pool = allocator.get_kvcache()
     # Exact types: a subclass may lay out, share or copy entries in its own way.
-    records_nothing = _records_nothing(resolving_view(scheduler.server_args))
+    records_nothing = _records_nothing(read_config(resolving_view(scheduler.server_args))[0])
     for part, expected in (
         (pool, (MHATokenToKVPool, MLATokenToKVPool) if records_nothing else (MHATokenToKVPool,)),
         (allocator, (TokenToKVPoolAllocator, PagedTokenToKVPoolAllocator)),

@@ -169,19 +169,14 @@ def config_from_args(server_args: Any) -> PolicyConfig:
         ValueError: The policy is unknown, cannot be loaded or does not take its parameters, a value is out of range, or
             two spellings of a setting have different values; one line that names the flag and the mend.
     """
-    config, problems = _read_config(server_args)
+    config, problems = read_config(server_args)
     if config is None:
         raise ValueError(problems[0])
     return config
 
 
-def config_problems(server_args: Any) -> list[str]:
-    """Return every reason for which ``config_from_args`` would refuse these arguments, one line each."""
-    return _read_config(server_args)[1]
-
-
-def _read_config(server_args: Any) -> tuple[PolicyConfig | None, list[str]]:
-    """Return the settings, or None and every problem of theirs."""
+def read_config(server_args: Any) -> tuple[PolicyConfig | None, list[str]]:
+    """Return what ``config_from_args`` does, or None and every reason for which it would refuse, one line each."""
     if policy_name(server_args) == NO_POLICY:
         return PolicyConfig(policy=NO_POLICY), []
     # Here, so that processes without a policy load neither policies nor torch for them.
