@@ -15,8 +15,6 @@ from tests.support.oracle.policy_scores import score_function
 from tests.support.oracle.scores import ScoreFunction
 
 SHARED_PREFIX_LEN = 71
-# Below this a choice between two tokens, or between two cached tokens, is a matter of summation order.
-NEAR_TIE = 1e-4
 
 
 @dataclass(frozen=True)

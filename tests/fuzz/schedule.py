@@ -9,9 +9,6 @@ from typing import Any
 
 from devtools.tiny_models import tiny_model_path
 
-# What a schedule can do to the scheduler itself, at the start of a pass.
-EVENT_KINDS = ("retract", "pause_retract", "pause_in_place", "continue", "flush", "abort_all")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
@@ -149,7 +146,10 @@ class FuzzRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something done to the scheduler at the start of a pass, counted from the schedule's start."""
+    """Something done to the scheduler at the start of a pass, counted from the schedule's start.
+
+    ``kind`` is retract, pause_retract, pause_in_place, continue, flush or abort_all.
+    """
 
     at_pass: int
     kind: str

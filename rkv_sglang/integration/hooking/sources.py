@@ -37,11 +37,6 @@ class Sources:
         candidates = (f"{path}/__init__.py", f"{path}.py") if path else ("__init__.py",)
         return next((name for name in candidates if (self.folder / name).is_file()), None)
 
-    def is_folder(self, module: str) -> bool:
-        """Return whether a dotted name is a folder of the package, with an ``__init__`` or without."""
-        top, _, rest = module.partition(".")
-        return top == self.package and (self.folder / rest.replace(".", "/")).is_dir()
-
     def modules_in(self, module: str) -> Iterator[str]:
         """Yield the modules right in a folder of the package, by their dotted names."""
         for path in sorted((self.folder / module.partition(".")[2].replace(".", "/")).glob("*.py")):
