@@ -4,6 +4,7 @@ A tiny model is a fp32 checkpoint with a tokenizer, in ``.cache/models`` under a
 made from. Every token of the tokenizer is plain ASCII, so any output is text, and stop strings and grammars can hit.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -19,11 +20,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GenerationConfig,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -35,6 +40,7 @@ VOCAB_SIZE = 512
 # Raise it when what a folder holds changes in a way that neither config nor seed shows.
 _FORMAT = 1
 
+_ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
 _SHARED: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 128,
@@ -43,13 +49,18 @@ _SHARED: dict[str, Any] = {
     "max_position_embeddings": 32768,
     # The usual 0.02 makes all logits alike at this size, and greedy output collapses into a loop of one token.
     "initializer_range": 0.2,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "rope_parameters": _ROPE,
     "tie_word_embeddings": False,
     "pad_token_id": PAD_ID,
     "bos_token_id": BOS_ID,
     "eos_token_id": EOS_ID,
 }
 MLA_MODEL = "deepseek-v2"
+# Tokens that a layer attends to which attends to the latest alone, its own included.
+SLIDING_WINDOW = 24
+SLIDING, FULL = "sliding_attention", "full_attention"
+# Transformers reads those of each kind of layer, SGLang that of all.
+_ROPE_OF_EACH = {**_ROPE, SLIDING: _ROPE, FULL: _ROPE}
 # name: (config class, model class, own settings, seed)
 _RECIPES: dict[str, tuple[type, type, dict[str, Any], int]] = {
     "llama-gqa": (
@@ -74,6 +85,8 @@ _RECIPES: dict[str, tuple[type, type, dict[str, Any], int]] = {
     MLA_MODEL: (
         DeepseekV2Config,
         DeepseekV2ForCausalLM,
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
         {
             # What SGLang's kernels of latent attention expect.
             "kv_lora_rank": 512,
@@ -97,6 +110,38 @@ _RECIPES: dict[str, tuple[type, type, dict[str, Any], int]] = {
                 "beta_fast": 32,
                 "beta_slow": 1,
                 "original_max_position_embeddings": 2048,
+            },
+        },
+        0,
+    ),
+    "olmo3": (
+        Olmo3Config,
+        Olmo3ForCausalLM,
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "sliding_window": SLIDING_WINDOW,
+            "layer_types": [SLIDING, FULL, SLIDING],
+            "rope_parameters": _ROPE_OF_EACH,
+        },
+        0,
+    ),
+    "gemma3": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 48,
+            "sliding_window": SLIDING_WINDOW,
+            "layer_types": [FULL, SLIDING, SLIDING],
+            # SGLang ties them anyway, so a token's embedding must not be the largest part of what comes out.
+            "tie_word_embeddings": True,
+            "initializer_range": 0.05,
+            "rope_parameters": {
+                SLIDING: _ROPE,
+                FULL: {"rope_type": "default", "rope_theta": 1000000.0},
             },
         },
         0,
@@ -136,7 +181,8 @@ def tiny_model_path(name: str) -> Path:
         KeyError: The name is none of these.
     """
     config_class, model_class, settings, seed = _RECIPES[name]
-    config = config_class(**(_SHARED | settings))
+    # Copies: some configurations change what they are made with.
+    config = config_class(**copy.deepcopy(_SHARED | settings))
     made_from = [_FORMAT, seed, torch.__version__, transformers.__version__, config.to_dict()]
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()[:12]
     target = MODELS_DIR / f"tiny-{name}-{digest}"

@@ -110,7 +110,7 @@ MODEL_HOOKS: tuple[Hook, ...] = (
             *names(MODEL_RUNNER, "model model_config token_to_kv_pool req_to_token_pool dtype device"),
             f"{MODEL_CONFIG}.get_total_num_kv_heads",
             *names(ATTENTION, "layer_id k_scale_float v_scale_float tp_k_head_num tp_q_head_num qk_head_dim"),
-            *names(ATTENTION, "scaling logit_cap"),
+            *names(ATTENTION, "scaling logit_cap sliding_window_size"),
             f"{RUNTIME_CONTEXT}.get_parallel",
             *names(PARALLEL, "tp_rank tp_size"),
             *names(KV_POOL, "k_buffer v_buffer dtype size start_layer"),
