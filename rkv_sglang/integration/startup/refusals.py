@@ -86,7 +86,7 @@ def model_problems(model_config: Any, server_args: Any) -> Iterator[str]:
     served = (AttentionArch.MHA, AttentionArch.MLA) if records_nothing else (AttentionArch.MHA,)
     layer_types = set(getattr(text_config, "layer_types", None) or ())
     other_layers = sorted(layer_types - set(_KNOWN_LAYERS))
-    sliding = (text_config.sliding_window or 0) if "sliding_attention" in layer_types else 0
+    sliding = (getattr(text_config, "sliding_window", None) or 0) if "sliding_attention" in layer_types else 0
     # Settings that are no good are refused before.
     flag, kept = latest_kept(config or PolicyConfig())
     problems = (

@@ -144,7 +144,9 @@ def test_a_choice_by_places_runs_no_kernel_and_touches_nothing_but_the_map():
             buffers = KVBuffers.from_layers(*pools, dtype=torch.float32, key_scales=[1.0], value_scales=[1.0])
             window: Any = policy.parts.scored.query_window
             window.read = lambda places, layers: torch.zeros(1, 1, 8, 1, 4)
-            policy.bind(replace(policy.parts, scored=Scored(buffers=buffers, query_window=window, first_layer=0)))
+            policy.bind(
+                replace(policy.parts, scored=Scored(buffers=buffers, layers=(), query_window=window, first_layer=0))
+            )
         called = set()
 
         def watch(frame: Any, event: str, argument: object, called: set[str] = called) -> None:
