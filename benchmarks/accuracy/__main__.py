@@ -15,8 +15,14 @@ seconds of a CPU is unjudged: a column of its own, not right and not wrong.
 Every finished sample is kept in ``--work``, one line each, and an interrupted run goes on behind it; so does one with
 more problems or samples. A run with anything else changed (model, versions, sampling, flags, hardware) starts anew.
 
-pass@1 is the mean over problems of the share of their samples that are right. Writes ``accuracy.csv`` (one row a
-setting; columns in ``common/tables.py``), ``accuracy.json`` and ``accuracy.png``, and prints the table.
+Two measures, over problems: *right* (pass@1), the share of their samples that are right; and *kept*, the share of those
+with the same final answer as the sample of ``none`` of that number, right or wrong. Every problem counts: where
+``none`` gives no answer that can be read, kept is who gives none either (the table says how many these are). Kept is
+meant for greedy answers, ``--temperature 0 --samples 1``. Both have paired differences from ``none`` and from the
+setting of ``random_attention`` with the same budget.
+
+Writes ``accuracy.csv`` (one row a setting; columns in ``common/tables.py``), ``accuracy.json`` and ``accuracy.png``,
+and prints the table.
 """
 
 import argparse
@@ -26,6 +32,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.accuracy.judge import Judge
+from benchmarks.accuracy.kept import compare_answers
 from benchmarks.accuracy.problems import DRY_RUN_PROBLEMS, Problem, load_problems
 from benchmarks.accuracy.report import markdown, plot
 from benchmarks.accuracy.rows import ByProblem, accuracy_rows
@@ -36,6 +43,7 @@ from benchmarks.common.schema import hardware_folder, run_info, write_table
 from benchmarks.common.settings import Setting, parse_setting
 from benchmarks.common.tables import ACCURACY
 from devtools.launch import ServerError, exit_on_sigterm, has_gpu
+from rkv_sglang.config import NO_POLICY
 
 INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
 # What one of the hours is an hour of, by whether there is an accelerator.
@@ -118,10 +126,12 @@ def measure(options: argparse.Namespace, problems: Sequence[Problem], judge: Jud
     return results
 
 
-def write_results(options: argparse.Namespace, results: dict[Setting, ByProblem]) -> None:
+def write_results(options: argparse.Namespace, results: dict[Setting, ByProblem], judge: Judge) -> None:
     """Write the CSV, its JSON and the plot, and print the table."""
     dataset = Path(options.problems).name if Path(options.problems).exists() else options.problems
-    rows = accuracy_rows(dataset, results)
+    full = next((by for setting, by in results.items() if setting.policy == NO_POLICY), None)
+    kept = {setting: compare_answers(judge, by, full) for setting, by in results.items()} if full else None
+    rows = accuracy_rows(dataset, results, kept)
     settings = {**vars(options), "settings": [setting.name for setting in options.settings]}
     settings["problems"] = dataset
     info = run_info(**{name: str(v) if isinstance(v, Path) else v for name, v in settings.items()})
@@ -144,7 +154,7 @@ def main() -> int:
             for problem in problems:
                 # An answer that cannot be read must not end the run hours later.
                 judge.require(problem.answer)
-            write_results(options, measure(options, problems, judge))
+            write_results(options, measure(options, problems, judge), judge)
     except (ServerError, ValueError, ModuleNotFoundError) as error:
         print(f"accuracy: {error}", file=sys.stderr)
         return 1

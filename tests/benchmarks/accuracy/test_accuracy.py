@@ -18,11 +18,19 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks.accuracy.checker import Verdict, check
+from benchmarks.accuracy.checker import Verdict, check, compare
 from benchmarks.accuracy.judge import Judge
+from benchmarks.accuracy.kept import compare_answers
 from benchmarks.accuracy.problems import DRY_RUN_PROBLEMS, Problem, load_problems
 from benchmarks.accuracy.report import markdown, plot
-from benchmarks.accuracy.rows import NOTHING_COMPRESSED, PARTLY_COMPRESSED, accuracy_rows, busy_seconds, paired
+from benchmarks.accuracy.rows import (
+    NOTHING_COMPRESSED,
+    PARTLY_COMPRESSED,
+    accuracy_rows,
+    busy_seconds,
+    control_of,
+    paired,
+)
 from benchmarks.accuracy.run import Sampling, run_samples
 from benchmarks.accuracy.store import Sample, SampleStore
 from benchmarks.common.schema import write_table
@@ -33,6 +41,7 @@ from devtools.launch import Server, ServerError
 
 ROOT = Path(__file__).resolve().parents[3]
 NONE, RKV = parse_setting("none"), parse_setting("rkv:64:16")
+CONTROL = parse_setting("random_attention:64:16:granularity=head:window=8")
 SAMPLING = Sampling(instruction="Box it.", temperature=0.6, top_p=0.95, max_tokens=64, seed=0)
 
 
@@ -90,6 +99,25 @@ def test_a_known_answer_that_cannot_be_read_is_an_error() -> None:
         check("\\boxed{1}", "")
 
 
+@pytest.mark.parametrize(
+    "text, full_text, expected",
+    [
+        ("\\boxed{0.25}", "So it is \\boxed{\\frac{1}{4}}.", "same"),
+        ("The answer is 42.", "The answer is 43.", "other"),
+        ("The answer is 42.", "I cannot say.", "other"),
+        ("I cannot say.", "The answer is 42.", "other"),
+        ("I cannot say.", "", "neither"),
+    ],
+)
+def test_final_answers_of_two_outputs_are_compared_by_value(text: str, full_text: str, expected: str) -> None:
+    assert compare(text, False, full_text, False) == expected
+
+
+def test_an_answer_kept_may_be_cut_where_it_is_boxed() -> None:
+    assert compare("Then we add 42", True, "Then we add 42", False) == "other"
+    assert compare("It is \\boxed{42}. Let", True, "It is 42", False) == "same"
+
+
 @pytest.fixture(scope="module")
 def judge() -> Iterator[Judge]:
     with Judge(cpu_seconds=1) as judge:
@@ -110,6 +138,12 @@ def test_the_judge_says_what_the_checker_says(judge: Judge) -> None:
 def test_an_answer_without_end_is_unjudged_and_the_next_is_judged(judge: Judge) -> None:
     assert judge.verdict(ENDLESS, "3") == Verdict("unjudged", "")
     assert judge.verdict("\\boxed{3}", "3").outcome == "right"
+
+
+def test_answers_of_two_outputs_are_compared_in_time_or_not_at_all(judge: Judge) -> None:
+    assert judge.compare(ENDLESS, False, "\\boxed{3}", False) == "unjudged"
+    assert judge.compare("\\boxed{3}", False, "It is 3.", True) == "other"
+    assert judge.compare("\\boxed{3}", False, "It is 3.", False) == "same"
 
 
 def test_a_long_number_is_an_answer_like_any_other(judge: Judge) -> None:
@@ -306,6 +340,45 @@ def test_figures_by_hand() -> None:
     assert (second["pass_diff"], second["pass_diff_low"], second["pass_diff_high"]) == (-0.125, -0.5, 0.25)
     assert (second["tokens_diff"], second["tokens_diff_low"], second["tokens_diff_high"]) == (200, 100, 300)
     assert first["pass_diff"] == first["tokens_diff"] == 0
+
+
+def test_every_problem_counts_for_the_answers_that_are_kept(judge: Judge) -> None:
+    """By hand: of five problems the full cache answers four. One setting keeps two of these and fails at the fifth, as
+    the full cache does, which counts as kept; the control keeps one, and answers the fifth."""
+
+    def answers(*texts: str, **changed: Any) -> dict[str, list[Sample]]:
+        return {
+            str(i): [
+                make_sample(str(i), text=text, found=text[-1], outcome="wrong" if text != "?" else "none", **changed)
+            ]
+            for i, text in enumerate(texts)
+        }
+
+    results = {
+        NONE: answers("It is 1", "It is 2", "It is 3", "It is 4", "?"),
+        RKV: answers("So 1.0", "It is 2", "It is 4", "?", "?", evicted_tokens=15),
+        CONTROL: answers("It is 9", "It is 9", "It is 3", "It is 9", "It is 1", evicted_tokens=10),
+    }
+    kept = {setting: compare_answers(judge, by_problem, results[NONE]) for setting, by_problem in results.items()}
+    assert [of_one for (of_one,) in kept[RKV].values()] == ["same", "same", "other", "other", "neither"]
+    full, ours, control = accuracy_rows("some", results, kept)
+    assert [(row["kept"], row["kept_neither"]) for row in (full, ours, control)] == [(1, 0.2), (0.6, 0.2), (0.2, 0)]
+    # Problem by problem 1, 1, -1, 0, 1.
+    assert ours["kept_less_control"] == 0.4 and ours["kept_less_control_low"] < 0 < ours["kept_less_control_high"]
+    assert (ours["control"], control["control"], control["kept_less_control"]) == (CONTROL.name, CONTROL.name, 0)
+    assert full["control"] == "" and math.isnan(float(full["kept_less_control"]))
+    assert [row["held"] for row in (full, ours, control)] == [1, 0.25, 0.5]
+    unjudged = {setting: {key: ["unjudged"] for key in of_one} for setting, of_one in kept.items()}
+    assert [(row["kept"], row["not_compared"]) for row in accuracy_rows("some", results, unjudged)] == [(0, 1)] * 3
+
+
+def test_a_draw_of_the_same_budget_is_the_control() -> None:
+    names = ("none", "random_attention:64:16:granularity=head:window=8", "random_attention:64:16:window=8", "rkv:48:16")
+    settings = [parse_setting(name) for name in names]
+    assert control_of(RKV, settings) == settings[1]
+    assert control_of(parse_setting("rkv:64:16:granularity=request"), settings) == settings[2]
+    assert control_of(RKV, [settings[0], settings[2]]) == settings[2]
+    assert control_of(settings[3], settings) is None and control_of(NONE, settings) is None
 
 
 def test_rows_say_when_they_prove_nothing(tmp_path: Path) -> None:
