@@ -2,7 +2,7 @@
 
     python -m benchmarks.accuracy --model M --problems FILE_OR_DATASET [--settings none,rkv:1024:128]
         [--split test] [--subset NAME] [--limit N] [--samples 4] [--max-tokens 16384] [--temperature 0.6] [--top-p 0.95]
-        [--concurrency 64] [--server-args "--tp 2"] [--out FOLDER] [--work FOLDER]
+        [--concurrency 64] [--server-args "--tp 2"] [--answered] [--out FOLDER] [--work FOLDER]
     python -m benchmarks.accuracy --smoke
     python -m benchmarks.accuracy --plot-only FOLDER
 
@@ -14,6 +14,8 @@ seconds of a CPU is unjudged: a column of its own, not right and not wrong.
 
 Every finished sample is kept in ``--work``, one line each, and an interrupted run goes on behind it; so does one with
 more problems or samples. A run with anything else changed (model, versions, sampling, flags, hardware) starts anew.
+``--answered`` asks nothing: it shows what there is so far, of the problems that every setting has answered. Short
+answers come first, so that these are not all alike.
 
 Two measures, over problems: *right* (pass@1), the share of their samples that are right; and *kept*, the share of those
 with the same final answer as the sample of ``none`` of that number, right or wrong. Every problem counts: where
@@ -28,7 +30,7 @@ and prints the table.
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from benchmarks.accuracy.judge import Judge
@@ -68,6 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--instruction", default=INSTRUCTION, help="follows every problem, default %(default)r")
     parser.add_argument("--concurrency", type=int, default=64, help="requests at a time, default %(default)s")
     parser.add_argument("--timeout", type=float, default=7200, help="seconds for one answer, default %(default)s")
+    parser.add_argument("--answered", action="store_true", help="only show what is there, and start no server")
     parser.add_argument("--server-args", default="", help="further flags of every server, in one string")
     options = parser.parse_args()
     if options.smoke:
@@ -99,31 +102,56 @@ def make_store(options: argparse.Namespace, setting: Setting, sampling: Sampling
     return SampleStore(options.work, setting.name, description)
 
 
-def measure(options: argparse.Namespace, problems: Sequence[Problem], judge: Judge) -> dict[Setting, ByProblem]:
-    """Have every setting answer what it has not answered yet; return all samples asked for."""
-    sampling = Sampling(
+def sampling_of(options: argparse.Namespace) -> Sampling:
+    """Return how every problem is asked."""
+    return Sampling(
         instruction=options.instruction,
         temperature=options.temperature,
         top_p=options.top_p,
         max_tokens=options.max_tokens,
         seed=options.seed,
     )
-    results: dict[Setting, ByProblem] = {}
-    for setting in options.settings:
-        store = make_store(options, setting, sampling)
-        # All problems once before any of them twice, so that an interrupted run has seen many.
-        wanted = [(problem, sample) for sample in range(options.samples) for problem in problems]
+
+
+def measure(options: argparse.Namespace, problems: Sequence[Problem], judge: Judge) -> dict[Setting, ByProblem]:
+    """Have every setting answer what it has not answered yet; return all samples asked for."""
+    sampling = sampling_of(options)
+    stores = {setting: make_store(options, setting, sampling) for setting in options.settings}
+    if options.answered:
+        problems = _answered(stores.values(), problems, options.samples)
+    # All problems once before any of them twice, so that an interrupted run has seen many.
+    wanted = [(problem, sample) for sample in range(options.samples) for problem in problems]
+    for setting, store in stores.items():
         todo = [(problem, sample) for problem, sample in wanted if (problem.key, sample) not in store.samples]
         kept = len(wanted) - len(todo)
         print(f"{setting.name}: {len(todo)} samples to go, {kept} kept from earlier runs ({store.path})", flush=True)
         if todo:
             with setting_server(options.model, setting, options.server_args, Path(".cache/logs")) as server:
                 run_samples(server, store, todo, sampling, options.concurrency, options.timeout, judge)
-        results[setting] = {
+    return {
+        setting: {
             problem.key: [store.samples[problem.key, sample] for sample in range(options.samples)]
             for problem in problems
         }
-    return results
+        for setting, store in stores.items()
+    }
+
+
+def _answered(stores: Collection[SampleStore], problems: Sequence[Problem], num_samples: int) -> list[Problem]:
+    """Return the problems of which every store has all samples.
+
+    Raises:
+        ValueError: There are none; one line.
+    """
+    numbers = range(num_samples)
+    found = [
+        problem
+        for problem in problems
+        if all((problem.key, number) in store.samples for store in stores for number in numbers)
+    ]
+    if not found:
+        raise ValueError("no problem has been answered under every setting: leave out --answered, or some settings")
+    return found
 
 
 def write_results(options: argparse.Namespace, results: dict[Setting, ByProblem], judge: Judge) -> None:

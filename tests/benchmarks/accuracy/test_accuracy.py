@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
+from benchmarks.accuracy.__main__ import make_store, measure, parse_arguments, sampling_of
 from benchmarks.accuracy.checker import Verdict, check, compare
 from benchmarks.accuracy.judge import Judge
 from benchmarks.accuracy.kept import compare_answers
@@ -290,8 +291,33 @@ def test_samples_come_back_and_a_cut_line_is_made_again(tmp_path: Path, rng: ran
         store.path.write_text(content[: len(content) - len(last) + length])
         cut = SampleStore(tmp_path, "rkv:64:16", {"model": "m"})
         assert list(cut.samples.values()) == samples[:-1]
+        # Another process may be writing it.
+        assert store.path.stat().st_size == len(content) - len(last) + length
         cut.add(samples[-1])
         assert store.path.read_text() == content
+
+
+def test_what_is_there_so_far_is_of_the_problems_that_all_have_answered(
+    tmp_path: Path, judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["accuracy", "--answered", "--settings", "none,rkv:64:16", "--work", str(tmp_path)]
+    )
+    options = parse_arguments()
+    options.samples = 2
+    problems = [Problem(f"say {i}", "3") for i in range(3)]
+    with pytest.raises(ValueError, match="no problem has been answered under every setting"):
+        measure(options, problems, judge)
+    for setting, answered in ((NONE, (0, 1, 2)), (RKV, (2, 0))):
+        store = make_store(options, setting, sampling_of(options))
+        for i in answered:
+            for number in range(2 if i else 1 + (setting == NONE)):
+                store.add(make_sample(problems[i].key, number))
+    results = measure(options, problems, judge)
+    assert {setting: list(by_problem) for setting, by_problem in results.items()} == {
+        NONE: [problems[2].key],
+        RKV: [problems[2].key],
+    }
 
 
 def test_another_setting_has_another_file_and_a_foreign_one_is_refused(tmp_path: Path) -> None:
