@@ -15,10 +15,10 @@ def markdown(rows: Sequence[Row], device: str) -> str:
     head = (
         "setting",
         "right",
-        "less none",
-        "less control",
+        "right less none",
+        "right less control",
         "kept",
-        "less control",
+        "kept less control",
         "held",
         "tokens",
         "truncated",
