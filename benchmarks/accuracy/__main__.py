@@ -20,9 +20,7 @@ answers come first, so that these are not all alike.
 Two measures, over problems: *right* (pass@1), the share of their samples that are right; and *kept*, the share of those
 with the same final answer as the sample of ``none`` of that number, right or wrong. Every problem counts: where
 ``none`` gives no answer that can be read, kept is who gives none either (the table says how many these are). Kept is
-meant for greedy answers, ``--temperature 0 --samples 1``. Both have paired differences from ``none`` and from the
-setting of ``random_attention`` with the same budget.
-
+meant for XX
 Writes ``accuracy.csv`` (one row a setting; columns in ``common/tables.py``), ``accuracy.json`` and ``accuracy.png``,
 and prints the table.
 """
@@ -62,6 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--subset", help="of a data set of the hub, such as main")
     parser.add_argument("--limit", type=int, help="ask only the first so many problems")
     parser.add_argument("--settings", default="none,rkv:1024:128", help="comma-separated, default %(default)s")
+    parser.add_argument("--control", help="setting to hold all others against, default random_attention as above")
     parser.add_argument("--samples", type=int, default=4, help="of every problem, default %(default)s")
     parser.add_argument("--max-tokens", type=int, default=16384, help="of an answer, default %(default)s")
     parser.add_argument("--temperature", type=float, default=0.6, help="default %(default)s")
@@ -80,9 +79,12 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     try:
         options.settings = list(dict.fromkeys(parse_setting(text) for text in options.settings.split(",")))
+        options.control = parse_setting(options.control) if options.control else None
         options.server_args = shlex.split(options.server_args)
     except ValueError as error:
         parser.error(str(error))
+    if options.control is not None and options.control not in options.settings:
+        parser.error(f"--control {options.control.name} must be one of --settings")
     return options
 
 
@@ -159,8 +161,9 @@ def write_results(options: argparse.Namespace, results: dict[Setting, ByProblem]
     dataset = Path(options.problems).name if Path(options.problems).exists() else options.problems
     full = next((by for setting, by in results.items() if setting.policy == NO_POLICY), None)
     kept = {setting: compare_answers(judge, by, full) for setting, by in results.items()} if full else None
-    rows = accuracy_rows(dataset, results, kept)
+    rows = accuracy_rows(dataset, results, kept, options.control)
     settings = {**vars(options), "settings": [setting.name for setting in options.settings]}
+    settings["control"] = options.control.name if options.control else ""
     settings["problems"] = dataset
     info = run_info(**{name: str(v) if isinstance(v, Path) else v for name, v in settings.items()})
     info["device_of_an_hour"] = DEVICE[has_gpu()]

@@ -48,10 +48,15 @@ def markdown(rows: Sequence[Row], device: str) -> str:
     notes = [f"{row['setting']}: {row['note']}." for row in rows if row["note"]]
     what = (
         f"{first['dataset']}: {first['problems']} problems, {first['samples']} samples each. Brackets: 95 % percentile "
-        "bootstrap interval over problems. Control: random_attention of the same budget. Kept: the final answer of "
+        f"bootstrap interval over problems. Control: {_control(rows)}. Kept: the final answer of "
         f"none's sample, which in {_neither(rows):.0%} of them is that there is none."
     )
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", what, *notes])
+
+
+def _control(rows: Sequence[Row]) -> str:
+    named = {str(row["control"]) for row in rows if row["policy"] == NO_POLICY} - {""}
+    return named.pop() if named else "random_attention of the same budget"
 
 
 def _neither(rows: Sequence[Row]) -> float:

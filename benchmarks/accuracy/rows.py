@@ -57,18 +57,22 @@ def held_share(samples: Iterable[Sample]) -> float:
 
 
 def accuracy_rows(
-    dataset: str, results: Mapping[Setting, ByProblem], kept: Mapping[Setting, Comparisons] | None = None
+    dataset: str,
+    results: Mapping[Setting, ByProblem],
+    kept: Mapping[Setting, Comparisons] | None = None,
+    named_control: Setting | None = None,
 ) -> list[Row]:
     """Return one row a setting; all settings have the same problems, in the same order.
 
     Args:
         kept: Of every setting, how its answers compare with the full cache's; None without a setting none.
+        named_control: What every setting is held against; None: see ``control_of``.
     """
     kept = kept or {}
     full = next((by for setting, by in results.items() if setting.policy == NO_POLICY), None)
     rows = []
     for setting, by_problem in results.items():
-        control = control_of(setting, list(results))
+        control = named_control or control_of(setting, list(results))
         right, shares = pass_at_1(by_problem), kept_shares(kept[setting]) if setting in kept else []
         rows.append(
             {

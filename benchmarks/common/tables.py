@@ -233,7 +233,7 @@ ACCURACY = Table(
         Column("correct_per_hour", float, "1/h", "right samples over seconds times devices"),
         *_interval("pass_diff", "", "pass_at_1 less that of none, problem by problem; NaN without none", "problems"),
         *_interval("tokens_diff", "tokens", "output tokens less those of none; NaN without none", "problems"),
-        Column("control", str, "", "setting of random_attention with this budget, if possible this granularity"),
+        Column("control", str, "", "--control, or random_attention with this budget, if possible this granularity"),
         *_interval("pass_less_control", "", "pass_at_1 less that of the control, problem by problem", "problems"),
         *_interval(
             "kept", "", "share of samples with the final answer of none's, or with none like that one", "problems"

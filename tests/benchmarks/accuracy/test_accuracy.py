@@ -394,6 +394,10 @@ def test_every_problem_counts_for_the_answers_that_are_kept(judge: Judge) -> Non
     assert (ours["control"], control["control"], control["kept_less_control"]) == (CONTROL.name, CONTROL.name, 0)
     assert full["control"] == "" and math.isnan(float(full["kept_less_control"]))
     assert [row["held"] for row in (full, ours, control)] == [1, 0.25, 0.5]
+    against_ours = accuracy_rows("some", results, kept, RKV)
+    assert [row["kept_less_control"] for row in against_ours] == [0.4, 0, -0.4]
+    assert f"Control: {RKV.name}." in markdown(against_ours, "GPU")
+    assert "Control: random_attention of the same budget." in markdown([full, ours, control], "GPU")
     unjudged = {setting: {key: ["unjudged"] for key in of_one} for setting, of_one in kept.items()}
     assert [(row["kept"], row["not_compared"]) for row in accuracy_rows("some", results, unjudged)] == [(0, 1)] * 3
 
@@ -559,9 +563,17 @@ def test_samples_of_a_problem_have_seeds_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "flags, message", [(["--settings", "rkv:9"], "neither none"), (["--samples", "0"], "at least")]
+    "flags, message",
+    [
+        (["--settings", "rkv:9"], "neither none"),
+        (["--samples", "0"], "at least"),
+        (["--control", "rkv:9:9"], "must be one of --settings"),
+    ],
 )
-def test_bad_options_are_one_line(flags: list[str], message: str) -> None:
-    command = [sys.executable, "-m", "benchmarks.accuracy", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
+def test_bad_options_are_one_line(
+    flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["accuracy", *flags])
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments()
+    assert ended.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
