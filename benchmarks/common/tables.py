@@ -227,11 +227,20 @@ ACCURACY = Table(
         Column("truncated", float, "", "share of samples that ended at --max-tokens"),
         Column("compressed", float, "", "share of samples whose cache was compacted at least once"),
         Column("compactions", float, "", "compactions of a sample; mean over samples"),
+        Column("held", float, "", "share of all generated tokens that were still held when their answer ended"),
         Column("seconds", float, "s", "time in which at least one sample was under way; starts of servers left out"),
         Column("devices", int, "", "accelerators the server used; 1 for a machine without one"),
         Column("correct_per_hour", float, "1/h", "right samples over seconds times devices"),
         *_interval("pass_diff", "", "pass_at_1 less that of none, problem by problem; NaN without none", "problems"),
         *_interval("tokens_diff", "tokens", "output tokens less those of none; NaN without none", "problems"),
+        Column("control", str, "", "--control, or random_attention with this budget, if possible this granularity"),
+        *_interval("pass_less_control", "", "pass_at_1 less that of the control, problem by problem", "problems"),
+        *_interval(
+            "kept", "", "share of samples with the final answer of none's, or with none like that one", "problems"
+        ),
+        Column("kept_neither", float, "", "share of samples that are kept because neither has an answer"),
+        Column("not_compared", float, "", "share of samples not compared in time; they count as not kept"),
+        *_interval("kept_less_control", "", "kept less that of the control, problem by problem", "problems"),
         Column("note", str, "", "what forbids to conclude from this row; often empty"),
     ),
 )
