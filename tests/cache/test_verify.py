@@ -9,7 +9,8 @@ import torch
 
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import Compacted, DueRequest, compact_requests
-from rkv_sglang.cache.verify import CompactionDiffersError, compact_and_verify
+from rkv_sglang.cache.verify.gather import compact_and_verify
+from rkv_sglang.cache.verify.recomputed import CompactionDiffersError
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.policies import POLICIES, Policy, as_scored, make_policy
 from rkv_sglang.sizes.compaction_plan import plan_compaction

@@ -3,15 +3,17 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
 
 from devtools.tiny_models import EOS_ID, tiny_model_path
 from tests.e2e.workload import Setting
+from tests.fuzz.runner import policy_parameters
 from tests.fuzz.schedule import FuzzRequest, Schedule, ServerConfig, rid_of
 from tests.support.oracle.dense import DenseResult, dense_generate
-from tests.support.oracle.policy_scores import score_function
+from tests.support.oracle.penalties import adjustment
 
 NEVER = 10**6
 # What an answer may be ended for once its request was preempted; the request can be sent again.
@@ -84,9 +86,7 @@ def _check_request(
             problems.append(f"it was ended: {end}")
     elif end["type"] == "length" and len(tokens) != request.max_new_tokens:
         problems.append(f"it was cut at {len(tokens)} of {request.max_new_tokens} tokens")
-    if request.has_penalties and schedule.server.overlap:
-        counts["not compared"] += 1
-    elif request.needs_itself_alone:
+    if request.needs_itself_alone(schedule.server):
         problems += _compare_alone(tokens, end, retractions, record.get("alone", {}).get(index), counts)
     else:
         answer = output | {"info": info, "prompt": record["prompts"][rid]}
@@ -177,8 +177,14 @@ def expected_of(
 ) -> DenseResult:
     """Return what the dense oracle answers that is preempted where the request was; a right ``guess`` saves time."""
     setting = Setting(
-        budget=request.budget or server.budget, buffer=request.buffer or server.buffer, window=server.window
+        budget=request.budget or server.budget,
+        buffer=request.buffer or server.buffer,
+        window=server.window,
+        policy=server.policy,
+        block=server.block,
     )
+    # SGLang takes either as an end, or neither.
+    stop_token_ids = {EOS_ID, *request.params.get("stop_token_ids", ())}
     recomputed = {place["outputs"] for place in retractions if not place["copied"]} - {0}
     restored = [place for place in retractions if place["copied"] and place["outputs"] not in recomputed]
     may_stagger = server.stagger and request.max_new_tokens - 1 > setting.budget + setting.buffer
@@ -189,9 +195,10 @@ def expected_of(
         budget=NEVER if request.no_policy else setting.budget,
         buffer=setting.buffer,
         window=setting.window,
-        score=score_function(server.policy),
-        # SGLang takes either as an end, or neither.
-        eos_token_ids=set() if request.ignore_eos else {EOS_ID, *request.params.get("stop_token_ids", ())},
+        score=partial(setting.score, **policy_parameters(server)),
+        block=setting.block,
+        adjust=adjustment(request.params, prompt, stop_token_ids, lag=int(server.overlap)),
+        eos_token_ids=set() if request.ignore_eos else stop_token_ids,
         recompute_at=recomputed,
         restore_at={place["outputs"] for place in restored},
         restored_in_flight={place["outputs"] for place in restored if place["in_flight"]},

@@ -274,7 +274,7 @@ class _Run:
         asked = []
         for index, request in enumerate(self._schedule.requests):
             prompt = self.prompts.get(self._rid(index))
-            if request.needs_itself_alone and not request.garbage and prompt is not None:
+            if request.needs_itself_alone(self._server) and not request.garbage and prompt is not None:
                 alone = dataclasses.replace(request, prompt=tuple(prompt), **plain)
                 asked.append((index, dataclasses.replace(self._schedule, requests=(alone,), events=())))
         return asked
@@ -318,7 +318,11 @@ class _Run:
         return generate_message(
             rid,
             Request(
-                input_ids=prompt, sampling_params=request.sampling_params, return_logprob=request.logprobs, extra=extra
+                input_ids=prompt,
+                sampling_params=request.sampling_params,
+                return_logprob=request.logprobs or request.prompt_logprobs,
+                logprob_start_len=0 if request.prompt_logprobs else -1,
+                extra=extra,
             ),
             self._tokenizer,
         )
