@@ -21,6 +21,9 @@ ENDED_AFTER_PREEMPTION = (
     "does not fit the KV pool",
     "Out of memory even after retracting all other requests",
 )
+ENDED_IN_THE_QUEUE = "Abort in waiting queue"
+# Said of a request that was ended while its grammar was made; SGLang then has it generate a token after another prompt.
+ENDED_BEFORE_ITS_GRAMMAR = "Aborted by AbortReq."
 LOGPROB_TOLERANCE = 1e-3
 
 
@@ -77,7 +80,7 @@ def _check_request(
     if end is None:
         return ["it got no answer"]
     if request.garbage:
-        return [] if end["type"] == "abort" and end.get("status_code") == 400 else [f"garbage was answered {end}"]
+        return [] if _is_refused(schedule, end) else [f"garbage was answered {end}"]
     problems = []
     is_cut = end["type"] == "abort"
     if is_cut:
@@ -86,7 +89,9 @@ def _check_request(
             problems.append(f"it was ended: {end}")
     elif end["type"] == "length" and len(tokens) != request.max_new_tokens:
         problems.append(f"it was cut at {len(tokens)} of {request.max_new_tokens} tokens")
-    if request.needs_itself_alone(schedule.server):
+    if is_cut and end.get("message") == ENDED_BEFORE_ITS_GRAMMAR:
+        counts["not compared"] += 1
+    elif request.needs_itself_alone(schedule.server):
         problems += _compare_alone(tokens, end, retractions, record.get("alone", {}).get(index), counts)
     else:
         answer = output | {"info": info, "prompt": record["prompts"][rid]}
@@ -96,6 +101,12 @@ def _check_request(
     else:
         problems.append("its answer does not say what happened to its cache")
     return problems
+
+
+def _is_refused(schedule: Schedule, end: dict[str, Any]) -> bool:
+    """Return whether garbage was answered as it should be: it is refused when its turn comes, unless all were ended."""
+    is_ended = any(event.kind == "abort_all" for event in schedule.events) and end.get("message") == ENDED_IN_THE_QUEUE
+    return bool(end["type"] == "abort" and (end.get("status_code") == 400 or is_ended))
 
 
 def _may_be_cut(schedule: Schedule, request: FuzzRequest, end: dict[str, Any], retractions: list[Any]) -> bool:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from tests.fuzz.campaign import run_and_check
-from tests.fuzz.check import check
+from tests.fuzz.check import ENDED_IN_THE_QUEUE, check
 from tests.fuzz.generate import BLOCK, schedule_of, server_of
 from tests.fuzz.pool_machine import STEPS, run_search, run_steps
 from tests.fuzz.runner import run_schedules
@@ -30,6 +30,7 @@ SERVER = ServerConfig(
     max_running=8,
 )
 PROMPT = tuple(range(20, 40))
+ENDED = {"type": "abort", "message": ENDED_IN_THE_QUEUE, "status_code": None}
 
 
 def test_random_schedules_give_right_tokens_and_lose_nothing(rng):
@@ -116,6 +117,9 @@ def test_a_record_that_differs_in_one_thing_is_not_passed(one_run):
         spoiled(record, stats={**record["stats"], "requests_compressed": 0}),
     ):
         assert check(schedule, wrong).problems, wrong
+    ended = spoiled(record, outputs={**record["outputs"], rids[4]: {**output, "finish_reason": ENDED}})
+    all_ended = dataclasses.replace(schedule, events=(*schedule.events, Event(at_pass=9, kind="abort_all")))
+    assert check(schedule, ended).problems and not check(all_ended, ended).problems
     without_events = dataclasses.replace(schedule, events=(), requests=schedule.requests[:3])
     assert any("ran out of memory" in problem for problem in check(without_events, record).problems)
 

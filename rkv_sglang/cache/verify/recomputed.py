@@ -1,4 +1,4 @@
-"""What both ways to compact are checked by: bytes of the pool, and scores by the plainest code there is."""
+"""Bytes of the pool, and scores by the plainest code there is: what both ways to compact are checked by."""
 
 from collections.abc import Iterator
 from typing import Any
