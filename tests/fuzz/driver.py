@@ -274,7 +274,7 @@ class _Run:
         asked = []
         for index, request in enumerate(self._schedule.requests):
             prompt = self.prompts.get(self._rid(index))
-            if request.needs_itself_alone(self._server) and not request.garbage and prompt is not None:
+            if request.needs_itself_alone and not request.garbage and prompt is not None:
                 alone = dataclasses.replace(request, prompt=tuple(prompt), **plain)
                 asked.append((index, dataclasses.replace(self._schedule, requests=(alone,), events=())))
         return asked

@@ -3,7 +3,7 @@
 import random
 from typing import Any
 
-from devtools.tiny_models import EOS_ID, MLA_MODEL, VOCAB_SIZE
+from devtools.tiny_models import EOS_ID, VOCAB_SIZE
 from rkv_sglang.config import HEAD, REQUEST
 from rkv_sglang.policies import POLICIES, granularities_of, is_blind
 from rkv_sglang.sizes.compaction_plan import block_of_pages
@@ -43,14 +43,10 @@ def server_of(block: int) -> ServerConfig:
     budget = window + max(unit - 1, 1) + rng.choice([0, 0, 1, 2, 4, 7, 12])
     buffer = rng.choice([1, 2, 3, 5, 8, 12, 16]) if unit == 1 else unit * rng.choice([1, 1, 2, 3])
     tight = rng.random() < 0.4
-    # Ranks, latent attention and mixed batches are rarer, for they take longer or are compared less.
+    # Two ranks take the time of many schedules.
     tp_size = 2 if block % 13 == 9 else 1
     sees_nothing = granularity == REQUEST and is_blind(POLICIES[policy])
-    model = rng.choice(["llama-gqa", "llama-gqa", "qwen3", "llama-mqa"])
-    if tp_size > 1:
-        model = "llama-gqa"
-    elif sees_nothing and rng.random() < 0.2:
-        model = MLA_MODEL
+    model = rng.choice(["llama-gqa", "llama-gqa", "qwen3", "llama-mqa"] if tp_size == 1 else ["llama-gqa"])
     chunk_size = rng.choice([0, 0, 16, 32])
     mixes = sees_nothing and rng.random() < 0.3
     if mixes:

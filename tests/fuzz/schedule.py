@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from devtools.tiny_models import MLA_MODEL, tiny_model_path
+from devtools.tiny_models import tiny_model_path
 from rkv_sglang.config import HEAD, REQUEST
 from rkv_sglang.sizes.compaction_plan import block_of_pages
 
@@ -95,11 +95,6 @@ class ServerConfig:
         """Tokens that are dropped together; None where every head chooses for itself."""
         return block_of_pages(self.page_size) if self.granularity == REQUEST else None
 
-    @property
-    def is_beyond_the_oracle(self) -> bool:
-        """Whether the dense oracle does not know the model."""
-        return self.model == MLA_MODEL
-
 
 @dataclass(frozen=True, kw_only=True)
 class FuzzRequest:
@@ -143,9 +138,10 @@ class FuzzRequest:
         """Most generated tokens it may hold."""
         return (self.budget or server.budget) + (self.buffer or server.buffer)
 
-    def needs_itself_alone(self, server: ServerConfig) -> bool:
+    @property
+    def needs_itself_alone(self) -> bool:
         """Whether only SGLang itself knows the right answer."""
-        return server.is_beyond_the_oracle or bool(set(self.params) - KNOWN_TO_THE_ORACLE)
+        return bool(set(self.params) - KNOWN_TO_THE_ORACLE)
 
     @property
     def sampling_params(self) -> dict[str, Any]:
