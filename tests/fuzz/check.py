@@ -99,7 +99,7 @@ def _check_request(
         problems += _compare_alone(tokens, end, retractions, record.get("alone", {}).get(index), counts)
     else:
         answer = output | {"info": info, "prompt": record["prompts"][rid]}
-        problems += _compare_oracle(schedule.server, request, answer, retractions, counts)
+        problems += compare_oracle(schedule.server, request, answer, retractions, counts)
     if info is not None:
         problems += _check_info(schedule.server, request, record, rid, info)
     else:
@@ -146,13 +146,14 @@ def _compare_alone(
     return []
 
 
-def _compare_oracle(
+def compare_oracle(
     server: ServerConfig,
     request: FuzzRequest,
     output: dict[str, Any],
     retractions: list[Any],
     counts: Counter[str],
 ) -> list[str]:
+    """Return what differs between an answer and the dense oracle's; counts what was compared."""
     tokens, end, info = output["output_ids"], output["finish_reason"], output["info"]
     if not tokens:
         return []
