@@ -84,7 +84,7 @@ def _check_request(
     if end is None:
         return ["it got no answer"]
     if request.garbage:
-        return [] if _is_refused(schedule, end) else [f"garbage was answered {end}"]
+        return [] if _is_refused(schedule, request, end) else [f"garbage was answered {end}"]
     problems = []
     is_cut = end["type"] == "abort"
     if is_cut:
@@ -107,9 +107,10 @@ def _check_request(
     return problems
 
 
-def _is_refused(schedule: Schedule, end: dict[str, Any]) -> bool:
-    """Return whether garbage was answered as it should be: it is refused when its turn comes, unless all were ended."""
-    is_ended = any(event.kind == "abort_all" for event in schedule.events) and end.get("message") == ENDED_IN_THE_QUEUE
+def _is_refused(schedule: Schedule, request: FuzzRequest, end: dict[str, Any]) -> bool:
+    """Return whether garbage was answered as it should be: it is refused when its turn comes, unless it was ended."""
+    is_ended = request.abort_at is not None or any(event.kind == "abort_all" for event in schedule.events)
+    is_ended = is_ended and end.get("message") == ENDED_IN_THE_QUEUE
     return bool(end["type"] == "abort" and (end.get("status_code") == 400 or is_ended))
 
 

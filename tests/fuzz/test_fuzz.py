@@ -121,7 +121,10 @@ def test_a_record_that_differs_in_one_thing_is_not_passed(one_run):
         assert check(schedule, wrong).problems, wrong
     ended = spoiled(record, outputs={**record["outputs"], rids[4]: {**output, "finish_reason": ENDED}})
     all_ended = dataclasses.replace(schedule, events=(*schedule.events, Event(at_pass=9, kind="abort_all")))
-    assert check(schedule, ended).problems and not check(all_ended, ended).problems
+    one_ended = dataclasses.replace(schedule.requests[4], abort_at=3)
+    one_ended = dataclasses.replace(schedule, requests=(*schedule.requests[:4], one_ended))
+    assert check(schedule, ended).problems
+    assert not check(all_ended, ended).problems and not check(one_ended, ended).problems
     without_events = dataclasses.replace(schedule, events=(), requests=schedule.requests[:3])
     assert any("ran out of memory" in problem for problem in check(without_events, record).problems)
 
