@@ -5,6 +5,8 @@
 #   make serve [MODEL=...] [ARGS="..."]        an SGLang server with --kv-policy rkv, in the foreground
 #   make compat SGLANG=0.5.x                   another release of SGLang, in an environment of its own: what of the
 #                                              contract differs there, then the tests that meet SGLang
+#   make dist                                  a source distribution and a wheel, in dist/
+#   make dist-check                            a server from that wheel in a fresh environment, and one request
 # Variables: PYTHON (3.11 or newer), DEVICE=cpu|gpu, TORCH_INDEX_URL, MODEL, PORT, ARGS, SGLANG.
 
 PYTHON ?= python3
@@ -18,7 +20,7 @@ PYTEST_FLAGS := -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 # Processes of the tests live for seconds; compiling this package anew is a good part of that.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test bench-smoke compat check serve clean distclean
+.PHONY: setup demo test bench-smoke compat check serve dist dist-check clean distclean
 
 setup:
 	@$(PYTHON) devtools/env/setup.py $(if $(DEVICE),--device $(DEVICE))
@@ -51,8 +53,16 @@ compat:
 	$(COMPAT)/python -m pytest $(PYTEST_FLAGS) tests/integration tests/e2e \
 	  --ignore tests/integration/hooking/test_contract.py --ignore tests/integration/test_patches.py $(ARGS)
 
+# One of an older version would be taken for this one's.
+dist: setup
+	@rm -rf dist
+	@$(BIN)/python -m devtools.dist
+
+dist-check: dist
+	@$(BIN)/python -m devtools.dist_check
+
 clean:
-	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -rf devtools/env/sgl_kernel_standin/build devtools/env/sgl_kernel_standin/*.egg-info
 	find rkv_sglang tests benchmarks devtools -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -1,12 +1,12 @@
 """Many long requests in a pool that holds the full cache of one or two: requests at once, retractions, throughput.
 
-    python -m benchmarks.memory [--rounds 3] [--num-requests 64] [--prompt-len 64] [--num-tokens 2048]
-        [--pool 4096] [--budget 128] [--buffer 64] [--no-strict] [--out FOLDER] [--smoke]
+    python -m benchmarks.memory [--settings rkv:128:64,none] [--rounds 3] [--num-requests 64] [--prompt-len 64]
+        [--num-tokens 2048] [--pool 4096] [--no-strict] [--out FOLDER] [--smoke]
 
-Both servers (with R-KV, and SGLang without a policy) have the same pool and get the same requests, all at once, one
-server after the other in every round. SGLang's strict memory checks are on unless told otherwise. Writes ``memory.csv``
-(one row per round and server; columns in ``common/tables.py``), ``memory.json`` and ``memory.png`` and prints the ratio
-of the throughputs with its spread.
+The servers (with a policy: R-KV, R-KV by blocks that leave the map alone, a draw of blocks; and SGLang without one)
+have the same pool and get the same requests, all at once, one server after the other in every round. SGLang's strict
+memory checks are on unless told otherwise. Writes ``memory.csv`` (one row per round and server; columns in
+``common/tables.py``), ``memory.json`` and ``memory.png`` and prints the ratio of the throughputs with its spread.
 """
 
 import argparse
@@ -24,13 +24,16 @@ from tqdm import tqdm
 from benchmarks.common.arguments import benchmark_parser
 from benchmarks.common.drawing import load_pyplot
 from benchmarks.common.schema import Row, hardware_folder, read_table, run_info, write_table
-from benchmarks.common.settings import no_policy, policy_setting
+from benchmarks.common.settings import parse_setting
 from benchmarks.common.tables import MEMORY
 from devtools.launch import Server, ServerError, exit_on_sigterm, launched_server
 from devtools.tiny_models import VOCAB_SIZE, tiny_model_path
+from rkv_sglang.config import NO_POLICY
 
 STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "2", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}
-SMOKE = {"rounds": 1, "num_requests": 8, "prompt_len": 16, "num_tokens": 192, "pool": 512, "budget": 32, "buffer": 16}
+SMOKE = {"rounds": 1, "num_requests": 8, "prompt_len": 16, "num_tokens": 192, "pool": 512}
+SMOKE_SETTINGS = "rkv:32:16,random_attention:32:16,none"
+SETTINGS = "rkv:128:64,rkv:128:64:granularity=request,random_attention:128:64,none"
 _RUNNING = re.compile(r"Decode batch, #running-req: (\d+)")
 _RETRACTED = re.compile(r"#retracted_reqs: (\d+)")
 
@@ -59,34 +62,33 @@ def measure(options: argparse.Namespace, log_dir: Path) -> list[Row]:
     """Return one row per round and server."""
     model = str(tiny_model_path("llama-gqa"))
     pool = ("--max-total-tokens", str(options.pool), "--decode-log-interval", "1", "--sleep-on-idle")
-    settings = (policy_setting("rkv", options.budget, options.buffer, name="rkv"), no_policy())
     environment = {"OMP_NUM_THREADS": "1", **({} if options.no_strict else STRICT)}
     rng = random.Random(0)
     rows: list[Row] = []
     with contextlib.ExitStack() as stack:
         servers = {
-            setting.name: stack.enter_context(
+            setting: stack.enter_context(
                 launched_server(
                     model,
                     *(*pool, *setting.flags),
-                    log_path=log_dir / f"memory_{setting.name}.log",
+                    log_path=log_dir / f"memory_{setting.name.replace(':', '-')}.log",
                     environment=environment,
                 )
             )
-            for setting in settings
+            for setting in options.settings
         }
         for i in range(options.rounds):
             prompts = [
                 [rng.randrange(3, VOCAB_SIZE) for _ in range(options.prompt_len)] for _ in range(options.num_requests)
             ]
-            for name, server in servers.items():
+            for setting, server in servers.items():
                 offset = server.log_path.stat().st_size
-                seconds = run_requests(server, prompts, options.num_tokens, f"round {i + 1}, {name}")
+                seconds = run_requests(server, prompts, options.num_tokens, f"round {i + 1}, {setting.name}")
                 text = server.log_since(offset)
                 rows.append(
                     {
                         "round": i,
-                        "setting": name,
+                        "setting": setting.name,
                         "seconds": round(seconds, 2),
                         "tokens_per_s": round(options.num_requests * options.num_tokens / seconds, 1),
                         "peak_running": max((int(count) for count in _RUNNING.findall(text)), default=0),
@@ -95,8 +97,8 @@ def measure(options: argparse.Namespace, log_dir: Path) -> list[Row]:
                         "num_requests": options.num_requests,
                         "prompt_len": options.prompt_len,
                         "num_tokens": options.num_tokens,
-                        "budget": options.budget,
-                        "buffer": options.buffer,
+                        "budget": setting.budget,
+                        "buffer": setting.buffer,
                     }
                 )
                 print(rows[-1])
@@ -107,13 +109,14 @@ def plot(folder: Path) -> Path:
     """Draw ``memory.png`` from ``memory.csv``: throughput and requests at once, one bar a server, one dot a round."""
     pyplot = load_pyplot()
     rows = read_table(folder, MEMORY)
-    figure, both = pyplot.subplots(1, 2, figsize=(7, 2.8), layout="constrained")
+    names = list(dict.fromkeys(str(row["setting"]) for row in rows))
+    figure, both = pyplot.subplots(1, 2, figsize=(9, 1.4 + 0.4 * len(names)), sharey=True, layout="constrained")
     for axes, column, title in zip(both, ("tokens_per_s", "peak_running"), ("tokens/s", "peak running"), strict=True):
-        for place, name in enumerate(("none", "rkv")):
+        for place, name in enumerate(names):
             values = [float(row[column]) for row in rows if row["setting"] == name]
-            axes.bar(place, statistics.mean(values), alpha=0.5)
-            axes.plot([place] * len(values), values, "k.")
-        axes.set_xticks([0, 1], ["no policy", "rkv"])
+            axes.barh(place, statistics.mean(values), alpha=0.5)
+            axes.plot(values, [place] * len(values), "k.")
+        axes.set_yticks(range(len(names)), names)
         axes.set_title(title)
     path = folder / "memory.png"
     figure.savefig(path, dpi=120)
@@ -130,14 +133,17 @@ def main() -> int:
         ("--prompt-len", 64),
         ("--num-tokens", 2048),
         ("--pool", 4096),
-        ("--budget", 128),
-        ("--buffer", 64),
     ):
         parser.add_argument(flag, type=int, default=default)
+    parser.add_argument("--settings", default=SETTINGS, help="comma-separated, default %(default)s")
     parser.add_argument("--no-strict", action="store_true", help="leave SGLang's strict memory checks off")
     options = parser.parse_args()
     if options.smoke:
-        vars(options).update(SMOKE, out=options.out or Path(".cache/memory"))
+        vars(options).update(SMOKE, settings=SMOKE_SETTINGS, out=options.out or Path(".cache/memory"))
+    try:
+        options.settings = [parse_setting(text) for text in options.settings.split(",")]
+    except ValueError as error:
+        parser.error(str(error))
     exit_on_sigterm()
     out = options.out or hardware_folder()
     try:
@@ -149,11 +155,11 @@ def main() -> int:
     write_table(out, MEMORY, rows, info)
     plot(out)
     speed = {(row["round"], row["setting"]): float(row["tokens_per_s"]) for row in rows}
-    ratios = [speed[i, "rkv"] / speed[i, "none"] for i in range(options.rounds)]
-    print(
-        f"throughput rkv / none: {statistics.median(ratios):.2f} (median of {len(ratios)}, {min(ratios):.2f} to "
-        f"{max(ratios):.2f})"
-    )
+    for name in [setting.name for setting in options.settings if setting.config]:
+        if (0, NO_POLICY) in speed:
+            ratios = [speed[i, name] / speed[i, NO_POLICY] for i in range(options.rounds)]
+            spread = f"median of {len(ratios)}, {min(ratios):.2f} to {max(ratios):.2f}"
+            print(f"throughput {name} / {NO_POLICY}: {statistics.median(ratios):.2f} ({spread})")
     return 0
 
 

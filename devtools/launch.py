@@ -54,9 +54,9 @@ def server_environment(model: str) -> dict[str, str]:
     return {**offline, **({} if has_gpu() else CPU_ENVIRONMENT), **os.environ, **proxies}
 
 
-def server_command(*flags: str) -> list[str]:
+def server_command(*flags: str, python: str = sys.executable) -> list[str]:
     """Return the command line of a server. Of a flag that is given twice SGLang takes the last, so ``flags`` win."""
-    return [sys.executable, "-m", "sglang.launch_server", *(() if has_gpu() else CPU_FLAGS), *flags]
+    return [python, "-m", "sglang.launch_server", *(() if has_gpu() else CPU_FLAGS), *flags]
 
 
 def free_port() -> int:
@@ -171,6 +171,7 @@ def launched_server(
     model: str,
     *flags: str,
     log_path: Path,
+    python: str = sys.executable,
     environment: Mapping[str, str] | None = None,
     startup_timeout_s: float = 600,
 ) -> Iterator[Server]:
@@ -180,6 +181,7 @@ def launched_server(
         model: Folder or hub name of the model.
         flags: Further flags of the server, such as ``"--kv-policy", "rkv"``.
         log_path: File for what the server prints; its folder is made, its old content lost.
+        python: Of another environment, whose SGLang is to serve.
         environment: Variables on top of this process's own.
         startup_timeout_s: How long it may take until ``GET /health`` succeeds.
 
@@ -188,7 +190,8 @@ def launched_server(
     """
     port = free_port()
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    command = server_command("--model-path", model, "--host", "127.0.0.1", "--port", str(port), *flags)
+    address = ("--host", "127.0.0.1", "--port", str(port))
+    command = server_command("--model-path", model, *address, *flags, python=python)
     with log_path.open("wb") as log:
         process = psutil.Popen(
             command,

@@ -1,6 +1,7 @@
 """The command ``rkv-sglang``."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -8,6 +9,9 @@ from rkv_sglang import __version__
 from rkv_sglang.patching.command import add_patch_flags, run_patch
 from rkv_sglang.plan_command import add_plan_flags, print_plan
 from rkv_sglang.view.command import add_view_flags, run_view
+
+# As a shell reports what SIGPIPE ended.
+_OUTPUT_CUT = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_patch_flags(patch)
     patch.set_defaults(run=run_patch)
     options = parser.parse_args(argv)
-    return int(options.run(options))
+    try:
+        status = int(options.run(options))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read, such as `head`, has enough; Python must not try again as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = _OUTPUT_CUT
+    return status
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.accuracy --model M --problems FILE_OR_DATASET [--settings none,rkv:1024:128]
         [--split test] [--subset NAME] [--limit N] [--samples 4] [--max-tokens 16384] [--temperature 0.6] [--top-p 0.95]
-        [--concurrency 64] [--server-args "--tp 2"] [--out FOLDER] [--work FOLDER]
+        [--concurrency 64] [--server-args "--tp 2"] [--answered] [--out FOLDER] [--work FOLDER]
     python -m benchmarks.accuracy --smoke
     python -m benchmarks.accuracy --plot-only FOLDER
 
@@ -14,18 +14,25 @@ seconds of a CPU is unjudged: a column of its own, not right and not wrong.
 
 Every finished sample is kept in ``--work``, one line each, and an interrupted run goes on behind it; so does one with
 more problems or samples. A run with anything else changed (model, versions, sampling, flags, hardware) starts anew.
+``--answered`` asks nothing: it shows what there is so far, of the problems that every setting has answered. Short
+answers come first, so that these are not all alike.
 
-pass@1 is the mean over problems of the share of their samples that are right. Writes ``accuracy.csv`` (one row a
-setting; columns in ``common/tables.py``), ``accuracy.json`` and ``accuracy.png``, and prints the table.
+Two measures, over problems: *right* (pass@1), the share of their samples that are right; and *kept*, the share of those
+with the same final answer as the sample of ``none`` of that number, right or wrong. Every problem counts: where
+``none`` gives no answer that can be read, kept is who gives none either (the table says how many these are). Kept is
+meant for XX
+Writes ``accuracy.csv`` (one row a setting; columns in ``common/tables.py``), ``accuracy.json`` and ``accuracy.png``,
+and prints the table.
 """
 
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from benchmarks.accuracy.judge import Judge
+from benchmarks.accuracy.kept import compare_answers
 from benchmarks.accuracy.problems import DRY_RUN_PROBLEMS, Problem, load_problems
 from benchmarks.accuracy.report import markdown, plot
 from benchmarks.accuracy.rows import ByProblem, accuracy_rows
@@ -36,6 +43,7 @@ from benchmarks.common.schema import hardware_folder, run_info, write_table
 from benchmarks.common.settings import Setting, parse_setting
 from benchmarks.common.tables import ACCURACY
 from devtools.launch import ServerError, exit_on_sigterm, has_gpu
+from rkv_sglang.config import NO_POLICY
 
 INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
 # What one of the hours is an hour of, by whether there is an accelerator.
@@ -52,6 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--subset", help="of a data set of the hub, such as main")
     parser.add_argument("--limit", type=int, help="ask only the first so many problems")
     parser.add_argument("--settings", default="none,rkv:1024:128", help="comma-separated, default %(default)s")
+    parser.add_argument("--control", help="setting to hold all others against, default random_attention as above")
     parser.add_argument("--samples", type=int, default=4, help="of every problem, default %(default)s")
     parser.add_argument("--max-tokens", type=int, default=16384, help="of an answer, default %(default)s")
     parser.add_argument("--temperature", type=float, default=0.6, help="default %(default)s")
@@ -60,6 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--instruction", default=INSTRUCTION, help="follows every problem, default %(default)r")
     parser.add_argument("--concurrency", type=int, default=64, help="requests at a time, default %(default)s")
     parser.add_argument("--timeout", type=float, default=7200, help="seconds for one answer, default %(default)s")
+    parser.add_argument("--answered", action="store_true", help="only show what is there, and start no server")
     parser.add_argument("--server-args", default="", help="further flags of every server, in one string")
     options = parser.parse_args()
     if options.smoke:
@@ -69,9 +79,12 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     try:
         options.settings = list(dict.fromkeys(parse_setting(text) for text in options.settings.split(",")))
+        options.control = parse_setting(options.control) if options.control else None
         options.server_args = shlex.split(options.server_args)
     except ValueError as error:
         parser.error(str(error))
+    if options.control is not None and options.control not in options.settings:
+        parser.error(f"--control {options.control.name} must be one of --settings")
     return options
 
 
@@ -91,38 +104,66 @@ def make_store(options: argparse.Namespace, setting: Setting, sampling: Sampling
     return SampleStore(options.work, setting.name, description)
 
 
-def measure(options: argparse.Namespace, problems: Sequence[Problem], judge: Judge) -> dict[Setting, ByProblem]:
-    """Have every setting answer what it has not answered yet; return all samples asked for."""
-    sampling = Sampling(
+def sampling_of(options: argparse.Namespace) -> Sampling:
+    """Return how every problem is asked."""
+    return Sampling(
         instruction=options.instruction,
         temperature=options.temperature,
         top_p=options.top_p,
         max_tokens=options.max_tokens,
         seed=options.seed,
     )
-    results: dict[Setting, ByProblem] = {}
-    for setting in options.settings:
-        store = make_store(options, setting, sampling)
-        # All problems once before any of them twice, so that an interrupted run has seen many.
-        wanted = [(problem, sample) for sample in range(options.samples) for problem in problems]
+
+
+def measure(options: argparse.Namespace, problems: Sequence[Problem], judge: Judge) -> dict[Setting, ByProblem]:
+    """Have every setting answer what it has not answered yet; return all samples asked for."""
+    sampling = sampling_of(options)
+    stores = {setting: make_store(options, setting, sampling) for setting in options.settings}
+    if options.answered:
+        problems = _answered(stores.values(), problems, options.samples)
+    # All problems once before any of them twice, so that an interrupted run has seen many.
+    wanted = [(problem, sample) for sample in range(options.samples) for problem in problems]
+    for setting, store in stores.items():
         todo = [(problem, sample) for problem, sample in wanted if (problem.key, sample) not in store.samples]
         kept = len(wanted) - len(todo)
         print(f"{setting.name}: {len(todo)} samples to go, {kept} kept from earlier runs ({store.path})", flush=True)
         if todo:
             with setting_server(options.model, setting, options.server_args, Path(".cache/logs")) as server:
                 run_samples(server, store, todo, sampling, options.concurrency, options.timeout, judge)
-        results[setting] = {
+    return {
+        setting: {
             problem.key: [store.samples[problem.key, sample] for sample in range(options.samples)]
             for problem in problems
         }
-    return results
+        for setting, store in stores.items()
+    }
 
 
-def write_results(options: argparse.Namespace, results: dict[Setting, ByProblem]) -> None:
+def _answered(stores: Collection[SampleStore], problems: Sequence[Problem], num_samples: int) -> list[Problem]:
+    """Return the problems of which every store has all samples.
+
+    Raises:
+        ValueError: There are none; one line.
+    """
+    numbers = range(num_samples)
+    found = [
+        problem
+        for problem in problems
+        if all((problem.key, number) in store.samples for store in stores for number in numbers)
+    ]
+    if not found:
+        raise ValueError("no problem has been answered under every setting: leave out --answered, or some settings")
+    return found
+
+
+def write_results(options: argparse.Namespace, results: dict[Setting, ByProblem], judge: Judge) -> None:
     """Write the CSV, its JSON and the plot, and print the table."""
     dataset = Path(options.problems).name if Path(options.problems).exists() else options.problems
-    rows = accuracy_rows(dataset, results)
+    full = next((by for setting, by in results.items() if setting.policy == NO_POLICY), None)
+    kept = {setting: compare_answers(judge, by, full) for setting, by in results.items()} if full else None
+    rows = accuracy_rows(dataset, results, kept, options.control)
     settings = {**vars(options), "settings": [setting.name for setting in options.settings]}
+    settings["control"] = options.control.name if options.control else ""
     settings["problems"] = dataset
     info = run_info(**{name: str(v) if isinstance(v, Path) else v for name, v in settings.items()})
     info["device_of_an_hour"] = DEVICE[has_gpu()]
@@ -144,7 +185,7 @@ def main() -> int:
             for problem in problems:
                 # An answer that cannot be read must not end the run hours later.
                 judge.require(problem.answer)
-            write_results(options, measure(options, problems, judge))
+            write_results(options, measure(options, problems, judge), judge)
     except (ServerError, ValueError, ModuleNotFoundError) as error:
         print(f"accuracy: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""Is an answer right? Judged by ``math-verify``, which compares numbers, expressions, sets and the like by value.
+"""Is an answer right, and is it the same as another? ``math-verify`` compares numbers, expressions and sets by value.
 
 As a program it judges lines of JSON from its standard input, for ``benchmarks.accuracy.judge``.
 """
@@ -18,10 +18,12 @@ from typing import Any
 _END_OF_THINKING = "</think>"
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 # Of the answer as it was read.
-_MOST_FOUND = 1000
+MOST_FOUND = 1000
 # Numbers like 9^(9^(9^9)) would take all that there is.
 _MOST_MEMORY = 4 * 2**30
 UNJUDGED = "unjudged"
+# What comparing two outputs may say besides.
+SAME, OTHER, NEITHER = "same", "other", "neither"
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,33 @@ def check(text: str, answer: str, truncated: bool = False) -> Verdict:
         ModuleNotFoundError: ``math-verify`` is not installed; one line.
     """
     expected = read_known(answer)
-    final = text.rpartition(_END_OF_THINKING)[2]
-    if truncated and not _BOXED.search(final):
-        return Verdict("none", "")
-    found = _library().parse(final, parsing_timeout=None)
+    found = _read(text, truncated)
     if not found:
         return Verdict("none", "")
     outcome = "right" if _library().verify(expected, found, timeout_seconds=None) else "wrong"
     return Verdict(outcome, _written(found[-1]))
+
+
+def compare(text: str, truncated: bool, other_text: str, other_truncated: bool) -> str:
+    """Return whether two outputs have the same final answer, each read as in ``check``.
+
+    Returns:
+        ``same``, ``other``, or ``neither`` if none of them has an answer. One with an answer and one without are other.
+    """
+    found, other = _read(text, truncated), _read(other_text, other_truncated)
+    if not found and not other:
+        return NEITHER
+    if not found or not other:
+        return OTHER
+    return SAME if _library().verify(other, found, timeout_seconds=None) else OTHER
+
+
+def _read(text: str, truncated: bool) -> Any:
+    """Return the final answer as ``math-verify`` reads it; empty if there is none."""
+    final = text.rpartition(_END_OF_THINKING)[2]
+    if truncated and not _BOXED.search(final):
+        return []
+    return _library().parse(final, parsing_timeout=None)
 
 
 @functools.cache
@@ -73,7 +94,7 @@ def read_known(answer: str) -> Any:
 
 def _written(found: Any) -> str:
     try:
-        return str(found)[:_MOST_FOUND]
+        return str(found)[:MOST_FOUND]
     except ValueError:
         # Python writes out no number of so many digits.
         return ""
@@ -106,18 +127,21 @@ def _judge_lines(seconds: int) -> None:
     for line in sys.stdin:
         used = resource.getrusage(resource.RUSAGE_SELF)
         resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + seconds, hard))
-        question = json.loads(line)
+        print(json.dumps(_answered(json.loads(line))), flush=True)
+
+
+def _answered(question: dict[str, Any]) -> dict[str, str]:
+    """Return what is said to one question: the arguments of ``check`` or of ``compare``."""
+    if "answer" in question:
         try:
             read_known(question["answer"])
         except (ValueError, ModuleNotFoundError) as error:
-            result: dict[str, str] = {"error": str(error), "kind": type(error).__name__}
-        else:
-            try:
-                result = asdict(check(**question))
-            # Whatever a library of mathematics makes of what a model writes.
-            except Exception:
-                result = asdict(Verdict(UNJUDGED, ""))
-        print(json.dumps(result), flush=True)
+            return {"error": str(error), "kind": type(error).__name__}
+    try:
+        return asdict(check(**question) if "answer" in question else Verdict(compare(**question), ""))
+    # Whatever a library of mathematics makes of what a model writes.
+    except Exception:
+        return asdict(Verdict(UNJUDGED, ""))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class Judge:
             ValueError: It cannot, or not in time; one line.
             ModuleNotFoundError: ``math-verify`` is not installed; one line.
         """
-        said = self._ask("", answer, False)
+        said = self._ask(text="", answer=answer, truncated=False)
         if said is None or said.get("kind") == "ValueError":
             raise ValueError(f"the known answer {answer!r} cannot be read")
         if "error" in said:
@@ -47,12 +47,17 @@ class Judge:
 
     def verdict(self, text: str, answer: str, truncated: bool = False) -> Verdict:
         """Judge one output against a known answer that ``require`` has let pass; see ``checker.check``."""
-        said = self._ask(text, answer, truncated)
+        said = self._ask(text=text, answer=answer, truncated=truncated)
         return Verdict(UNJUDGED, "") if said is None or "error" in said else Verdict(**said)
 
-    def _ask(self, text: str, answer: str, truncated: bool) -> dict[str, Any] | None:
+    def compare(self, text: str, truncated: bool, other_text: str, other_truncated: bool) -> str:
+        """Say whether two outputs have the same final answer; see ``checker.compare``; unjudged if not in time."""
+        said = self._ask(text=text, truncated=truncated, other_text=other_text, other_truncated=other_truncated)
+        return UNJUDGED if said is None else str(said["outcome"])
+
+    def _ask(self, **question: str | bool) -> dict[str, Any] | None:
         """Return what the checker says; None if it ended instead."""
-        line = json.dumps({"text": text, "answer": answer, "truncated": truncated})
+        line = json.dumps(question)
         process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None, "both are pipes"
         said = ""

@@ -14,12 +14,17 @@ def markdown(rows: Sequence[Row], device: str) -> str:
     """Return the rows as a table; ``device`` says what an hour is an hour of."""
     head = (
         "setting",
-        "pass@1",
-        "less none",
+        "right",
+        "right less none",
+        "right less control",
+        "kept",
+        "kept less control",
+        "held",
         "tokens",
         "truncated",
         "no answer",
         "compressed",
+        "compactions",
         f"right per {device}-hour",
     )
     lines = [head, ["---"] * len(head)]
@@ -29,8 +34,13 @@ def markdown(rows: Sequence[Row], device: str) -> str:
                 str(row["setting"]),
                 _interval(row, "pass_at_1"),
                 "" if row["policy"] == NO_POLICY else _interval(row, "pass_diff"),
+                _against_control(row, "pass_less_control"),
+                _interval(row, "kept"),
+                _against_control(row, "kept_less_control"),
+                f"{row['held']:.0%}",
                 f"{row['tokens_mean']:.0f} (median {row['tokens_median']:.0f})",
                 *(f"{row[name]:.0%}" for name in ("truncated", "no_answer", "compressed")),
+                f"{row['compactions']:.1f}",
                 f"{row['correct_per_hour']:.1f}",
             )
         )
@@ -38,9 +48,23 @@ def markdown(rows: Sequence[Row], device: str) -> str:
     notes = [f"{row['setting']}: {row['note']}." for row in rows if row["note"]]
     what = (
         f"{first['dataset']}: {first['problems']} problems, {first['samples']} samples each. Brackets: 95 % percentile "
-        "bootstrap interval over problems."
+        f"bootstrap interval over problems. Control: {_control(rows)}. Kept: the final answer of "
+        f"none's sample, which in {_neither(rows):.0%} of them is that there is none."
     )
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", what, *notes])
+
+
+def _control(rows: Sequence[Row]) -> str:
+    named = {str(row["control"]) for row in rows if row["policy"] == NO_POLICY} - {""}
+    return named.pop() if named else "random_attention of the same budget"
+
+
+def _neither(rows: Sequence[Row]) -> float:
+    return next((float(row["no_answer"]) for row in rows if row["policy"] == NO_POLICY), 0.0)
+
+
+def _against_control(row: Row, name: str) -> str:
+    return "" if row["control"] == row["setting"] else _interval(row, name)
 
 
 def _interval(row: Row, name: str) -> str:
@@ -49,31 +73,47 @@ def _interval(row: Row, name: str) -> str:
 
 
 def plot(folder: Path) -> Path:
-    """Draw ``accuracy.png`` from ``accuracy.csv`` in ``folder``: one line a setting in every panel."""
+    """Draw ``accuracy.png`` from ``accuracy.csv`` in ``folder``: over the share of the cache that was held, what each
+    policy keeps, gets right and writes, with its intervals; budgets of one policy are joined."""
     pyplot = load_pyplot()
     rows = read_table(folder, ACCURACY)
-    names = [str(row["setting"]) for row in rows]
-    figure, axes = pyplot.subplots(1, 3, figsize=(11, 1.4 + 0.4 * len(rows)), layout="constrained", sharey=True)
     panels = (
-        ("pass_at_1", "pass@1, 95 % interval over problems"),
-        ("tokens_mean", "output tokens of a sample (mean)"),
-        ("correct_per_hour", "right samples per hour of a device"),
+        ("kept", "final answer of the full cache kept"),
+        ("pass_at_1", "right answers (pass@1)"),
+        ("tokens_mean", "output tokens of an answer"),
     )
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 6), layout="constrained")
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        lines.setdefault(_without_sizes(str(row["setting"])), []).append(row)
+    colours = pyplot.get_cmap("tab20")
+    for number, (label, of_one) in enumerate(lines.items()):
+        of_one.sort(key=lambda row: float(row["held"]))
+        held = [float(row["held"]) for row in of_one]
+        # More settings than colours.
+        look = {"color": colours(number % 20), "marker": "osD^v*"[number // 20 % 6], "label": label, "linewidth": 1}
+        for place, (column, _) in zip(axes, panels, strict=True):
+            place.errorbar(
+                held, [float(row[column]) for row in of_one], yerr=_errors(of_one, column), capsize=3, alpha=0.8, **look
+            )
     for place, (column, title) in zip(axes, panels, strict=True):
-        values = [float(row[column]) for row in rows]
-        place.barh(range(len(rows)), values, alpha=0.4, xerr=_errors(rows, column), capsize=3)
         place.set_title(title, fontsize=10)
-        place.set_xlim(0, 1 if column == "pass_at_1" else None)
-    for level, row in enumerate(rows):
-        axes[1].annotate(f" {row['truncated']:.0%} truncated", (0, level), va="center", fontsize=8)
-        axes[0].annotate(f" {row['compressed']:.0%} compressed", (0, level), va="center", fontsize=8)
-    axes[0].set_yticks(range(len(rows)), names)
-    axes[0].invert_yaxis()
-    figure.suptitle(f"{rows[0]['dataset']}: {rows[0]['problems']} problems, {rows[0]['samples']} samples each")
+        place.set_xlabel("share of generated tokens held at the end of an answer")
+        place.set_ylim(0, 1 if column != "tokens_mean" else None)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.suptitle(
+        f"{rows[0]['dataset']}: {rows[0]['problems']} problems, {rows[0]['samples']} samples each; 95 % intervals over "
+        "problems"
+    )
     path = folder / "accuracy.png"
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return path
+
+
+def _without_sizes(setting: str) -> str:
+    policy, *words = setting.split(":")
+    return ":".join([policy, *words[2:]])
 
 
 def _errors(rows: Sequence[Row], column: str) -> Any:

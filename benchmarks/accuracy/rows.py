@@ -4,7 +4,8 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from benchmarks.accuracy.checker import UNJUDGED
+from benchmarks.accuracy.checker import NEITHER, UNJUDGED
+from benchmarks.accuracy.kept import Comparisons, is_kept
 from benchmarks.accuracy.store import Sample
 from benchmarks.common.schema import Row
 from benchmarks.common.settings import Setting
@@ -13,6 +14,9 @@ from rkv_sglang.config import NO_POLICY
 
 NOTHING_COMPRESSED = "no sample was long enough to be compressed: the row says nothing about the policy"
 PARTLY_COMPRESSED = "fewer than half of the samples were compressed"
+
+# What a policy must beat: a draw of the same budget.
+CONTROL = "random_attention"
 
 # The samples of one setting by problem, each problem with the same number of them.
 ByProblem = Mapping[str, Sequence[Sample]]
@@ -37,21 +41,74 @@ def pass_at_1(by_problem: ByProblem) -> list[float]:
 
 def paired(ours: Sequence[float], theirs: Sequence[float] | None) -> Estimate:
     """Return the mean difference over problems with its interval; NaN if there is nothing to compare with."""
-    return mean_interval([] if theirs is None else [a - b for a, b in zip(ours, theirs, strict=True)])
+    return mean_interval([] if not theirs else [a - b for a, b in zip(ours, theirs, strict=True)])
 
 
-def accuracy_rows(dataset: str, results: Mapping[Setting, ByProblem]) -> list[Row]:
-    """Return one row a setting; all settings have the same problems, in the same order."""
-    baseline = next((by for setting, by in results.items() if setting.policy == NO_POLICY), None)
-    return [_row(dataset, setting, by, baseline) for setting, by in results.items()]
+def kept_shares(comparisons: Comparisons) -> list[float]:
+    """Return for each problem the share of its samples that keep the full cache's answer; see ``kept.is_kept``."""
+    return [statistics.mean(map(is_kept, of_one)) for of_one in comparisons.values()]
 
 
-def _row(dataset: str, setting: Setting, by_problem: ByProblem, baseline: ByProblem | None) -> Row:
+def held_share(samples: Iterable[Sample]) -> float:
+    """Return the share of all generated tokens that were still held when their answer ended."""
+    samples = list(samples)
+    generated = sum(sample.output_tokens for sample in samples)
+    return 1 - sum(sample.evicted_tokens for sample in samples) / generated
+
+
+def accuracy_rows(
+    dataset: str,
+    results: Mapping[Setting, ByProblem],
+    kept: Mapping[Setting, Comparisons] | None = None,
+    named_control: Setting | None = None,
+) -> list[Row]:
+    """Return one row a setting; all settings have the same problems, in the same order.
+
+    Args:
+        kept: Of every setting, how its answers compare with the full cache's; None without a setting none.
+        named_control: What every setting is held against; None: see ``control_of``.
+    """
+    kept = kept or {}
+    full = next((by for setting, by in results.items() if setting.policy == NO_POLICY), None)
+    rows = []
+    for setting, by_problem in results.items():
+        control = named_control or control_of(setting, list(results))
+        right, shares = pass_at_1(by_problem), kept_shares(kept[setting]) if setting in kept else []
+        rows.append(
+            {
+                **_row(dataset, setting, by_problem, full),
+                "control": control.name if control else "",
+                **_columns("pass_less_control", paired(right, control and pass_at_1(results[control])), 4),
+                **_columns("kept", mean_interval(shares), 4),
+                "kept_neither": _share(kept.get(setting), NEITHER),
+                "not_compared": _share(kept.get(setting), UNJUDGED),
+                **_columns("kept_less_control", paired(shares, control and shares and kept_shares(kept[control])), 4),
+            }
+        )
+    return rows
+
+
+def control_of(setting: Setting, settings: Sequence[Setting]) -> Setting | None:
+    """Return the setting of ``CONTROL`` that another is held against: of its budget, if possible of its granularity."""
+    if setting.config is None:
+        return None
+    of_budget = [other for other in settings if other.policy == CONTROL and other.budget == setting.budget]
+    alike = [other for other in of_budget if other.config and other.config.granularity == setting.config.granularity]
+    return next(iter([*alike, *of_budget]), None)
+
+
+def _share(comparisons: Comparisons | None, wanted: str) -> float:
+    if comparisons is None:
+        return math.nan
+    return round(statistics.mean(c == wanted for of_one in comparisons.values() for c in of_one), 4)
+
+
+def _row(dataset: str, setting: Setting, by_problem: ByProblem, full: ByProblem | None) -> Row:
     samples = [sample for of_one in by_problem.values() for sample in of_one]
     tokens = [sample.output_tokens for sample in samples]
     seconds, devices = busy_seconds(samples), samples[0].devices
     compressed = statistics.mean(sample.compactions > 0 for sample in samples)
-    is_baseline = setting.policy == NO_POLICY
+    is_full = setting.policy == NO_POLICY
     return {
         "dataset": dataset,
         "setting": setting.name,
@@ -68,12 +125,13 @@ def _row(dataset: str, setting: Setting, by_problem: ByProblem, baseline: ByProb
         "truncated": round(statistics.mean(sample.truncated for sample in samples), 4),
         "compressed": round(compressed, 4),
         "compactions": round(statistics.mean(sample.compactions for sample in samples), 3),
+        "held": round(held_share(samples), 4),
         "seconds": round(seconds, 2),
         "devices": devices,
         "correct_per_hour": round(sum(s.outcome == "right" for s in samples) * 3600 / (seconds * devices), 3),
-        **_columns("pass_diff", paired(pass_at_1(by_problem), baseline and pass_at_1(baseline)), 4),
-        **_columns("tokens_diff", paired(_mean_tokens(by_problem), baseline and _mean_tokens(baseline)), 1),
-        "note": _note(samples, "" if is_baseline or compressed >= 0.5 else _little(compressed)),
+        **_columns("pass_diff", paired(pass_at_1(by_problem), full and pass_at_1(full)), 4),
+        **_columns("tokens_diff", paired(_mean_tokens(by_problem), full and _mean_tokens(full)), 1),
+        "note": _note(samples, "" if is_full or compressed >= 0.5 else _little(compressed)),
     }
 
 

@@ -20,6 +20,9 @@ from benchmarks.common.settings import Setting
 from devtools.launch import Server, ServerError, has_gpu, launched_server
 from rkv_sglang.view.http import open_url
 
+# A large model is read from a disk, and a busy machine is slow.
+STARTUP_TIMEOUT_S = 7200
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -49,7 +52,8 @@ class Sampling:
 def setting_server(model: str, setting: Setting, server_args: Sequence[str], log_dir: Path) -> Iterator[Server]:
     """Run the server of a setting for the length of a ``with`` block."""
     log_path = log_dir / f"accuracy_{setting.name.replace(':', '-')}.log"
-    with launched_server(model, *setting.flags, *server_args, log_path=log_path) as server:
+    flags = (*setting.flags, *server_args)
+    with launched_server(model, *flags, log_path=log_path, startup_timeout_s=STARTUP_TIMEOUT_S) as server:
         yield server
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,6 +54,7 @@ class SampleStore:
         digest = hashlib.sha256(header.encode()).hexdigest()[:12]
         self.path = folder / f"{name.replace(':', '-')}-{digest}.jsonl"
         self.samples: dict[tuple[str, int], Sample] = {}
+        self._cut_off = ""
         if self.path.exists():
             self._read(header)
         else:
@@ -61,6 +63,9 @@ class SampleStore:
 
     def add(self, sample: Sample) -> None:
         """Keep a sample, on disk before this returns."""
+        if self._cut_off:
+            os.truncate(self.path, self.path.stat().st_size - len(self._cut_off.encode()))
+            self._cut_off = ""
         with self.path.open("a") as file:
             file.write(json.dumps(asdict(sample)) + "\n")
         self.samples[sample.problem, sample.sample] = sample
@@ -70,9 +75,9 @@ class SampleStore:
         first, *lines = content.split("\n")
         if first != header:
             raise ValueError(f"{self.path} was not written by this benchmark: remove it")
-        # Without its line feed, the last line was cut off while it was written: the sample is made again.
-        if lines and lines[-1]:
-            self.path.write_text(content[: -len(lines[-1])])
+        # Without its line feed, the last line was cut off while it was written, and its sample is made again; or it is
+        # being written by another process, and whoever only reads must leave it.
+        self._cut_off = lines[-1] if lines else ""
         for number, line in enumerate(lines[:-1], start=2):
             try:
                 sample = Sample(**json.loads(line))

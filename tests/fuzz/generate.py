@@ -4,10 +4,15 @@ import random
 from typing import Any
 
 from devtools.tiny_models import EOS_ID, VOCAB_SIZE
+from rkv_sglang.config import HEAD, REQUEST
+from rkv_sglang.policies import POLICIES, granularities_of, is_blind
+from rkv_sglang.sizes.compaction_plan import block_of_pages
 from tests.fuzz.schedule import Event, FuzzRequest, Schedule, ServerConfig
 
-# Those that need neither statistics of a model nor a granularity of their own.
-POLICIES = ("rkv", "snapkv", "h2o", "streaming_llm", "keydiff", "manifoldkv", "longflow", "random")
+# Every policy in every way that it can choose.
+WAYS = [(name, way) for way in (HEAD, REQUEST) for name, policy in POLICIES.items() if way in granularities_of(policy)]
+# Each in turn has all of these: overlap scheduling, the radix cache.
+SWITCHES = [(True, True), (False, True), (True, False), (False, False)]
 # Schedules of one server.
 BLOCK = 25
 MOST_NEW_TOKENS = 80
@@ -26,40 +31,54 @@ def schedule_of(seed: int) -> Schedule:
 def server_of(block: int) -> ServerConfig:
     """Return the server that all schedules of a block share."""
     rng = random.Random(f"server {block}")
-    policy = POLICIES[block % len(POLICIES)]
-    # Every policy meets both of each in turn.
-    overlap, radix = [(True, True), (False, True), (True, False), (True, True)][block // len(POLICIES) % 4]
-    window = rng.choice([1, 1, 2, 3, 4, 8])
-    budget = window + rng.choice([1, 1, 2, 3, 5, 8, 13])
-    buffer = rng.choice([1, 2, 3, 5, 8, 12, 16])
+    policy, granularity = WAYS[block % len(WAYS)]
+    overlap, radix = SWITCHES[block // len(WAYS) % len(SWITCHES)]
     page_size = rng.choice([1, 1, 4, 16])
-    is_tight = rng.random() < 0.4
-    tp_size = 2 if block % 16 == 9 else 1
+    # Tokens that are dropped together.
+    unit = 1
+    if granularity == REQUEST:
+        page_size = rng.choice([1, 4, 16, 32])
+        unit = block_of_pages(page_size)
+    window = rng.choice([1, 1, 2, 3, 4, 8])
+    budget = window + max(unit - 1, 1) + rng.choice([0, 0, 1, 2, 4, 7, 12])
+    buffer = rng.choice([1, 2, 3, 5, 8, 12, 16]) if unit == 1 else unit * rng.choice([1, 1, 2, 3])
+    tight = rng.random() < 0.4
+    # Two ranks take the time of many schedules.
+    tp_size = 2 if block % 13 == 9 else 1
+    sees_nothing = granularity == REQUEST and is_blind(POLICIES[policy])
+    model = rng.choice(["llama-gqa", "llama-gqa", "qwen3", "llama-mqa"] if tp_size == 1 else ["llama-gqa"])
+    chunk_size = rng.choice([0, 0, 16, 32])
+    mixes = sees_nothing and rng.random() < 0.3
+    if mixes:
+        # SGLang counts the requests that decode as part of a chunk.
+        chunk_size = max(32, 2 * page_size)
     # A request of its own settings may hold more than the server's.
-    least = _most_prompt(is_tight) + budget + buffer + window + 24
-    slots = least * rng.choice([2, 3]) // 2 if is_tight else 640
+    least = _most_prompt(tight) + budget + buffer + window + max(24, 2 * unit)
+    slots = least * rng.choice([2, 3]) // 2 if tight else 640
     return ServerConfig(
         policy=policy,
+        granularity=granularity,
         budget=budget,
         buffer=buffer,
         window=window,
         page_size=page_size,
-        chunk_size=rng.choice([0, 0, 16, 32]),
+        chunk_size=max(chunk_size, page_size) if chunk_size else 0,
         overlap=overlap,
         radix=radix,
         stagger=rng.random() < 0.35,
         priority=rng.random() < 0.3,
         pool=-(-slots // page_size) * page_size + page_size,
-        max_running=rng.choice([2, 3, 4]) if is_tight else rng.choice([4, 8, 16]),
+        max_running=rng.choice([2, 3, 4]) if tight else rng.choice([4, 8, 16]),
         tp_size=tp_size,
         tokenizer=rng.random() < 0.3,
-        model=rng.choice(["llama-gqa", "llama-gqa", "qwen3", "llama-mqa"] if tp_size == 1 else ["llama-gqa"]),
+        model=model,
+        mixed_chunk=mixes,
     )
 
 
 def is_tight(server: ServerConfig) -> bool:
     """Return whether histories do not fit the pool, so that who is preempted is restored."""
-    return server.pool < 400
+    return server.pool < 600
 
 
 def _most_prompt(tight: bool) -> int:
@@ -80,10 +99,11 @@ def _requests(rng: random.Random, server: ServerConfig) -> list[FuzzRequest]:
 def _request(rng: random.Random, server: ServerConfig, before: list[FuzzRequest]) -> FuzzRequest:
     tight = is_tight(server)
     fields: dict[str, Any] = {}
-    budget, buffer = server.budget, server.buffer
+    budget, buffer, unit = server.budget, server.buffer, server.block or 1
     kind = rng.random()
     if kind < 0.25:
-        budget, buffer = server.window + rng.randint(1, 12), rng.randint(1, 10)
+        budget = server.window + max(unit - 1, 1) + rng.randint(0, 11)
+        buffer = rng.randint(1, 10) if unit == 1 else unit * rng.randint(1, 2)
         fields |= {"budget": budget, "buffer": buffer}
     elif kind < 0.33:
         fields["no_policy"] = True
@@ -91,7 +111,9 @@ def _request(rng: random.Random, server: ServerConfig, before: list[FuzzRequest]
         fields["garbage"] = True
     capacity = budget + buffer
     lengths = [1, 2, capacity - 1, capacity, capacity + 1, capacity + 2, capacity + buffer + 1, capacity + 2 * buffer]
-    longest = 130 if tight and rng.random() < 0.3 else MOST_NEW_TOKENS
+    longest = MOST_NEW_TOKENS if unit == 1 else min(capacity + 3 * buffer + 8, 200)
+    if tight and rng.random() < 0.3:
+        longest = max(longest, 130)
     lengths += [rng.randint(1, longest) for _ in range(5)] + [longest]
     max_new_tokens = min(max(rng.choice(lengths), 1), longest)
     prompt = _prompt(rng, server, before)
@@ -119,6 +141,7 @@ def _request(rng: random.Random, server: ServerConfig, before: list[FuzzRequest]
         at_pass=rng.choice([0, 0, rng.randrange(0, 45)]),
         ignore_eos=rng.random() < 0.8 and "stop_token_ids" not in params,
         logprobs=rng.random() < 0.12,
+        prompt_logprobs=rng.random() < 0.05,
         params=params,
         **fields,
     )
@@ -143,17 +166,23 @@ def _params(rng: random.Random, server: ServerConfig) -> dict[str, Any]:
     kind = rng.random()
     if kind < 0.1:
         return {"stop_token_ids": rng.sample(COMMON_TOKENS, 12)}
-    if kind < 0.14:
-        return {rng.choice(["frequency_penalty", "presence_penalty"]): rng.choice([0.5, 1.0])}
-    if kind < 0.16:
-        return {"repetition_penalty": 1.3}
-    if server.tokenizer and kind < 0.18:
-        return {"min_new_tokens": rng.randint(1, 40)}
-    if kind < 0.2:
+    # Few tokens that take turns: one that is counted too often or too rarely shows at once.
+    few = (
+        {"logit_bias": {str(token): 90.0 for token in rng.sample(range(3, VOCAB_SIZE), 8)}}
+        if rng.random() < 0.5
+        else {}
+    )
+    if kind < 0.17:
+        return {rng.choice(["frequency_penalty", "presence_penalty"]): rng.choice([0.5, 1.5]), **few}
+    if kind < 0.21:
+        return {"repetition_penalty": 1.3, **few}
+    if server.tokenizer and kind < 0.26:
+        return {"min_new_tokens": rng.randint(1, 40), "stop_token_ids": rng.sample(COMMON_TOKENS, 40)}
+    if kind < 0.28:
         return {"logit_bias": {str(rng.randrange(3, VOCAB_SIZE)): 5.0, str(EOS_ID): 1.0}}
-    if server.tokenizer and kind < 0.28:
+    if server.tokenizer and kind < 0.36:
         return {"stop": rng.sample(["a", "e", "qu", "z", "th", " s"], 2)}
-    if server.tokenizer and kind < 0.34:
+    if server.tokenizer and kind < 0.42:
         return {"regex": rng.choice(["[a-d]{5,40}", "(ab|cd)+e", "[0-9]{3,30}x"])}
     return {}
 

@@ -27,7 +27,9 @@ class Mutant:
 
 _LENGTHS, _PLAN = "sizes/lengths.py", "sizes/compaction_plan.py"
 _GATHER = "integration/runtime/gather.py"
+_DROP, _BLOCKS = "cache/drop.py", "cache/block_choice.py"
 _RUNTIME, _RESTORE = "integration/runtime/runtime.py", "integration/runtime/restore.py"
+_DROPPED = ("tests/cache/test_drop.py",)
 _ORACLE = ("tests/e2e/test_oracle.py",)
 _RESTORED = ("tests/e2e/test_restore.py", "-k", "beyond_the_pool_ends and 1-no-overlap")
 _RECOMPUTED = ("tests/e2e/test_traps.py", "-k", "recomputes_at_the_same_token")
@@ -264,5 +266,82 @@ MUTANTS = (
         "len(req.output_ids) - 1 - state.evicted_tokens",
         "len(req.output_ids) - 1",
         ("tests/e2e/test_request_settings.py", "-k", "what_was_compressed"),
+    ),
+    Mutant(
+        "a page is freed that a drop keeps",
+        _DROP,
+        "freed = slots[((dropped_start + dropped * block)[:, None]",
+        "freed = slots[((dropped_start + dropped * block + block)[:, None]",
+        _DROPPED,
+    ),
+    Mutant(
+        "kept blocks are put together in the reverse order",
+        _DROP,
+        "targets += range(first, first + plan.num_kept * block, block)",
+        "targets += reversed(range(first, first + plan.num_kept * block, block))",
+        _DROPPED,
+    ),
+    Mutant(
+        "what comes behind the blocks stays where it was",
+        _DROP,
+        "tail_targets += range(behind.start - plan.evicted_tokens, behind.stop - plan.evicted_tokens)",
+        "tail_targets += behind",
+        _DROPPED,
+    ),
+    Mutant(
+        "a row is shortened and its length is not",
+        _RUNTIME,
+        "kv.kv_allocated_len = kv.kv_committed_len = job.plan.kept_len",
+        "kv.kv_committed_len = job.plan.kept_len",
+        ("tests/e2e/test_drop.py", "-k", "six_hundred_slots"),
+    ),
+    Mutant(
+        "blocks are scored by the last layer alone",
+        _BLOCKS,
+        "totals += scores.sum(dim=(0, 1))",
+        "totals += scores[-1].sum(dim=0)",
+        ("tests/e2e/test_drop.py", "-k", "every_other_policy and rkv"),
+    ),
+    Mutant(
+        "the blocks of the highest scores go",
+        _BLOCKS,
+        "ranks = means.argsort(dim=1, stable=True)",
+        "ranks = means.argsort(dim=1, stable=True, descending=True)",
+        _DROPPED,
+    ),
+    Mutant(
+        "each rank chooses blocks by its own heads",
+        _BLOCKS,
+        "if sum_over_ranks is not None:",
+        "if False and sum_over_ranks is not None:",
+        ("tests/e2e/test_drop.py", "-k", "two_ranks"),
+    ),
+    Mutant(
+        "a block with the end of the prompt may go",
+        _PLAN,
+        "first_block, end_block = -(-prompt_len // block),",
+        "first_block, end_block = prompt_len // block,",
+        _DROPPED,
+    ),
+    Mutant(
+        "a block of the window may go",
+        _PLAN,
+        "(resident_len - window) // block",
+        "resident_len // block",
+        _DROPPED,
+    ),
+    Mutant(
+        "a policy forgets what the blocks that stayed had scored",
+        "integration/runtime/drop.py",
+        "job.state.kept_state = choice.kept_state",
+        "pass",
+        ("tests/e2e/test_drop.py", "-k", "every_other_policy and h2o"),
+    ),
+    Mutant(
+        "a token is left out of the penalties of a request that comes back",
+        "integration/runtime/penalties.py",
+        "for number in range(num_outputs)]",
+        "for number in range(num_outputs - 1)]",
+        ("tests/e2e/test_request_state.py",),
     ),
 )

@@ -1,11 +1,11 @@
 """Plant faults in a copy of the package, one at a time, and see what finds them.
 
-    python -m tests.fuzz.mutations [--only WORDS] [--schedules 32] [--steps 2000] [--no-tests] [--out FOLDER]
+    python -m tests.fuzz.mutations [--only WORDS] [--first-catch] [--go-on] [--out FOLDER]
 
-For each fault of ``mutants.py``: does the test named for it fail, after how many schedules does the fuzzer find it, and
-does the pool machine? Everything runs in a copy of the checkout; the checkout itself is never changed.
-Writes ``mutations.csv``, ``mutations.json`` and ``mutations.png`` and prints a table. Status 1 if a fault is found by
-nothing.
+For each fault of ``mutants.py``: does the pool machine find it, after how many schedules does the fuzzer, and does the
+test named for it fail? ``--first-catch`` asks the next only where the one before found nothing. Everything runs in a
+copy of the checkout; the checkout itself is never changed. Writes ``mutations.csv``, ``mutations.json`` and
+``mutations.png`` as it goes, and goes on after those that it has. Status 1 if a fault is found by nothing.
 """
 
 import json
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.arguments import benchmark_parser
-from benchmarks.common.schema import Row, hardware_folder, run_info, write_table
+from benchmarks.common.schema import Row, hardware_folder, read_table, run_info, write_table
 from benchmarks.common.tables import MUTATIONS
 from tests.fuzz.mutants import MUTANTS, Mutant
 from tests.fuzz.report import plot_mutations
@@ -31,6 +31,7 @@ COPIED = ("rkv_sglang", "tests", "devtools", "benchmarks", "docs", "pyproject.to
 MARK = "a-copy-for-planted-faults"
 # So many schedules of one server, then the next: most faults need some one setting.
 OF_ONE_SERVER = 4
+STRIDE = 7
 TEST_TIMEOUT_S = 900
 NOT_FOUND = 0
 FOLDER = Path(".cache/fuzz")
@@ -75,28 +76,17 @@ def planted(root: Path, mutant: Mutant) -> Iterator[None]:
         path.write_text(text)
 
 
-def find(names: list[str], schedules: int, steps: int) -> Iterator[dict[str, Any]]:
-    """Plant faults in this checkout, a copy, and yield what the fuzzer and the pool machine needed for each."""
-    from tests.fuzz.campaign import run_and_check
-    from tests.fuzz.generate import BLOCK, schedule_of
+def find(names: list[str], schedules: int, steps: int, *, first_catch: bool) -> Iterator[dict[str, Any]]:
+    """Plant faults in this checkout, a copy, and yield what the pool machine and the fuzzer needed for each."""
     from tests.fuzz.pool_machine import run_steps
 
     for mutant in (mutant for mutant in MUTANTS if mutant.name in names):
         with planted(PROJECT_ROOT, mutant):
-            needed, problem = NOT_FOUND, ""
-            for first in range(0, schedules, OF_ONE_SERVER):
-                block = first // OF_ONE_SERVER * BLOCK
-                try:
-                    outcomes = list(run_and_check([schedule_of(block + i) for i in range(OF_ONE_SERVER)]))
-                except RuntimeError as error:
-                    needed, problem = first + 1, f"no server starts: {str(error)[-300:]}"
-                    break
-                bad = next((i for i, outcome in enumerate(outcomes) if outcome.verdict.problems), None)
-                if bad is not None:
-                    needed, problem = first + bad + 1, outcomes[bad].verdict.problems[0]
-                    break
             answer = run_steps(0, steps) if steps else {"status": "ok"}
             found_by_pool = answer["status"] != "ok"
+            needed, problem = NOT_FOUND, ""
+            if not (found_by_pool and first_catch):
+                needed, problem = _search(schedules)
             yield {
                 "fault": mutant.name,
                 "schedules": needed,
@@ -104,6 +94,24 @@ def find(names: list[str], schedules: int, steps: int) -> Iterator[dict[str, Any
                 "pool_machine": int(found_by_pool),
                 "pool_problem": " ".join(str(answer.get("message", "")).split())[:160],
             }
+
+
+def _search(schedules: int) -> tuple[int, str]:
+    """Run schedules until one fails; return how many were needed, ``NOT_FOUND`` if none did, and its problem."""
+    from tests.fuzz.campaign import run_and_check
+    from tests.fuzz.generate import BLOCK, schedule_of
+
+    for first in range(0, schedules, OF_ONE_SERVER):
+        # Servers of every way to choose come early.
+        block = first // OF_ONE_SERVER * STRIDE * BLOCK
+        try:
+            outcomes = list(run_and_check([schedule_of(block + i) for i in range(OF_ONE_SERVER)]))
+        except RuntimeError as error:
+            return first + 1, f"no server starts: {str(error)[-300:]}"
+        bad = next((i for i, outcome in enumerate(outcomes) if outcome.verdict.problems), None)
+        if bad is not None:
+            return first + bad + 1, outcomes[bad].verdict.problems[0]
+    return NOT_FOUND, ""
 
 
 def run_test(copy: Path, mutant: Mutant) -> int:
@@ -129,10 +137,11 @@ def _environment(copy: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def _in_copy(copy: Path, mutants: list[Mutant], schedules: int, steps: int) -> Iterator[dict[str, Any]]:
+def _in_copy(copy: Path, mutants: list[Mutant], options: Any) -> Iterator[dict[str, Any]]:
     """Run ``find`` in the copy, in a process of its own that imports nothing from here."""
     arguments = ["--inside", json.dumps([mutant.name for mutant in mutants])]
-    arguments += ["--schedules", str(schedules), "--steps", str(steps)]
+    arguments += ["--schedules", str(options.schedules), "--steps", str(options.steps)]
+    arguments += ["--first-catch"] * options.first_catch
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.fuzz.mutations", *arguments],
         cwd=copy,
@@ -155,10 +164,13 @@ def main() -> int:
     parser.add_argument("--schedules", type=int, default=32, help="most for each fault, default %(default)s")
     parser.add_argument("--steps", type=int, default=2000, help="of the pool machine, default %(default)s; 0: none")
     parser.add_argument("--no-tests", action="store_true", help="leave the tests named for the faults out")
+    parser.add_argument("--first-catch", action="store_true", help="stop at what finds a fault first")
+    parser.add_argument("--go-on", action="store_true", help="after the faults that the folder's mutations.csv has")
     parser.add_argument("--inside", help="names of faults, in a copy; used by this script itself")
     options = parser.parse_args()
     if options.inside:
-        for found in find(json.loads(options.inside), options.schedules, options.steps):
+        names = json.loads(options.inside)
+        for found in find(names, options.schedules, options.steps, first_catch=options.first_catch):
             print("FOUND " + json.dumps(found), flush=True)
         return 0
     mutants = [mutant for mutant in MUTANTS if options.only in mutant.name]
@@ -166,20 +178,21 @@ def main() -> int:
         mutants, options.out = [MUTANTS[4]], options.out or FOLDER
         options.schedules = options.steps = 0
     out = options.out or hardware_folder()
-    info = run_info(most_schedules=options.schedules, steps=options.steps)
-    rows: list[Row] = []
+    rows: list[Row] = read_table(out, MUTATIONS) if options.go_on and (out / f"{MUTATIONS.name}.csv").exists() else []
+    done = {row["fault"] for row in rows}
+    mutants = [mutant for mutant in mutants if mutant.name not in done]
     with copied_checkout() as copy:
-        searched = _in_copy(copy, mutants, options.schedules, options.steps)
-        for mutant, found in zip(mutants, searched, strict=True):
-            rows.append({**found, "file": mutant.file, "test": " ".join(mutant.test), "test_fails": 0})
-            print(f"{mutant.name}: schedules {found['schedules'] or '-'}, {found}", flush=True)
+        for mutant, found in zip(mutants, _in_copy(copy, mutants, options), strict=True):
+            row: Row = {**found, "file": mutant.file, "test": " ".join(mutant.test), "test_fails": 0}
+            is_found = row["schedules"] or row["pool_machine"]
+            if not options.no_tests and not (is_found and options.first_catch):
+                # Meanwhile the other copy's search goes on to the next fault, so this needs a copy of its own.
+                with copied_checkout() as own:
+                    row["test_fails"] = run_test(own, mutant)
+            rows.append(row)
+            print(f"{mutant.name}: {row}", flush=True)
             # At once, for the whole takes long.
-            write_table(out, MUTATIONS, rows, info)
-        for mutant, row in zip(mutants, rows, strict=True):
-            if not options.no_tests:
-                row["test_fails"] = run_test(copy, mutant)
-                print(f"{mutant.name}: its test {'fails' if row['test_fails'] else 'PASSES'}", flush=True)
-                write_table(out, MUTATIONS, rows, info)
+            write_table(out, MUTATIONS, rows, run_info(most_schedules=options.schedules, steps=options.steps))
     plot_mutations(out)
     missed = [row["fault"] for row in rows if not (row["schedules"] or row["pool_machine"] or row["test_fails"])]
     print(f"{len(rows) - len(missed)} of {len(rows)} faults found; missed: {missed}")

@@ -211,13 +211,19 @@ class World:
         """Tokens that those that run may still need."""
         total = 0
         for held in self.running:
-            config = self.runtime.config_of(held.req)
-            assert config is not None
-            most = len(held.req.origin_input_ids) + config.capacity
             # One that was computed again holds its whole history until its next compaction.
-            most = max(most, held.req.kv.kv_allocated_len + config.window + 1)
+            most = max(self._most_held(held.req), held.req.kv.kv_allocated_len + self.config.window + 1)
             total += ceil_to_page(most + 1, self.page_size) - ceil_to_page(held.req.kv.kv_allocated_len, self.page_size)
         return total
+
+    def _most_held(self, req: Any) -> int:
+        """Return the tokens that are kept for a request, the prompt's and as many more as there is a query row for."""
+        config = self.runtime.config_of(req)
+        assert config is not None
+        capacity = max(config.capacity, self.config.capacity) if self.runtime.may_compact(req) else config.capacity
+        # Alone in the pool it needs no more than that has: there is always one row.
+        prompt_len = len(req.origin_input_ids)
+        return max(min(prompt_len + capacity, self.size - 1), prompt_len + config.capacity)
 
     # Steps.
 
@@ -230,12 +236,12 @@ class World:
         config = self.config
         if self.rng.random() < 0.3:
             config = replace(config, budget=config.window + self.rng.randint(1, 9), buffer=self.rng.randint(1, 9))
-        if self._free() - self._reserved() < ceil_to_page(len(tokens) + config.capacity + 1, self.page_size):
-            return False
         self._serial += 1
         params = SamplingParams(max_new_tokens=self.rng.choice([config.capacity, 60, 400]), temperature=0)
         req = PolicyReq(f"q{self._serial}", "", array.array("q", tokens), params, vocab_size=64)
         setattr(req, CONFIG_ATTRIBUTE, config)
+        if self._free() - self._reserved() < ceil_to_page(self._most_held(req) + 1, self.page_size):
+            return False
         self._prefill(Held(req, torch.empty(0), 0))
         return True
 
@@ -438,9 +444,7 @@ class World:
             return False
         held = self.waiting[0]
         most = len_after_prefill(held.req) + self._window_of(held) + 2
-        config = self.runtime.config_of(held.req)
-        assert config is not None
-        most = max(most, len(held.req.origin_input_ids) + config.capacity + 1)
+        most = max(most, self._most_held(held.req) + 1)
         if self._free() - self._reserved() < ceil_to_page(most, self.page_size):
             if self.running or self._free() < self.size:
                 return False

@@ -13,8 +13,20 @@ from tests.fuzz.generate import is_tight
 
 # Columns of which the run's JSON says how often each value was tried.
 AXES = (
-    *("policy", "model", "page_size", "chunk_size", "window", "overlap", "radix", "stagger", "priority", "tight_pool"),
-    *("tp_size", "tokenizer"),
+    *(
+        "policy",
+        "granularity",
+        "model",
+        "page_size",
+        "chunk_size",
+        "window",
+        "overlap",
+        "radix",
+        "stagger",
+        "priority",
+        "tight_pool",
+    ),
+    *("tp_size", "tokenizer", "mixed_chunk"),
 )
 
 
@@ -28,6 +40,7 @@ def row_of(outcome: Outcome) -> Row:
     return {
         "seed": schedule.seed,
         "policy": server.policy,
+        "granularity": server.granularity,
         "model": server.model,
         "budget": server.budget,
         "buffer": server.buffer,
@@ -41,9 +54,11 @@ def row_of(outcome: Outcome) -> Row:
         "stagger": int(server.stagger),
         "priority": int(server.priority),
         "tokenizer": int(server.tokenizer),
+        "mixed_chunk": int(server.mixed_chunk),
         "tight_pool": int(is_tight(server)),
         "requests": len(requests),
         "own_settings": sum(r.budget is not None or r.no_policy for r in requests),
+        "penalties": sum(any(name.endswith("_penalty") for name in r.params) for r in requests),
         "aborts": sum(r.abort_at is not None or r.abort_after is not None for r in requests),
         "forced_retractions": kinds["retract"],
         "pauses": kinds["pause_retract"] + kinds["pause_in_place"],
@@ -56,6 +71,7 @@ def row_of(outcome: Outcome) -> Row:
         "by_oracle": counts["compared with the oracle"],
         "by_itself": counts["compared with itself alone"],
         "not_compared": counts["not compared"],
+        "compared_preempted": counts["compared after a preemption"],
         "near_ties": counts["near-ties"],
         "violations": len(outcome.verdict.problems),
         "seconds": float(record.get("seconds", 0.0)),

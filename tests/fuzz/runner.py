@@ -1,20 +1,24 @@
 """Runs schedules in scheduler processes, one process for those that share a server, and returns what came of each."""
 
+import atexit
 import itertools
 import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz.schedule import Schedule
+from tests.fuzz.schedule import Schedule, ServerConfig
 from tests.support.harness.environment import child_environment, device_flags, with_defaults
 from tests.support.harness.scheduler import run_job
 
 # For the start of a scheduler, and for each schedule; a machine with other work is many times slower than an idle one.
 START_TIMEOUT_S, SCHEDULE_TIMEOUT_S = 240.0, 30.0
 LOG_LINES = 12
+# Of all tiny models that the oracle knows.
+ROPE_THETA = 10000.0
 Record = dict[str, Any]
 
 
@@ -30,14 +34,33 @@ def run_schedules(schedules: Sequence[Schedule], *, env: dict[str, str] | None =
     return records
 
 
+def policy_parameters(server: ServerConfig) -> dict[str, Any]:
+    """Return what the oracle's score of a server's policy must be told of the model."""
+    if server.policy == "triattention":
+        (path,) = _cache_home(server.model).glob("rkv_sglang/query_statistics/*.safetensors")
+        return {"statistics": path, "theta": ROPE_THETA}
+    return {"theta": ROPE_THETA} if server.policy == "beaconkv" else {}
+
+
+@cache
+def _cache_home(model: str) -> Path:
+    """Return a folder for what servers of a model keep beyond their end: statistics of its queries, measured once."""
+    folder = Path(tempfile.mkdtemp(prefix=f"rkv-fuzz-{model}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def _run_process(schedules: list[Schedule], env: dict[str, str]) -> list[Record]:
     """Run schedules of one server in one process; return at least one record, fewer than asked for if it died."""
     server = schedules[0].server
     folder = Path(tempfile.mkdtemp(prefix="rkv-fuzz-"))
     binding = {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(server.tp_size)))} if server.tp_size > 1 else {}
+    variables = {"RKV_SGLANG_VERIFY": "1", "XDG_CACHE_HOME": str(_cache_home(server.model))}
+    if server.block is not None:
+        variables["RKV_PROBE_MOVES_NOTHING"] = "1"
     job = {
         "flags": with_defaults(server.flags, ["--random-seed", "1", *device_flags()]),
-        "env": child_environment(folder / "probe.jsonl", {"RKV_SGLANG_VERIFY": "1", **binding, **env}),
+        "env": child_environment(folder / "probe.jsonl", {**variables, **binding, **env}),
         "folder": str(folder),
         "driver": "tests.fuzz.driver:register",
         "schedules": schedules,

@@ -8,6 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from devtools.tiny_models import tiny_model_path
+from rkv_sglang.config import HEAD, REQUEST
+from rkv_sglang.sizes.compaction_plan import block_of_pages
+
+# What the dense oracle knows of a request's sampling parameters.
+KNOWN_TO_THE_ORACLE = {
+    "stop_token_ids",
+    "logit_bias",
+    "min_new_tokens",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+}
+# For --kv-policy triattention, which asks the model before it serves: few questions, to start quickly.
+CALIBRATION = {"questions": 2, "answer_tokens": 40}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +33,8 @@ class ServerConfig:
         pool: Tokens of the KV pool.
         priority: Whether requests of higher priority preempt others.
         tokenizer: Whether the scheduler has one: stop strings and grammars need it.
-        granularity: ``--kv-granularity`` where it is not the default.
+        granularity: ``--kv-granularity``.
+        mixed_chunk: Whether requests decode inside prefill batches.
     """
 
     policy: str
@@ -37,13 +52,15 @@ class ServerConfig:
     tp_size: int = 1
     tokenizer: bool = False
     model: str = "llama-gqa"
-    granularity: str = ""
+    granularity: str = HEAD
+    mixed_chunk: bool = False
 
     @property
     def flags(self) -> list[str]:
         """The command line of the server."""
         flags = ["--model-path", str(tiny_model_path(self.model)), "--kv-policy", self.policy]
         for name, value in (
+            ("--kv-granularity", self.granularity),
             ("--kv-budget", self.budget),
             ("--kv-buffer", self.buffer),
             ("--kv-window", self.window),
@@ -58,12 +75,13 @@ class ServerConfig:
             flags += ["--tp-size", str(self.tp_size)]
         if self.priority:
             flags += ["--enable-priority-scheduling", "--priority-scheduling-preemption-threshold", "0"]
-        if self.granularity:
-            flags += ["--kv-granularity", self.granularity]
+        if self.policy == "triattention":
+            flags += ["--kv-policy-config", json.dumps(CALIBRATION)]
         switches = (
             (not self.overlap, "--disable-overlap-schedule"),
             (not self.radix, "--disable-radix-cache"),
             (self.stagger, "--kv-stagger"),
+            (self.mixed_chunk, "--enable-mixed-chunk"),
             (not self.tokenizer, "--skip-tokenizer-init"),
         )
         return flags + [flag for is_set, flag in switches if is_set]
@@ -71,6 +89,11 @@ class ServerConfig:
     @property
     def capacity(self) -> int:
         return self.budget + self.buffer
+
+    @property
+    def block(self) -> int | None:
+        """Tokens that are dropped together; None where every head chooses for itself."""
+        return block_of_pages(self.page_size) if self.granularity == REQUEST else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +113,7 @@ class FuzzRequest:
         abort_at: The pass at which it is aborted, counted from the schedule's start.
         abort_after: It is aborted once it has so many tokens.
         logprobs: Return log-probabilities of the output.
+        prompt_logprobs: Return those of the prompt, too, which is then computed anew.
         params: Further sampling parameters; what the oracle does not know of makes it compared with itself alone.
     """
 
@@ -107,6 +131,7 @@ class FuzzRequest:
     abort_after: int | None = None
     priority: int | None = None
     logprobs: bool = False
+    prompt_logprobs: bool = False
     params: Mapping[str, Any] = field(default_factory=dict)
 
     def capacity(self, server: ServerConfig) -> int:
@@ -116,12 +141,7 @@ class FuzzRequest:
     @property
     def needs_itself_alone(self) -> bool:
         """Whether only SGLang itself knows the right answer."""
-        return bool(set(self.params) - {"stop_token_ids"})
-
-    @property
-    def has_penalties(self) -> bool:
-        """Whether tokens generated before change the logits; under overlap SGLang itself may be one token late."""
-        return any(name.endswith("_penalty") for name in self.params)
+        return bool(set(self.params) - KNOWN_TO_THE_ORACLE)
 
     @property
     def sampling_params(self) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """A short search, new every time: schedules over the real scheduler, steps on the real pools; and it finds faults."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 
+from tests.e2e.workload import random_ids
 from tests.fuzz.campaign import run_and_check
-from tests.fuzz.check import check
+from tests.fuzz.check import ENDED_IN_THE_QUEUE, check, compare_oracle, expected_of
 from tests.fuzz.generate import BLOCK, schedule_of, server_of
 from tests.fuzz.pool_machine import STEPS, run_search, run_steps
 from tests.fuzz.runner import run_schedules
@@ -30,6 +32,7 @@ SERVER = ServerConfig(
     max_running=8,
 )
 PROMPT = tuple(range(20, 40))
+ENDED = {"type": "abort", "message": ENDED_IN_THE_QUEUE, "status_code": None}
 
 
 def test_random_schedules_give_right_tokens_and_lose_nothing(rng):
@@ -116,6 +119,12 @@ def test_a_record_that_differs_in_one_thing_is_not_passed(one_run):
         spoiled(record, stats={**record["stats"], "requests_compressed": 0}),
     ):
         assert check(schedule, wrong).problems, wrong
+    ended = spoiled(record, outputs={**record["outputs"], rids[4]: {**output, "finish_reason": ENDED}})
+    all_ended = dataclasses.replace(schedule, events=(*schedule.events, Event(at_pass=9, kind="abort_all")))
+    one_ended = dataclasses.replace(schedule.requests[4], abort_at=3)
+    one_ended = dataclasses.replace(schedule, requests=(*schedule.requests[:4], one_ended))
+    assert check(schedule, ended).problems
+    assert not check(all_ended, ended).problems and not check(one_ended, ended).problems
     without_events = dataclasses.replace(schedule, events=(), requests=schedule.requests[:3])
     assert any("ran out of memory" in problem for problem in check(without_events, record).problems)
 
@@ -138,3 +147,28 @@ def test_a_failing_schedule_is_made_as_small_as_it_can_be(rng):
     assert [len(request.prompt) <= 5 for request in small.requests] == [True, True]
     assert [event.kind for event in small.events] == ["pause_retract"]
     assert small.requests[1].after == 0 and small.server == schedule.server
+
+
+def test_an_answer_that_was_cut_off_is_judged_by_its_own_limit(rng):
+    """A head start comes only where a request may outgrow its capacity, however few tokens came out of it."""
+    server, limit = dataclasses.replace(SERVER, stagger=True, buffer=20), 60
+    wrong = 0
+    for _ in range(4):
+        request = FuzzRequest(prompt=tuple(random_ids(rng, 9)), max_new_tokens=limit)
+        right = expected_of(server, request, list(request.prompt), limit, [])
+        cut = {"output_ids": right.output_ids[:27], "finish_reason": {"type": "abort"}, "info": None}
+        assert compare_oracle(server, request, {**cut, "prompt": list(request.prompt)}, [], Counter()) == []
+        wrong += expected_of(server, request, list(request.prompt), 27, []).output_ids != cut["output_ids"]
+    assert wrong > 0, "no head start changed a token"
+
+
+def test_a_chunk_that_gets_back_what_the_chunk_before_it_shared_is_no_change():
+    """The tree has the first page of the second prompt already, and its second page lies where the first one was."""
+    server = dataclasses.replace(
+        SERVER, granularity="request", budget=24, buffer=16, page_size=16, chunk_size=32, pool=176, max_running=3
+    )
+    prompt = tuple(range(20, 44))
+    requests = tuple(FuzzRequest(prompt=own, max_new_tokens=9) for own in (prompt, (7,), prompt, prompt))
+    schedule = Schedule(seed=0, server=server, requests=requests)
+    (record,) = run_schedules([schedule])
+    assert check(schedule, record).problems == []

@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import os
 import random
 import tracemalloc
 from collections.abc import Callable
@@ -115,17 +116,26 @@ def assert_one_line(message: str) -> None:
 
 
 def assert_flat(call: Callable[[], Any], times: int = 1000) -> None:
-    """Call so many times, and assert that memory does not grow."""
+    """Call so many times, and assert that memory does not grow; ``RKV_TEST_FULL_MATRIX=1``: 1,000 times at least.
+
+    A table of the interpreter that doubles once is no leak: what leaks grows in each of three rounds.
+    """
+    if os.environ.get("RKV_TEST_FULL_MATRIX"):
+        times = max(times, 1000)
     for _ in range(times // 5):
         call()
-    gc.collect()
+    growth = []
     tracemalloc.start()
     try:
-        before = tracemalloc.get_traced_memory()[0]
-        for _ in range(times):
-            call()
-        gc.collect()
-        growth = tracemalloc.get_traced_memory()[0] - before
+        while len(growth) < 3:
+            gc.collect()
+            before = tracemalloc.get_traced_memory()[0]
+            for _ in range(times):
+                call()
+            gc.collect()
+            growth.append(tracemalloc.get_traced_memory()[0] - before)
+            if growth[-1] < MOST_GROWTH:
+                return
     finally:
         tracemalloc.stop()
-    assert growth < MOST_GROWTH, f"{growth} bytes more after {times} calls"
+    raise AssertionError(f"{growth} bytes more after {times} calls each")

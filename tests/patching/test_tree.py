@@ -212,3 +212,14 @@ def test_where_the_host_calls_the_policy_there_is_no_hook_and_elsewhere_there_is
     monkeypatch.setattr(module, "KV_POLICY_API", 2)
     with pytest.raises(RuntimeError, match="has the KV policy interface 2"):
         native.host_capabilities()
+
+
+def test_a_reader_that_has_enough_of_the_output_sees_no_traceback_and_the_patches_are_in(tree: Path) -> None:
+    code = "import sys; from rkv_sglang.cli import main; sys.exit(main(sys.argv[1:]))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", code, "patch", "apply", "--target", str(tree)]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+    assert len(look(tree, RELEASE).applied) == len(SERIES)

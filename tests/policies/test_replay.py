@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from rkv_sglang.policies import ScoreInputs
+from rkv_sglang.policies.base import by_choice
 from tests.algorithm.cases import fresh_seed
 from tests.policies.cases import CASES, case_id, model_with_statistics, policy_of, usual_queries
 from tests.policies.replay import Step, Tokens, random_tokens, replay
@@ -67,6 +69,42 @@ def test_the_top_scorers_the_window_and_the_prompt_are_kept(
             assert len(chosen) == budget - window and len(dropped) == buffer
             # Where two are as good as equal, fp32 may choose either.
             assert min(chosen) >= max(dropped) - 1e-5 * max(1e-3, *map(abs, expected))
+
+
+class Chooser:
+    """Chooses some tokens of its own for every head, in turn too many and too few."""
+
+    def __init__(self) -> None:
+        self.chosen: list[torch.Tensor] = []
+
+    def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        num_tokens, num_kv_heads, _ = inputs.keys.shape
+        self.chosen.append(
+            torch.rand(num_kv_heads, num_tokens - len(inputs.queries)) < (0.9, 0.2)[len(self.chosen) % 2]
+        )
+        return self.chosen[-1]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_choice_is_kept_and_filled_up_or_cut_by_age(shape: tuple[int, int, int, int]) -> None:
+    torch.manual_seed(fresh_seed())
+    prompt_len, budget, buffer, window = shape
+    tokens = random_tokens(prompt_len + budget + NUM_COMPACTIONS * buffer, NUM_KV_HEADS, GROUP, HEAD_DIM)
+    policy, room = Chooser(), budget - window
+    sizes = {"prompt_len": prompt_len, "budget": budget, "buffer": buffer, "window": window}
+    steps = list(replay(policy, tokens, **sizes))
+    assert len(steps) == len(policy.chosen) == NUM_COMPACTIONS
+    for step, of_heads in zip(steps, policy.chosen, strict=True):
+        for resident, chosen, kept in zip(step.positions, of_heads, step.kept_positions, strict=True):
+            candidates = resident[prompt_len:-window].tolist()
+            stays = {position for position, is_chosen in zip(candidates, chosen[prompt_len:], strict=True) if is_chosen}
+            best_first = sorted(candidates, key=lambda position: (position not in stays, -position))
+            assert kept[prompt_len : prompt_len + room].tolist() == sorted(best_first[:room])
+
+
+def test_a_choice_among_millions_of_tokens_is_exact() -> None:
+    scores = by_choice(torch.tensor([[True, True, False]]).repeat_interleave(2**23 // 3, dim=1))
+    assert scores.dtype == torch.float32 and len(scores.unique()) == scores.shape[1]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

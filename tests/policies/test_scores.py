@@ -1,6 +1,7 @@
 """Every policy's score against its formula, one number at a time in fp64."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from rkv_sglang.algorithm.model_attention import ModelAttention
 from rkv_sglang.policies import GKV, H2O, POLICIES, Half, LongFlow, Random, ScoreInputs, as_scored, is_stateful
+from rkv_sglang.policies.informed.triattention import best_of_group, expected_queries, lengthwise
 from tests.algorithm.cases import DEVICES, KEY_MAKERS, fresh_seed, make_keys, make_queries
 from tests.policies.cases import CASES, case_id, model_with_statistics, policy_of, usual_queries
 from tests.support.oracle.loop_policies import OneHead, loop_scores
@@ -155,6 +157,29 @@ def test_gkv_forgets_slowly_what_a_token_had(num_scored: int) -> None:
     old.copy_(torch.maximum(old, 0.8 * state))
     assert torch.equal(both.state, expected)
     torch.testing.assert_close(both.scores - alone.scores, 0.5 * (expected - alone.state), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("logical_len", [NUM_TOKENS, 100_003])
+def test_products_with_expected_queries_are_the_published_sum_over_distances(logical_len: int) -> None:
+    """In fp64 on both sides, so that what differs would be the formula."""
+    torch.manual_seed(fresh_seed())
+    model = PLACE["model"]
+    keys = torch.randn(NUM_TOKENS, 1, HEAD_DIM, dtype=torch.float64)
+    means, lengths = model.statistics.means[:1, :GROUP], model.statistics.mean_lengths[:1, :GROUP]
+    exact: Any = SimpleNamespace(means=means.to(torch.complex128), mean_lengths=lengths.double())
+    queries = expected_queries(model.rope, exact) * model.rope.turns([logical_len])[0]
+    num_pairs = model.rope.num_pairs
+    pairs = torch.complex(keys[..., :num_pairs].contiguous(), keys[..., num_pairs : 2 * num_pairs].contiguous())
+    mine = best_of_group(queries, lengthwise(model.rope, exact), pairs[:-WINDOW], PROMPT_LEN)[0]
+    head = one_head(
+        ScoreInputs(torch.zeros(WINDOW, GROUP, HEAD_DIM), keys, PROMPT_LEN, model=model),
+        0,
+        keys,
+        list(range(logical_len - NUM_TOKENS, logical_len)),
+    )
+    expected = torch.tensor(loop_scores("triattention", head), dtype=torch.float64)
+    torch.testing.assert_close(mine, expected, rtol=0, atol=1e-6)
+    assert mine.dtype == torch.float64 and (mine - expected).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("num_scored", [0, 1, 17, NUM_TOKENS - WINDOW - PROMPT_LEN])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +14,7 @@ from rkv_sglang.cache.drop import drop_blocks
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.runtime.jobs import Job, scoring
 from rkv_sglang.integration.runtime.parts import Parts, Scored
+from rkv_sglang.integration.startup.verify_switch import is_verifying
 from rkv_sglang.policies import Policy
 from rkv_sglang.sizes.compaction_plan import DropPlan, plan_drop
 
@@ -41,27 +44,50 @@ def compact(parts: Parts, policy: Policy, window: int, batch: ScheduleBatch, job
     later, to free it, cache it or retract it, is on that stream too. A page that is given to another request here is
     written by a later forward pass, after the one in flight.
     """
+    ways = _ways(parts.scheduler.tree_cache)
     if parts.scored is None:
         with parts.timed():
-            choices = choose_by_place(
-                [(job.plan, job.logical_len, job.state.kept_state) for job in jobs], policy, window
-            )
+            due = [(job.plan, job.logical_len, job.state.kept_state) for job in jobs]
+            choices = ways.choose_by_place(due, policy, window)
             _record(jobs, choices)
-            freed = _drop(parts, batch, jobs, choices)
+            freed = _drop(ways, parts, batch, jobs, choices)
     else:
-        choices = _by_scores(parts, parts.scored, policy, window, batch, jobs)
-        freed = _drop(parts, batch, jobs, choices)
+        choices = _by_scores(ways, parts, parts.scored, policy, window, batch, jobs)
+        freed = _drop(ways, parts, batch, jobs, choices)
     for job, choice in zip(jobs, choices, strict=True):
         job.state.kept_state = choice.kept_state
     # By their ids, which are known to be distinct: to find that out would wait for the device.
     parts.scheduler.token_to_kv_pool_allocator.free_page_ids(freed)
 
 
+@dataclass(frozen=True)
+class _Ways:
+    """What chooses the blocks, and what takes them out of the rows."""
+
+    choose_by_place: Callable[..., list[BlockChoice]] = choose_by_place
+    choose_by_scores: Callable[..., list[BlockChoice]] = choose_by_scores
+    drop_blocks: Callable[..., torch.Tensor] = drop_blocks
+
+
+def _ways(tree_cache: Any) -> _Ways:
+    """Return what compacts, with all that it does checked if a server was started so, the radix tree's slots too."""
+    if not is_verifying():
+        return _Ways()
+    # Here, so that other servers do not load it.
+    from rkv_sglang.cache.verify.drop import choose_by_place_and_verify, choose_by_scores_and_verify, drop_and_verify
+
+    return _Ways(
+        partial(choose_by_place_and_verify, choose_by_place),
+        partial(choose_by_scores_and_verify, choose_by_scores, tree_cache.all_values_flatten().long()),
+        partial(drop_and_verify, drop_blocks),
+    )
+
+
 def _drop(
-    parts: Parts, batch: ScheduleBatch, jobs: Sequence[Job[DropPlan]], choices: Sequence[BlockChoice]
+    ways: _Ways, parts: Parts, batch: ScheduleBatch, jobs: Sequence[Job[DropPlan]], choices: Sequence[BlockChoice]
 ) -> torch.Tensor:
     """Rewrite the rows and return the ids of the pages that left them."""
-    return drop_blocks(
+    return ways.drop_blocks(
         batch.req_to_token_pool.req_to_token,
         [job.req.kv.req_pool_idx for job in jobs],
         [job.plan for job in jobs],
@@ -71,11 +97,17 @@ def _drop(
 
 
 def _by_scores(
-    parts: Parts, scored: Scored, policy: Policy, window: int, batch: ScheduleBatch, jobs: Sequence[Job[DropPlan]]
+    ways: _Ways,
+    parts: Parts,
+    scored: Scored,
+    policy: Policy,
+    window: int,
+    batch: ScheduleBatch,
+    jobs: Sequence[Job[DropPlan]],
 ) -> list[BlockChoice]:
     scheduler = parts.scheduler
     with scoring(parts, scored, batch, jobs) as due:
-        choices = choose_by_scores(
+        choices = ways.choose_by_scores(
             scored.buffers,
             due.requests,
             due.read_queries,

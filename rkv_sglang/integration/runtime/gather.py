@@ -58,6 +58,6 @@ def _compacting(tree_cache: Any) -> Callable[..., list[Compacted]]:
     if not is_verifying():
         return compact_requests
     # Here, so that other servers do not load it.
-    from rkv_sglang.cache.verify import compact_and_verify
+    from rkv_sglang.cache.verify.gather import compact_and_verify
 
     return partial(compact_and_verify, compact_requests, tree_cache.all_values_flatten().long())

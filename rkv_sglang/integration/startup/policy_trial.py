@@ -54,7 +54,9 @@ def score_problem(
     wanted = [num_kv_heads, num_tokens - window]
     parts = {"score": scored.scores, "state": scored.state} if isinstance(scored, Scored) else {"score": scored}
     for name, part in parts.items():
-        problem = _problem_of(part, wanted, inputs.keys.device)
+        # What stays may be said instead of scored.
+        dtypes = (torch.float32, torch.bool) if name == "score" else (torch.float32,)
+        problem = _problem_of(part, wanted, dtypes, inputs.keys.device)
         if problem is not None:
             return f"its {name} {problem}"
         # Of statistics that are all 0 nothing can be asked.
@@ -63,9 +65,9 @@ def score_problem(
     return None
 
 
-def _problem_of(part: object, wanted: list[int], device: torch.device) -> str | None:
+def _problem_of(part: object, wanted: list[int], dtypes: tuple[torch.dtype, ...], device: torch.device) -> str | None:
     if not isinstance(part, Tensor):
         return f"is of type {type(part).__name__} instead of a tensor {wanted} of torch.float32"
-    if list(part.shape) != wanted or part.dtype != torch.float32:
+    if list(part.shape) != wanted or part.dtype not in dtypes:
         return f"is {list(part.shape)} of {part.dtype} instead of {wanted} of torch.float32"
     return None if part.device == device else f"is on {part.device} instead of {device}"

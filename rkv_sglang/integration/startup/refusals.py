@@ -33,7 +33,7 @@ def flag_problems(server_args: Any) -> Iterator[str]:
         return
     config, problems = read_config(server_args)
     yield from problems
-    yield from filter(None, [verify_problem(None if config is None else config.granularity)])
+    yield from filter(None, [verify_problem()])
     for refused, value in _refused_values(server_args, config):
         is_variable = not refused.setting.startswith("--")
         shown = refused.setting if value is True else f"{refused.setting} {value}"

@@ -61,22 +61,34 @@ class TriAttention:
         # [num_qo_heads, num_pairs]
         queries = expected_queries(rope, layer)[0] * rope.turns([logical_len])[0].to(layer.means)
         spread = lengthwise(rope, layer)[0]
-        # [num_kv_heads, 1, num_pairs, L - window]
-        pairs = rope.pairs(inputs.keys[: num_tokens - len(inputs.queries)]).permute(1, 2, 0).unsqueeze(1)
-        queries, spread = (part.view(num_kv_heads, -1, 1, rope.num_pairs) for part in (queries, spread))
-        products = queries.real @ pairs.real + queries.imag @ pairs.imag + spread @ pairs.abs()
-        scores = products.squeeze(2)
-        candidates = scores[:, :, inputs.prompt_len :]
-        deviation = candidates.std(dim=2, keepdim=True, correction=0).clamp(min=LEAST_DEVIATION)
-        return ((scores - candidates.mean(dim=2, keepdim=True)) / deviation).amax(dim=1)
+        pairs = rope.pairs(inputs.keys[: num_tokens - len(inputs.queries)])
+        queries, spread = (part.view(num_kv_heads, -1, rope.num_pairs) for part in (queries, spread))
+        return best_of_group(queries, spread, pairs, inputs.prompt_len)
+
+
+def best_of_group(queries: Tensor, spread: Tensor, pairs: Tensor, prompt_len: int) -> Tensor:
+    """Return the score of tokens by what is expected of the query heads, ``[num_kv_heads, num_tokens]``, real.
+
+    Args:
+        queries: ``q`` of each head of each group, ``[num_kv_heads, gqa_group_size, num_pairs]``, complex of any size.
+        spread: ``e``, the same shape, real.
+        pairs: Of the keys, ``[num_tokens, num_kv_heads, num_pairs]``, complex.
+        prompt_len: The first tokens, which are no candidates.
+    """
+    # [num_kv_heads, num_pairs, num_tokens]
+    pairs = pairs.permute(1, 2, 0)
+    scores = queries.real @ pairs.real + queries.imag @ pairs.imag + spread @ pairs.abs()
+    candidates = scores[:, :, prompt_len:]
+    deviation = candidates.std(dim=2, keepdim=True, correction=0).clamp(min=LEAST_DEVIATION)
+    return ((scores - candidates.mean(dim=2, keepdim=True)) / deviation).amax(dim=1)
 
 
 def expected_queries(rope: Rope, statistics: QueryStatistics) -> Tensor:
-    """Return ``a * mu * mean over d of e^(i w d)``, of the shape of the statistics, complex64."""
+    """Return ``a * mu * mean over d of e^(i w d)``, of the shape and type of ``statistics.means``."""
     ahead = rope.turns(DISTANCES).mean(dim=0) * rope.factor
     return statistics.means * ahead.to(statistics.means)
 
 
 def lengthwise(rope: Rope, statistics: QueryStatistics) -> Tensor:
-    """Return ``a * (m - |mu|)``, of the shape of the statistics, fp32."""
+    """Return ``a * (m - |mu|)``, of the shape and type of ``statistics.mean_lengths``."""
     return rope.factor * (statistics.mean_lengths - statistics.means.abs())

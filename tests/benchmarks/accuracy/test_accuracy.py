@@ -18,11 +18,20 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks.accuracy.checker import Verdict, check
+from benchmarks.accuracy.__main__ import make_store, measure, parse_arguments, sampling_of
+from benchmarks.accuracy.checker import Verdict, check, compare
 from benchmarks.accuracy.judge import Judge
+from benchmarks.accuracy.kept import compare_answers
 from benchmarks.accuracy.problems import DRY_RUN_PROBLEMS, Problem, load_problems
 from benchmarks.accuracy.report import markdown, plot
-from benchmarks.accuracy.rows import NOTHING_COMPRESSED, PARTLY_COMPRESSED, accuracy_rows, busy_seconds, paired
+from benchmarks.accuracy.rows import (
+    NOTHING_COMPRESSED,
+    PARTLY_COMPRESSED,
+    accuracy_rows,
+    busy_seconds,
+    control_of,
+    paired,
+)
 from benchmarks.accuracy.run import Sampling, run_samples
 from benchmarks.accuracy.store import Sample, SampleStore
 from benchmarks.common.schema import write_table
@@ -33,6 +42,7 @@ from devtools.launch import Server, ServerError
 
 ROOT = Path(__file__).resolve().parents[3]
 NONE, RKV = parse_setting("none"), parse_setting("rkv:64:16")
+CONTROL = parse_setting("random_attention:64:16:granularity=head:window=8")
 SAMPLING = Sampling(instruction="Box it.", temperature=0.6, top_p=0.95, max_tokens=64, seed=0)
 
 
@@ -90,6 +100,25 @@ def test_a_known_answer_that_cannot_be_read_is_an_error() -> None:
         check("\\boxed{1}", "")
 
 
+@pytest.mark.parametrize(
+    "text, full_text, expected",
+    [
+        ("\\boxed{0.25}", "So it is \\boxed{\\frac{1}{4}}.", "same"),
+        ("The answer is 42.", "The answer is 43.", "other"),
+        ("The answer is 42.", "I cannot say.", "other"),
+        ("I cannot say.", "The answer is 42.", "other"),
+        ("I cannot say.", "", "neither"),
+    ],
+)
+def test_final_answers_of_two_outputs_are_compared_by_value(text: str, full_text: str, expected: str) -> None:
+    assert compare(text, False, full_text, False) == expected
+
+
+def test_an_answer_kept_may_be_cut_where_it_is_boxed() -> None:
+    assert compare("Then we add 42", True, "Then we add 42", False) == "other"
+    assert compare("It is \\boxed{42}. Let", True, "It is 42", False) == "same"
+
+
 @pytest.fixture(scope="module")
 def judge() -> Iterator[Judge]:
     with Judge(cpu_seconds=1) as judge:
@@ -110,6 +139,12 @@ def test_the_judge_says_what_the_checker_says(judge: Judge) -> None:
 def test_an_answer_without_end_is_unjudged_and_the_next_is_judged(judge: Judge) -> None:
     assert judge.verdict(ENDLESS, "3") == Verdict("unjudged", "")
     assert judge.verdict("\\boxed{3}", "3").outcome == "right"
+
+
+def test_answers_of_two_outputs_are_compared_in_time_or_not_at_all(judge: Judge) -> None:
+    assert judge.compare(ENDLESS, False, "\\boxed{3}", False) == "unjudged"
+    assert judge.compare("\\boxed{3}", False, "It is 3.", True) == "other"
+    assert judge.compare("\\boxed{3}", False, "It is 3.", False) == "same"
 
 
 def test_a_long_number_is_an_answer_like_any_other(judge: Judge) -> None:
@@ -256,8 +291,33 @@ def test_samples_come_back_and_a_cut_line_is_made_again(tmp_path: Path, rng: ran
         store.path.write_text(content[: len(content) - len(last) + length])
         cut = SampleStore(tmp_path, "rkv:64:16", {"model": "m"})
         assert list(cut.samples.values()) == samples[:-1]
+        # Another process may be writing it.
+        assert store.path.stat().st_size == len(content) - len(last) + length
         cut.add(samples[-1])
         assert store.path.read_text() == content
+
+
+def test_what_is_there_so_far_is_of_the_problems_that_all_have_answered(
+    tmp_path: Path, judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["accuracy", "--answered", "--settings", "none,rkv:64:16", "--work", str(tmp_path)]
+    )
+    options = parse_arguments()
+    options.samples = 2
+    problems = [Problem(f"say {i}", "3") for i in range(3)]
+    with pytest.raises(ValueError, match="no problem has been answered under every setting"):
+        measure(options, problems, judge)
+    for setting, answered in ((NONE, (0, 1, 2)), (RKV, (2, 0))):
+        store = make_store(options, setting, sampling_of(options))
+        for i in answered:
+            for number in range(2 if i else 1 + (setting == NONE)):
+                store.add(make_sample(problems[i].key, number))
+    results = measure(options, problems, judge)
+    assert {setting: list(by_problem) for setting, by_problem in results.items()} == {
+        NONE: [problems[2].key],
+        RKV: [problems[2].key],
+    }
 
 
 def test_another_setting_has_another_file_and_a_foreign_one_is_refused(tmp_path: Path) -> None:
@@ -306,6 +366,49 @@ def test_figures_by_hand() -> None:
     assert (second["pass_diff"], second["pass_diff_low"], second["pass_diff_high"]) == (-0.125, -0.5, 0.25)
     assert (second["tokens_diff"], second["tokens_diff_low"], second["tokens_diff_high"]) == (200, 100, 300)
     assert first["pass_diff"] == first["tokens_diff"] == 0
+
+
+def test_every_problem_counts_for_the_answers_that_are_kept(judge: Judge) -> None:
+    """By hand: of five problems the full cache answers four. One setting keeps two of these and fails at the fifth, as
+    the full cache does, which counts as kept; the control keeps one, and answers the fifth."""
+
+    def answers(*texts: str, **changed: Any) -> dict[str, list[Sample]]:
+        return {
+            str(i): [
+                make_sample(str(i), text=text, found=text[-1], outcome="wrong" if text != "?" else "none", **changed)
+            ]
+            for i, text in enumerate(texts)
+        }
+
+    results = {
+        NONE: answers("It is 1", "It is 2", "It is 3", "It is 4", "?"),
+        RKV: answers("So 1.0", "It is 2", "It is 4", "?", "?", evicted_tokens=15),
+        CONTROL: answers("It is 9", "It is 9", "It is 3", "It is 9", "It is 1", evicted_tokens=10),
+    }
+    kept = {setting: compare_answers(judge, by_problem, results[NONE]) for setting, by_problem in results.items()}
+    assert [of_one for (of_one,) in kept[RKV].values()] == ["same", "same", "other", "other", "neither"]
+    full, ours, control = accuracy_rows("some", results, kept)
+    assert [(row["kept"], row["kept_neither"]) for row in (full, ours, control)] == [(1, 0.2), (0.6, 0.2), (0.2, 0)]
+    # Problem by problem 1, 1, -1, 0, 1.
+    assert ours["kept_less_control"] == 0.4 and ours["kept_less_control_low"] < 0 < ours["kept_less_control_high"]
+    assert (ours["control"], control["control"], control["kept_less_control"]) == (CONTROL.name, CONTROL.name, 0)
+    assert full["control"] == "" and math.isnan(float(full["kept_less_control"]))
+    assert [row["held"] for row in (full, ours, control)] == [1, 0.25, 0.5]
+    against_ours = accuracy_rows("some", results, kept, RKV)
+    assert [row["kept_less_control"] for row in against_ours] == [0.4, 0, -0.4]
+    assert f"Control: {RKV.name}." in markdown(against_ours, "GPU")
+    assert "Control: random_attention of the same budget." in markdown([full, ours, control], "GPU")
+    unjudged = {setting: {key: ["unjudged"] for key in of_one} for setting, of_one in kept.items()}
+    assert [(row["kept"], row["not_compared"]) for row in accuracy_rows("some", results, unjudged)] == [(0, 1)] * 3
+
+
+def test_a_draw_of_the_same_budget_is_the_control() -> None:
+    names = ("none", "random_attention:64:16:granularity=head:window=8", "random_attention:64:16:window=8", "rkv:48:16")
+    settings = [parse_setting(name) for name in names]
+    assert control_of(RKV, settings) == settings[1]
+    assert control_of(parse_setting("rkv:64:16:granularity=request"), settings) == settings[2]
+    assert control_of(RKV, [settings[0], settings[2]]) == settings[2]
+    assert control_of(settings[3], settings) is None and control_of(NONE, settings) is None
 
 
 def test_rows_say_when_they_prove_nothing(tmp_path: Path) -> None:
@@ -460,9 +563,17 @@ def test_samples_of_a_problem_have_seeds_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "flags, message", [(["--settings", "rkv:9"], "neither none"), (["--samples", "0"], "at least")]
+    "flags, message",
+    [
+        (["--settings", "rkv:9"], "neither none"),
+        (["--samples", "0"], "at least"),
+        (["--control", "rkv:9:9"], "must be one of --settings"),
+    ],
 )
-def test_bad_options_are_one_line(flags: list[str], message: str) -> None:
-    command = [sys.executable, "-m", "benchmarks.accuracy", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
+def test_bad_options_are_one_line(
+    flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["accuracy", *flags])
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments()
+    assert ended.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]

@@ -14,7 +14,7 @@ from rkv_sglang.integration.runtime.stats import PolicyStats
 from rkv_sglang.sizes.compaction_plan import plan_compaction
 from rkv_sglang.sizes.lengths import RequestState
 
-DASHBOARD = Path(__file__).parents[3] / "benchmarks" / "grafana" / "rkv_sglang.json"
+DASHBOARD = Path(__file__).parents[3] / "docs" / "deploy" / "grafana.json"
 
 
 @pytest.fixture

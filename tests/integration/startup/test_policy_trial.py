@@ -60,6 +60,7 @@ def nan_behind_the_prompt(scores: torch.Tensor) -> torch.Tensor:
         (lambda scores: scores.double(), "its score is [2, 42] of torch.float64 instead of"),
         (lambda scores: scores.long(), "its score is [2, 42] of torch.int64 instead of"),
         (lambda scores: scores.to("meta"), "its score is on meta instead of cpu"),
+        (lambda scores: Scored(scores, scores > 0), "its state is [2, 42] of torch.bool instead of"),
         (without_a_state, "its state is [2, 41] of torch.float32 instead of [2, 42]"),
         (nan_behind_the_prompt, "its score has NaN in it"),
     ],
@@ -67,6 +68,11 @@ def nan_behind_the_prompt(scores: torch.Tensor) -> torch.Tensor:
 def test_what_is_no_score_is_named_in_one_line(change: Any, problem: str) -> None:
     found = score_problem(Some(change), **SHAPES[0], device="cpu")
     assert found is not None and found.startswith(problem) and "\n" not in found
+
+
+@pytest.mark.parametrize("change", [lambda scores: scores > 0, lambda scores: Scored(scores > 0, scores)])
+def test_a_choice_may_stand_in_the_place_of_scores(change: Any) -> None:
+    assert score_problem(Some(change), **SHAPES[0], device="cpu") is None
 
 
 def test_what_the_prompt_scores_is_looked_at_by_nobody() -> None:

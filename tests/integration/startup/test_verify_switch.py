@@ -14,7 +14,8 @@ SERVED = {"model_path": "m", "device": "cpu", "attention_backend": "torch_native
 def test_one_is_yes_and_nothing_is_no(monkeypatch: pytest.MonkeyPatch, value: str, is_on: bool) -> None:
     monkeypatch.setenv(VERIFY_VARIABLE, value)
     assert is_verifying() is is_on
-    refuse(RKVServerArgs(**SERVED, kv_policy="rkv"))
+    for settings in ({}, {"kv_granularity": "request"}):
+        refuse(RKVServerArgs(**SERVED, kv_policy="rkv", **settings))
 
 
 @pytest.mark.parametrize("value", ["true", " 1", "2", "x" * 1000])
@@ -23,14 +24,3 @@ def test_anything_else_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, v
     with pytest.raises(RefusedError, match=f"^{VERIFY_VARIABLE} is '.{{1,80}}': set it to 1 .*, or unset it$"):
         refuse(RKVServerArgs(**SERVED, kv_policy="rkv"))
     refuse(RKVServerArgs(**SERVED))
-
-
-@pytest.mark.parametrize("settings", [{"kv_policy": "random_attention"}, {"kv_granularity": "request"}])
-def test_a_choice_for_a_whole_request_is_not_checked_so_it_is_refused(
-    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str]
-) -> None:
-    args = RKVServerArgs(**{**SERVED, "kv_policy": "rkv", **settings})
-    refuse(args)
-    monkeypatch.setenv(VERIFY_VARIABLE, "1")
-    with pytest.raises(RefusedError, match=f"^{VERIFY_VARIABLE} checks --kv-granularity head alone: unset it, or "):
-        refuse(args)

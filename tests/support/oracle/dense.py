@@ -89,6 +89,7 @@ def dense_generate(
     guessed_output_ids: Sequence[int] = (),
     block: int | None = None,
     fp8: Fp8 | None = None,
+    adjust: Callable[[torch.Tensor, Sequence[int]], torch.Tensor] | None = None,
 ) -> DenseResult:
     """Generate greedily, keeping ``budget`` generated tokens per layer and KV head at each compaction.
 
@@ -118,6 +119,8 @@ def dense_generate(
             wrong ones more; the result is the same, but for the order of summation.
         block: All layers and heads keep the same: whole blocks of so many tokens go, those of the lowest mean score.
         fp8: How the cache rounds what it takes.
+        adjust: Given logits and the outputs before them, returns the logits that are sampled from, such as
+            ``penalties.adjustment`` makes one.
 
     Raises:
         ValueError: The budget leaves no room beside the window, or the model is of another kind.
@@ -147,6 +150,8 @@ def dense_generate(
         while True:
             num_outputs = len(result.output_ids)
             forced_id = None if forced_output_ids is None else forced_output_ids[num_outputs]
+            if adjust is not None:
+                logits = adjust(logits, result.output_ids)
             _append_output(result, logits, forced_id, caches[0].length)
             num_outputs += 1
             if num_outputs == max_new_tokens or result.output_ids[-1] in eos_token_ids:

@@ -259,9 +259,11 @@ class Probe:
             held = self._held[id(req)][1]
             held_now[id(req)] = (req, held)
             num_decodes = req.decode_batch_idx - held.decode_batch_idx
+            # A chunk of a prompt may get what the chunk before it gave back because the tree had the same.
+            num_fresh = max(num_decodes, req.kv.kv_allocated_len - held.allocated_len)
             if req.kv.kv_allocated_len < held.allocated_len + num_decodes:
                 self._note_compaction(req, held, num_decodes, is_after_scheduling)
-            held.update(req, num_decodes)
+            held.update(req, num_fresh)
         self._held = held_now
         if is_after_scheduling:
             self._check_max_private()

@@ -1,0 +1,96 @@
+"""Bytes of the pool, and scores by the plainest code there is: what both ways to compact are checked by."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rkv_sglang.algorithm import reference
+from rkv_sglang.algorithm.model_attention import ModelAttention
+from rkv_sglang.cache.buffers import KVBuffers
+from rkv_sglang.cache.compact import DueRequest
+from rkv_sglang.kernels.paged_batch import FP8_DTYPES, PagedBuffers
+from rkv_sglang.policies import RKV, Policy, ScoreInputs, as_scored
+
+# Of the spread of scores: below this, which of two is the better one is a matter of the order of summation.
+SCORE_TOLERANCE = 1e-4
+# As near to the threshold a cosine may fall on either side of it.
+COSINE_TOLERANCE = 1e-6
+_LARGE_ODD = 0x9E3779B97F4A7C15 - 2**64
+
+
+class CompactionDiffersError(RuntimeError):
+    """A compaction did something else than it should; one line."""
+
+
+def plain_scores(
+    buffers: KVBuffers,
+    request: DueRequest[Any],
+    layer: int,
+    rows: tuple[Tensor, Tensor],
+    queries: Tensor,
+    policy: Policy,
+    model: ModelAttention,
+) -> Iterator[Tensor]:
+    """Yield a layer's scores by the plainest way there is; several where a rounding error decides between them.
+
+    Args:
+        layer: Of the buffers, from 0.
+        rows: What ``rows_of`` copied of the request before its compaction.
+        queries: Of its window, ``[num_layers, window, num_qo_heads, head_dim]``.
+
+    Returns:
+        Of each way ``[num_kv_heads, resident_len - window]``.
+    """
+    inputs = ScoreInputs(
+        queries=queries[layer],
+        keys=_as_numbers(buffers.keys, rows[0], layer),
+        prompt_len=request.plan.prompt_len,
+        values=_as_numbers(buffers.values, rows[1], layer),
+        logical_len=request.logical_len,
+        state=None if request.kept_state is None else request.kept_state[layer],
+        memory=None if request.memory is None else request.memory[layer],
+        layer=buffers.keys.first_layer + layer,
+        first_kv_head=buffers.keys.first_kv_head,
+        budget=request.plan.budget,
+        model=model,
+    )
+    if type(policy) is not RKV:
+        yield as_scored(policy.score(inputs)).scores
+        return
+    for shift in (0.0, COSINE_TOLERANCE, -COSINE_TOLERANCE):
+        yield reference.rkv_scores(
+            inputs.queries,
+            inputs.keys,
+            mix_lambda=policy.mix_lambda,
+            kernel_size=policy.kernel_size,
+            similarity_threshold=min(max(policy.similarity_threshold + shift, -1.0), 1.0),
+            model=inputs.model,
+        )
+
+
+def rows_of(buffers: KVBuffers, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Copy what some slots hold, ``[num_layers, len(slots), num_kv_heads, head_dim]`` of keys and of values."""
+    both = (buffers.keys, buffers.values)
+    keys, values = (torch.stack([layer.flatten(0, 1)[slots] for layer in part.tensors]) for part in both)
+    return keys, values
+
+
+def _as_numbers(buffers: PagedBuffers, rows: Tensor, layer: int) -> Tensor:
+    """Return copied rows of one layer as fp32."""
+    if buffers.dtype in FP8_DTYPES:
+        return rows[layer].view(buffers.dtype).float() * buffers.scales[layer]
+    return rows[layer].float()
+
+
+def checksums(buffers: KVBuffers, slots: Tensor) -> list[int]:
+    """Return a number for each layer's keys and values in these slots, by their bytes and order."""
+    sums = []
+    for part in (buffers.keys, buffers.values):
+        for layer in part.tensors:
+            numbers = layer.flatten(0, 1)[slots].contiguous().view(torch.uint8).flatten().to(torch.int64)
+            # int64 wraps around, which is all right for a checksum.
+            weights = torch.arange(1, numbers.numel() + 1, device=numbers.device) * _LARGE_ODD
+            sums.append(int((numbers * (weights ^ (weights >> 31))).sum()))
+    return sums
