@@ -64,15 +64,15 @@ def compact(parts: Parts, policy: Policy, window: int, batch: ScheduleBatch, job
 class _Ways:
     """What chooses the blocks, and what takes them out of the rows."""
 
-    choose_by_place: Callable[..., list[BlockChoice]] = choose_by_place
-    choose_by_scores: Callable[..., list[BlockChoice]] = choose_by_scores
-    drop_blocks: Callable[..., torch.Tensor] = drop_blocks
+    choose_by_place: Callable[..., list[BlockChoice]]
+    choose_by_scores: Callable[..., list[BlockChoice]]
+    drop_blocks: Callable[..., torch.Tensor]
 
 
 def _ways(tree_cache: Any) -> _Ways:
     """Return what compacts, with all that it does checked if a server was started so, the radix tree's slots too."""
     if not is_verifying():
-        return _Ways()
+        return _Ways(choose_by_place, choose_by_scores, drop_blocks)
     # Here, so that other servers do not load it.
     from rkv_sglang.cache.verify.drop import choose_by_place_and_verify, choose_by_scores_and_verify, drop_and_verify
 
