@@ -85,8 +85,6 @@ _RECIPES: dict[str, tuple[type, type, dict[str, Any], int]] = {
     MLA_MODEL: (
         DeepseekV2Config,
         DeepseekV2ForCausalLM,
-        Gemma3ForCausalLM,
-        Gemma3TextConfig,
         {
             # What SGLang's kernels of latent attention expect.
             "kv_lora_rank": 512,
