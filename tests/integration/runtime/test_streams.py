@@ -66,7 +66,8 @@ def a_step(streams: Streams, config: PolicyConfig) -> tuple[Runtime, Any, Any]:
         ),
     )
     query_window: Any = SimpleNamespace(flush=lambda: None, release=lambda row: None, row_bytes=0)
-    scored = Scored(buffers=SimpleNamespace(), query_window=query_window, first_layer=0)  # type: ignore[arg-type]
+    buffers: Any = SimpleNamespace(keys=SimpleNamespace(dtype=torch.float32))
+    scored = Scored(buffers=buffers, layers=(), query_window=query_window, first_layer=0)
     policy.bind(Parts(scheduler=scheduler, scored=None if policy.looks_at_nothing else scored, metrics=None))
     kv = SimpleNamespace(req_pool_idx=0, kv_allocated_len=45, kv_committed_len=45, cache_protected_len=5)
     req = SimpleNamespace(rid="r", kv=kv, beam_group=None)
