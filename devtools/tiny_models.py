@@ -30,8 +30,12 @@ from transformers import (
     Olmo3Config,
     Olmo3ForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 MODELS_DIR = Path(__file__).resolve().parents[1] / ".cache" / "models"
@@ -56,6 +60,9 @@ _SHARED: dict[str, Any] = {
     "eos_token_id": EOS_ID,
 }
 MLA_MODEL = "deepseek-v2"
+# Positions of three numbers, and images in prompts.
+IMAGE_MODEL = "qwen2.5-vl"
+IMAGE_TOKEN_ID = VOCAB_SIZE - 1
 # Tokens that a layer attends to which attends to the latest alone, its own included.
 SLIDING_WINDOW = 24
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -124,6 +131,18 @@ _RECIPES: dict[str, tuple[type, type, dict[str, Any], int]] = {
         },
         0,
     ),
+    "olmo3-sliding": (
+        Olmo3Config,
+        Olmo3ForCausalLM,
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "sliding_window": SLIDING_WINDOW,
+            "layer_types": [SLIDING] * 3,
+            "rope_parameters": _ROPE_OF_EACH,
+        },
+        0,
+    ),
     "gemma3": (
         Gemma3TextConfig,
         Gemma3ForCausalLM,
@@ -141,6 +160,45 @@ _RECIPES: dict[str, tuple[type, type, dict[str, Any], int]] = {
                 SLIDING: _ROPE,
                 FULL: {"rope_type": "default", "rope_theta": 1000000.0},
             },
+        },
+        0,
+    ),
+    IMAGE_MODEL: (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        {
+            "text_config": _SHARED
+            | {
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+            },
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_heads": 2,
+                "out_hidden_size": 128,
+                "fullatt_block_indexes": [0],
+            },
+            "image_token_id": IMAGE_TOKEN_ID,
+            "video_token_id": IMAGE_TOKEN_ID - 1,
+            "vision_start_token_id": IMAGE_TOKEN_ID - 2,
+            "vision_end_token_id": IMAGE_TOKEN_ID - 3,
+            "tie_word_embeddings": False,
+        },
+        0,
+    ),
+    "qwen3-moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
         },
         0,
     ),
@@ -179,8 +237,9 @@ def tiny_model_path(name: str) -> Path:
         KeyError: The name is none of these.
     """
     config_class, model_class, settings, seed = _RECIPES[name]
+    # A model of images has its own settings of the language part.
     # Copies: some configurations change what they are made with.
-    config = config_class(**copy.deepcopy(_SHARED | settings))
+    config = config_class(**copy.deepcopy(settings if "text_config" in settings else _SHARED | settings))
     made_from = [_FORMAT, seed, torch.__version__, transformers.__version__, config.to_dict()]
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()[:12]
     target = MODELS_DIR / f"tiny-{name}-{digest}"

@@ -5,6 +5,7 @@ import torch
 
 from devtools.tiny_models import tiny_model_path
 from tests.e2e.workload import Setting, assert_same_tokens, greedy, outputs_at_restores, retracting, six_prompts
+from tests.support.harness.gate import Control
 from tests.support.harness.scheduler import RunResult, rid_of, run_scheduler
 from tests.support.oracle.decoder import Fp8
 from tests.support.oracle.dense import DenseResult, dense_generate
@@ -57,6 +58,19 @@ def test_tokens_equal_those_of_a_dense_cache_that_rounds(dtype, setting, flags):
         expected = expected_of(prompt, num_tokens, dtype, setting)
         assert len(expected.compactions) == 3
         assert_same_tokens(output.output_ids, expected, f"request {i}")
+
+
+def test_factors_follow_new_weights():
+    """Those of R-KV's similarity cancel out, and those of attention's logits do not."""
+    setting, prompt = Setting(budget=24, buffer=16, policy="snapkv"), six_prompts()[4]
+    requests = [greedy(prompt, 70), greedy(prompt, 70, at_step=130)]
+    fields = {"model_path": str(MODEL), "load_format": "auto", "flush_cache": True}
+    update = Control(100, "UpdateWeightFromDiskReqInput", fields)
+    result = run("fp8_e4m3", setting, requests, controls=[update])
+    for i, factor in enumerate((1, 2)):
+        expected = expected_of(prompt, 70, "fp8_e4m3", setting, factor=factor)
+        assert len(expected.compactions) == 2
+        assert_same_tokens(result.outputs[i].output_ids, expected, f"with {factor} times the factors")
 
 
 def test_a_preempted_request_comes_back_with_its_bytes():

@@ -14,6 +14,8 @@ CASES = [
     ("olmo3", Setting(budget=37, buffer=23), PAGES),
     ("olmo3", Setting(budget=59, buffer=32, window=SLIDING_WINDOW, policy="snapkv", block=16), PAGES),
     ("gemma3", Setting(budget=SLIDING_WINDOW, buffer=31, policy="snapkv"), []),
+    ("olmo3-sliding", Setting(budget=30, buffer=23), []),
+    ("olmo3-sliding", Setting(budget=40, buffer=32, window=SLIDING_WINDOW, policy="random_attention", block=16), []),
 ]
 
 

@@ -75,8 +75,12 @@ def use_logical_positions(result: Any, _: type, batch: Any, *args: Any, **kwargs
     if result.forward_mode.is_decode():
         from sglang.srt.model_executor.forward_batch_info import clamp_position
 
+        resident = result.positions
         # As int64, as ForwardBatch.init_new itself calls it: on a GPU a kernel is built for each dtype.
         result.positions = clamp_position(batch.orig_seq_lens.to(torch.int64))
+        if result.mrope_positions is not None:
+            # Of a token that is generated all three are its place and an offset of the request's.
+            result.mrope_positions = result.mrope_positions + (result.positions - resident)
     elif result.forward_mode.is_extend():
         add_evicted_tokens(result, batch)
 
@@ -130,7 +134,7 @@ MODEL_HOOKS: tuple[Hook, ...] = (
         why="Positions are taken from seq_lens, which counts resident tokens once a request was compacted.",
         upstream="ForwardBatch.init_new takes positions from `orig_seq_lens`.",
         uses=(
-            *names(FORWARD_BATCH, "forward_mode positions"),
+            *names(FORWARD_BATCH, "forward_mode mrope_positions positions"),
             *names(FORWARD_MODE, "is_decode is_extend"),
             *names(BATCH, "reqs orig_seq_lens seq_lens extend_lens"),
             "sglang.srt.model_executor.forward_batch_info.clamp_position",

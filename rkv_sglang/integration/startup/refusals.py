@@ -114,7 +114,10 @@ def model_problems(model_config: Any, server_args: Any) -> Iterator[str]:
             getattr(model_config.hf_config, "dual_chunk_attention_config", None) is not None,
             "its dual chunk attention counts chunks in tokens still cached",
         ),
-        (model_config.model_is_mrope, "its multimodal positions (mrope) are not counted along"),
+        (
+            any("GlmImage" in name for name in model_config.hf_config.architectures or ()),
+            "the positions of what it generates are those of an image's places",
+        ),
         (
             bool(model_config.use_ngram_embedding or model_config.use_engram),
             "its n-gram embedding looks tokens up by their place in the cache",

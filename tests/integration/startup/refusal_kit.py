@@ -94,9 +94,9 @@ REFUSED_MODELS = [
     ("MiniMaxForCausalLM", transformers.MiniMaxConfig(**TINY), "type linear_attention"),
     ("Qwen2ForCausalLM", transformers.Qwen2Config(**TINY, dual_chunk_attention_config={}), "dual chunk attention"),
     (
-        "Qwen2_5_VLForConditionalGeneration",
-        transformers.Qwen2_5_VLConfig(text_config={**TINY, "rope_parameters": MROPE}),
-        "mrope",
+        "GlmImageForConditionalGeneration",
+        transformers.Qwen2_5_VLConfig(text_config={**TINY, "rope_parameters": MROPE, "vision_vocab_size": 16}),
+        "an image's places",
     ),
     ("LlamaForCausalLM", transformers.LlamaConfig(**TINY, use_ngram_embedding=True, ngram_embedding_n=2), "n-gram"),
 ]

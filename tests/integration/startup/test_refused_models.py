@@ -17,7 +17,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from rkv_sglang.integration.startup.refusals import refuse_model, refuse_runtime
 from rkv_sglang.integration.startup.server_args import RKVServerArgs
 from rkv_sglang.policy_names import BLIND_NAMES
-from tests.integration.startup.refusal_kit import REFUSED_MODELS, TINY, message_of, tiny_config_dir
+from tests.integration.startup.refusal_kit import MROPE, REFUSED_MODELS, TINY, message_of, tiny_config_dir
 
 SERVED_MODELS = {
     "LlamaForCausalLM": transformers.LlamaConfig(**TINY),
@@ -29,6 +29,7 @@ SERVED_MODELS = {
     "Olmo2ForCausalLM": transformers.Olmo3Config(**TINY, sliding_window=1024),
     "Gemma2ForCausalLM": transformers.Gemma2Config(**TINY, sliding_window=512),
     "Gemma3ForCausalLM": transformers.Gemma3TextConfig(**TINY, sliding_window=512),
+    "Qwen2_5_VLForConditionalGeneration": transformers.Qwen2_5_VLConfig(text_config={**TINY, "rope_parameters": MROPE}),
     "GraniteForCausalLM": transformers.GraniteConfig(**TINY, attention_multiplier=0.01),
 }
 

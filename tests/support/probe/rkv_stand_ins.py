@@ -135,6 +135,8 @@ def _set_scales(result: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _double_scales(result: Any, updater: Any, *args: Any, **kwargs: Any) -> None:
+    is_updated, message = result
+    assert is_updated, message
     for layer in _attention_layers(updater.get_model()):
         _set(layer, 2 * layer.k_scale_float, 2 * layer.v_scale_float)
 
