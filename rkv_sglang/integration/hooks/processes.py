@@ -142,7 +142,7 @@ def pass_on_policy(result: dict[str, Any], controller: Any) -> None:
         result[POLICY_FIELD] = policies.pop()
 
 
-def require_policy_everywhere(_manager: Any, scheduler_init_result: Any, _startup_tic: float) -> None:
+def require_policy_everywhere(tokenizer_manager: Any, scheduler_init_result: Any, startup_tic: float) -> None:
     """Refuse to serve as ``require_policy`` does, however an engine of another kind starts its schedulers."""
     require_policy(scheduler_init_result.scheduler_infos)
 
