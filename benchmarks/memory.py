@@ -32,7 +32,7 @@ from rkv_sglang.config import NO_POLICY
 
 STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "2", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}
 SMOKE = {"rounds": 1, "num_requests": 8, "prompt_len": 16, "num_tokens": 192, "pool": 512}
-SMOKE_SETTINGS = "rkv:32:16,random_attention:32:16,none"
+SMOKE_SETTINGS = "rkv:32:16,rkv:32:16:granularity=request,none"
 SETTINGS = "rkv:128:64,rkv:128:64:granularity=request,random_attention:128:64,none"
 _RUNNING = re.compile(r"Decode batch, #running-req: (\d+)")
 _RETRACTED = re.compile(r"#retracted_reqs: (\d+)")

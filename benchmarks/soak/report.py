@@ -38,6 +38,12 @@ def latency_slope(rows: Sequence[Row]) -> Estimate:
     )
 
 
+def _median(values: Sequence[float]) -> float:
+    """Return the median of what is a number: a sample in which no answer ended has no latency."""
+    numbers = [value for value in values if value == value]
+    return statistics.median(numbers) if numbers else float("nan")
+
+
 def summary(rows: Sequence[Row]) -> str:
     """Return the findings, a line each."""
     last = rows[-1]
@@ -52,10 +58,7 @@ def summary(rows: Sequence[Row]) -> str:
             for name, slope in memory_slopes(rows).items()
         ),
         f"p99 of the latency: {_told(latency_slope(rows))} ms an hour; first half "
-        + ", second half ".join(
-            f"{statistics.median([float(row['latency_p99_ms']) for row in half] or [float('nan')]):.0f} ms"
-            for half in halves
-        )
+        + ", second half ".join(f"{_median([float(row['latency_p99_ms']) for row in half]):.0f} ms" for half in halves)
         + " (medians of the samples)",
     ]
     return "\n".join(lines)

@@ -117,6 +117,20 @@ def test_prefix_stays_bitwise_through_a_hundred_compactions_and_is_found_again()
     assert more.outputs[-1].cached_tokens == len(prompt)
 
 
+def test_an_answer_that_was_compacted_is_not_found_by_one_that_goes_on_from_it():
+    prompt = six_prompts()[3]
+    expected = oracle(MODEL, prompt, 150, SETTING)
+    longer = (*prompt, *expected.output_ids[: CAPACITY + 5], 7)
+    result = run_scheduler(
+        [*FLAGS, *SETTING.flags], [greedy(prompt, 150), greedy(longer, 8, when_idle=True), greedy(prompt, 8)]
+    )
+    result.assert_clean()
+    assert_same_tokens(result.outputs[0].output_ids, expected, "the first turn")
+    # Its slots hold other positions than the tokens in their order would have.
+    assert result.outputs[1].cached_tokens <= len(prompt)
+    assert_same_tokens(result.outputs[1].output_ids, oracle(MODEL, longer, 8, SETTING), "the second turn")
+
+
 def test_resident_kv_stays_bounded_through_two_thousand_tokens():
     prompt = six_prompts()[1]
     bound = len(prompt) + CAPACITY

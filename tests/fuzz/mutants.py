@@ -139,7 +139,7 @@ MUTANTS = (
         _RUNTIME,
         "        job.req.skip_radix_cache_insert = True\n",
         "",
-        ("tests/e2e/test_traps.py", "-k", "hundred_compactions"),
+        ("tests/e2e/test_traps.py", "-k", "goes_on_from_it"),
     ),
     Mutant(
         "a recomputed request puts its answer into the tree",
