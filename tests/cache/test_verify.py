@@ -15,7 +15,15 @@ from rkv_sglang.cache.verify.drop import choose_by_place_and_verify, choose_by_s
 from rkv_sglang.cache.verify.gather import compact_and_verify
 from rkv_sglang.cache.verify.recomputed import CompactionDiffersError
 from rkv_sglang.config import PolicyConfig
-from rkv_sglang.policies import POLICIES, Policy, as_scored, granularities_of, is_blind, make_policy
+from rkv_sglang.policies import (
+    POLICIES,
+    Policy,
+    ScoreInputs,
+    as_scored,
+    granularities_of,
+    is_blind,
+    make_policy,
+)
 from rkv_sglang.sizes.compaction_plan import LEAST_BLOCK, DropPlan, plan_compaction, plan_drop
 from tests.policies.cases import model_with_statistics
 
@@ -146,6 +154,35 @@ def test_tokens_that_the_score_does_not_choose_are_found(name, seed, rng):
         verified(
             wrong, make_pool(torch.float32), some_requests(rng), make_policy(PolicyConfig(policy=name, kernel_size=1))
         )
+
+
+@pytest.mark.parametrize("name", [name for name, policy in POLICIES.items() if is_blind(policy)])
+def test_a_choice_by_places_is_held_to_the_last_of_those_kept(name, seed, rng):
+    """Sinks score 2^24 more than all others, whose neighbours are 1 apart."""
+    torch.manual_seed(seed)
+    # Of four sinks three are generated, and more than these is kept.
+    plan = plan_compaction(prompt_len=1, resident_len=20, budget=WINDOW + rng.randint(4, 9), page_size=1)
+    request = DueRequest(plan, 1 + torch.randperm(139)[:20], 20)
+    right = make_policy(PolicyConfig(policy=name))
+
+    class Nearly:
+        needs_values = True
+
+        def score(self, inputs: ScoreInputs) -> torch.Tensor:
+            scores = as_scored(right.score(inputs)).scores.clone()
+            candidates = scores[:, inputs.prompt_len :]
+            # The last that is kept and the first that is not.
+            both = candidates.argsort(dim=1, descending=True)[:, inputs.budget - WINDOW - 1 :][:, :2]
+            candidates.scatter_(1, both, candidates.gather(1, both.flip(1)))
+            return scores
+
+    def wrong(
+        buffers: KVBuffers, due: list[DueRequest], queries: object, policy: Policy, *args: object, **kwargs: object
+    ):
+        return compact_requests(buffers, due, queries, Nearly(), *args, **kwargs)  # type: ignore[arg-type]
+
+    with pytest.raises(CompactionDiffersError, match="layer 0 kept other tokens than the policy's score says"):
+        verified(wrong, make_pool(torch.float32), [request], right)
 
 
 # Compaction by the map alone.

@@ -11,11 +11,11 @@ from rkv_sglang.cache.block_choice import BlockChoice
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import DueRequest
 from rkv_sglang.cache.verify.recomputed import (
-    SCORE_TOLERANCE,
     CompactionDiffersError,
     checksums,
     plain_scores,
     rows_of,
+    score_tolerance,
 )
 from rkv_sglang.policies import Places, Policy
 from rkv_sglang.sizes.compaction_plan import DropPlan
@@ -39,7 +39,7 @@ def choose_by_place_and_verify(
         scores = policy.score_places(Places(indices, *lens))  # type: ignore[attr-defined]
         if before is not None:
             scores[: len(before)] = before
-        _check(plan, choice, [scores.double()])
+        _check(plan, choice, [scores.double()], score_tolerance(policy))
     return choices
 
 
@@ -90,7 +90,8 @@ def choose_by_scores_and_verify(
         if sum_over_ranks is not None:
             for total in totals:
                 sum_over_ranks(total)
-        _check(request.plan, choice, [total[request.plan.prompt_len :].double() for total in totals])
+        candidates = [total[request.plan.prompt_len :].double() for total in totals]
+        _check(request.plan, choice, candidates, score_tolerance(policy))
     return choices
 
 
@@ -125,11 +126,12 @@ def drop_and_verify(
     return freed
 
 
-def _check(plan: DropPlan, choice: BlockChoice, ways: Sequence[Tensor]) -> None:
+def _check(plan: DropPlan, choice: BlockChoice, ways: Sequence[Tensor], tolerance: float) -> None:
     """Check that the blocks are those that the plan speaks of, and that those of the lowest mean went.
 
     Args:
         ways: Scores of the generated tokens before the window, of which one must explain the choice, fp64.
+        tolerance: As ``score_tolerance`` says it of the policy.
     """
     kept, dropped = choice.kept.tolist(), choice.dropped.tolist()
     is_ascending = kept == sorted(kept) and dropped == sorted(dropped)
@@ -143,8 +145,8 @@ def _check(plan: DropPlan, choice: BlockChoice, ways: Sequence[Tensor]) -> None:
         }
         means = {block: math.inf if math.isnan(mean) else mean for block, mean in means.items()}
         spread = max(means.values()) - min(means.values())
-        tolerance = SCORE_TOLERANCE * spread if math.isfinite(spread) else 0.0
-        if not kept or min(means[block] for block in kept) >= max(means[block] for block in dropped) - tolerance:
+        slack = tolerance * spread if math.isfinite(spread) else 0.0
+        if not kept or min(means[block] for block in kept) >= max(means[block] for block in dropped) - slack:
             return
     raise _difference(plan, f"it drops the blocks {dropped}, which are not those of the lowest mean score")
 

@@ -11,11 +11,11 @@ from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import Compacted, DueRequest
 from rkv_sglang.cache.verify.recomputed import (
-    SCORE_TOLERANCE,
     CompactionDiffersError,
     checksums,
     plain_scores,
     rows_of,
+    score_tolerance,
 )
 from rkv_sglang.policies import Policy
 from rkv_sglang.sizes.compaction_plan import GatherPlan
@@ -99,16 +99,18 @@ def _problems(
             yield f"the {name} moved are not those kept"
     for layer in range(len(kept)):
         ways = plain_scores(buffers, request, layer, before, queries, policy, model)
-        if not any(_explains(scores, kept[layer], plan.prompt_len, window) for scores in ways):
+        tolerance = score_tolerance(policy)
+        if not any(_explains(scores, kept[layer], plan.prompt_len, window, tolerance) for scores in ways):
             yield f"layer {layer} kept other tokens than the policy's score says"
 
 
-def _explains(scores: Tensor, kept: Tensor, prompt_len: int, window: int) -> bool:
+def _explains(scores: Tensor, kept: Tensor, prompt_len: int, window: int, tolerance: float) -> bool:
     """Return whether those kept are the best, or as good as the best but for a rounding error.
 
     Args:
         scores: ``[num_kv_heads, L - window]``.
         kept: Indices of generated tokens, ``[num_kv_heads, budget]``, ascending, the window at the end.
+        tolerance: As ``score_tolerance`` says it of the policy.
     """
     budget = kept.shape[1]
     if torch.equal(reference.select_kept(scores, prompt_len, window, budget), kept):
@@ -118,7 +120,7 @@ def _explains(scores: Tensor, kept: Tensor, prompt_len: int, window: int) -> boo
     worst_kept = candidates.masked_fill(~is_kept, torch.inf).amin(dim=1)
     best_dropped = candidates.masked_fill(is_kept, -torch.inf).amax(dim=1)
     spread = candidates.amax(dim=1) - candidates.amin(dim=1)
-    return bool((worst_kept >= best_dropped - SCORE_TOLERANCE * spread).all())
+    return bool((worst_kept >= best_dropped - tolerance * spread).all())
 
 
 def _same_bytes(first: Tensor, second: Tensor) -> bool:

@@ -11,10 +11,10 @@ from rkv_sglang.algorithm.model_attention import ModelAttention
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import DueRequest
 from rkv_sglang.kernels.paged_batch import FP8_DTYPES, PagedBuffers
-from rkv_sglang.policies import RKV, Policy, ScoreInputs, as_scored
+from rkv_sglang.policies import RKV, Policy, ScoreInputs, as_scored, is_blind
 
 # Of the spread of scores: below this, which of two is the better one is a matter of the order of summation.
-SCORE_TOLERANCE = 1e-4
+_SUM_TOLERANCE = 1e-4
 # As near to the threshold a cosine may fall on either side of it.
 COSINE_TOLERANCE = 1e-6
 _LARGE_ODD = 0x9E3779B97F4A7C15 - 2**64
@@ -22,6 +22,14 @@ _LARGE_ODD = 0x9E3779B97F4A7C15 - 2**64
 
 class CompactionDiffersError(RuntimeError):
     """A compaction did something else than it should; one line."""
+
+
+def score_tolerance(policy: Policy) -> float:
+    """Return the share of the spread of a policy's scores within which either of two may be the better one.
+
+    What is made of places alone is exact, and those that it ranks by their index may be far closer than that.
+    """
+    return 0.0 if is_blind(policy) else _SUM_TOLERANCE
 
 
 def plain_scores(
