@@ -24,7 +24,7 @@ from tqdm import tqdm
 from benchmarks.common.arguments import benchmark_parser
 from benchmarks.common.drawing import load_pyplot
 from benchmarks.common.schema import Row, hardware_folder, read_table, run_info, write_table
-from benchmarks.common.settings import parse_setting
+from benchmarks.common.settings import as_file_name, parse_setting
 from benchmarks.common.tables import MEMORY
 from devtools.launch import Server, ServerError, exit_on_sigterm, launched_server
 from devtools.tiny_models import VOCAB_SIZE, tiny_model_path
@@ -71,7 +71,7 @@ def measure(options: argparse.Namespace, log_dir: Path) -> list[Row]:
                 launched_server(
                     model,
                     *(*pool, *setting.flags),
-                    log_path=log_dir / f"memory_{setting.name.replace(':', '-')}.log",
+                    log_path=log_dir / f"memory_{as_file_name(setting.name)}.log",
                     environment=environment,
                 )
             )

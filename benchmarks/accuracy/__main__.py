@@ -20,7 +20,8 @@ answers come first, so that these are not all alike.
 Two measures, over problems: *right* (pass@1), the share of their samples that are right; and *kept*, the share of those
 with the same final answer as the sample of ``none`` of that number, right or wrong. Every problem counts: where
 ``none`` gives no answer that can be read, kept is who gives none either (the table says how many these are). Kept is
-meant for XX
+meant for greedy answers: of two that are drawn, the full cache's own differ, too.
+
 Writes ``accuracy.csv`` (one row a setting; columns in ``common/tables.py``), ``accuracy.json`` and ``accuracy.png``,
 and prints the table.
 """

@@ -16,7 +16,7 @@ from benchmarks.accuracy.judge import Judge
 from benchmarks.accuracy.problems import Problem
 from benchmarks.accuracy.store import Sample, SampleStore
 from benchmarks.common.asking import ask_side_by_side
-from benchmarks.common.settings import Setting
+from benchmarks.common.settings import Setting, as_file_name
 from devtools.launch import Server, ServerError, has_gpu, launched_server
 from rkv_sglang.view.http import open_url
 
@@ -51,7 +51,7 @@ class Sampling:
 @contextmanager
 def setting_server(model: str, setting: Setting, server_args: Sequence[str], log_dir: Path) -> Iterator[Server]:
     """Run the server of a setting for the length of a ``with`` block."""
-    log_path = log_dir / f"accuracy_{setting.name.replace(':', '-')}.log"
+    log_path = log_dir / f"accuracy_{as_file_name(setting.name)}.log"
     flags = (*setting.flags, *server_args)
     with launched_server(model, *flags, log_path=log_path, startup_timeout_s=STARTUP_TIMEOUT_S) as server:
         yield server

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.settings import as_file_name
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
@@ -52,7 +54,7 @@ class SampleStore:
         """
         header = json.dumps({"description": description}, sort_keys=True)
         digest = hashlib.sha256(header.encode()).hexdigest()[:12]
-        self.path = folder / f"{name.replace(':', '-')}-{digest}.jsonl"
+        self.path = folder / f"{as_file_name(name)}-{digest}.jsonl"
         self.samples: dict[tuple[str, int], Sample] = {}
         self._cut_off = ""
         if self.path.exists():

@@ -53,6 +53,11 @@ class Setting:
         return (*self.own_flags, "--kv-policy", self.policy, *sizes, *_further_flags(self.config))
 
 
+def as_file_name(setting_name: str) -> str:
+    """Return a setting's name as it stands in names of files."""
+    return setting_name.replace(":", "-")
+
+
 def no_policy() -> Setting:
     """Return the setting of a server without a policy."""
     return Setting(NO_POLICY)

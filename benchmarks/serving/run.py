@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from benchmarks.common.prompts import load_prompts
 from benchmarks.common.schema import Row, write_table
-from benchmarks.common.settings import Setting
+from benchmarks.common.settings import Setting, as_file_name
 from benchmarks.common.tables import SERVING
 from benchmarks.serving.client import replay
 from benchmarks.serving.rows import request_figures, require_equal_memory
@@ -160,7 +160,7 @@ def start_servers(bench: Bench, pool: float, settings: list[Setting], stack: con
     contexts = []
     for setting in settings:
         flags = (*bench.server_flags, *setting.flags, *pool_flags(setting, pool, bench.shape, most_running))
-        log_path = LOG_DIR / f"{setting.name.replace(':', '-')}_{pool:g}.log"
+        log_path = LOG_DIR / f"{as_file_name(setting.name)}_{pool:g}.log"
         environment = {**server_environment(), **setting.environment}
         contexts.append(launched_server(bench.model, *flags, log_path=log_path, environment=environment))
     with ThreadPoolExecutor(len(contexts)) as threads:

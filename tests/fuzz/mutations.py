@@ -1,11 +1,13 @@
 """Plant faults in a copy of the package, one at a time, and see what finds them.
 
-    python -m tests.fuzz.mutations [--only WORDS] [--first-catch] [--go-on] [--out FOLDER]
+    python -m tests.fuzz.mutations [--only WORDS] [--schedules 32] [--steps 2000] [--no-tests] [--first-catch]
+        [--go-on] [--out FOLDER]
 
 For each fault of ``mutants.py``: does the pool machine find it, after how many schedules does the fuzzer, and does the
 test named for it fail? ``--first-catch`` asks the next only where the one before found nothing. Everything runs in a
 copy of the checkout; the checkout itself is never changed. Writes ``mutations.csv``, ``mutations.json`` and
-``mutations.png`` as it goes, and goes on after those that it has. Status 1 if a fault is found by nothing.
+``mutations.png`` as it goes; ``--go-on`` goes on after the faults that they have. Status 1 if a fault is found by
+nothing.
 """
 
 import json
