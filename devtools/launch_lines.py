@@ -139,8 +139,8 @@ def render() -> str:
             cells.append(f"{verdict}: {numbers}" if numbers else str(verdict))
         rows.append(f"| {line.shape} | `{line.shown}` | {' | '.join(cells)} |")
     head = _HEAD.format(kinds=" | ".join(KINDS.values()), rules="|".join(["---"] * len(KINDS)))
-    listed = "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, start=1))
-    return head + "\n".join(rows) + "\n\n## Why a line is refused\n\n" + listed + "\n"
+    listed = "\n".join(f"| {number} | {reason} |" for number, reason in enumerate(reasons, start=1))
+    return head + "\n".join(rows) + "\n\n## Why a line is refused\n\n| number | reason |\n|---|---|\n" + listed + "\n"
 
 
 def main() -> int:

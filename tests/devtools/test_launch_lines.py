@@ -33,12 +33,10 @@ def test_every_line_and_every_shape_is_on_the_page():
 
 def test_what_the_page_says_of_a_third_of_its_cells_is_what_the_doctor_says(rng: random.Random):
     """Which third is drawn anew: all of them take minutes."""
-    text = PAGE.read_text()
-    listed = text[text.index("## Why") :].splitlines()
+    listed = dict(table(PAGE.read_text(), "number", "reason"))
     for line, row in zip(LINES, rows(), strict=True):
         column = rng.randrange(len(KINDS))
         verdict = judge(line, list(KINDS)[column])
         cell, _, numbers = row[2 + column].partition(": ")
         assert cell == str(verdict), (line, list(KINDS)[column], verdict)
-        said = [next(text for text in listed if text.startswith(f"{n}. ")) for n in numbers.split(", ") if n]
-        assert [text.partition(". ")[2] for text in said] == list(verdict.reasons)
+        assert [listed[number] for number in numbers.split(", ") if number] == list(verdict.reasons)
