@@ -27,7 +27,9 @@ def _prompt_len(req: Any) -> int:
     """Return how many tokens of a request are its prompt; it may say that the others are an answer that goes on."""
     asked = req.sampling_params.custom_params
     marked = asked.get("kv_prompt_len") if isinstance(asked, dict) else None
-    return len(req.origin_input_ids) if marked is None else int(marked)
+    num_tokens = len(req.origin_input_ids)
+    # Anything else is refused.
+    return marked if type(marked) is int and 1 <= marked <= num_tokens else num_tokens
 
 
 def register() -> None:
