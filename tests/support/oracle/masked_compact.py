@@ -1,10 +1,11 @@
-"""What a served request must answer, of any transformers model: one pass over all tokens for each, what is gone masked.
+"""What a served request must answer, of any transformers model: passes over all tokens, what is gone masked.
 
-Slower than ``dense``, and of every model whose attention transformers lets be replaced: the modules of the model itself
-are run, with positions, images and all. Nothing here comes from the code under test.
+Without a guess a pass for each token, so slower than ``dense``, but of every model whose attention transformers lets be
+replaced: the modules of the model itself are run, with positions, images and all. Nothing here comes from the code
+under test.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,14 +37,15 @@ def masked_compact(
     score: ScoreFunction,
     block: int | None = None,
     windows: Sequence[int | None] | None = None,
-    inputs: Mapping[str, Any] | None = None,
+    guessed_output_ids: Sequence[int] = (),
 ) -> MaskedResult:
     """Generate greedily. Without a block every layer and KV head keeps tokens of its own; arguments as of ``dense``.
 
     Args:
         windows: Of each layer the latest tokens that it attends to, a token's own included; None: to all. Those with a
             number keep the latest tokens, and have no say where one choice is made for all.
-        inputs: What the model is given beside the token ids, such as an image in the prompt.
+        guessed_output_ids: What the outputs may turn out to be, such as the answer to be judged: up to the next
+            compaction they are fed at once, and count as far as they are right.
     """
     config = model.config.get_text_config()
     num_layers, num_kv_heads = config.num_hidden_layers, config.num_key_value_heads
@@ -55,23 +57,41 @@ def masked_compact(
     for token in range(prompt_len):
         _see(visible, token, torch.arange(token + 1).expand(num_layers, num_kv_heads, -1), windows)
     ids, result = list(prompt_ids), MaskedResult()
+
+    def feed(token: int) -> None:
+        nonlocal resident
+        resident = torch.cat([resident, torch.full((num_layers, num_kv_heads, 1), len(ids))], dim=2)
+        _see(visible, len(ids), resident, windows)
+        ids.append(token)
+
     with one_thread():
         while True:
-            num_seen = len(ids)
-            passed = masked_forward(model, ids, visible[:, :, :num_seen, :num_seen], **(inputs or {}))
-            (best, second), (token, _) = (pair.tolist() for pair in passed.logits[-1].topk(2))
-            result.logit_gaps.append(best - second)
-            result.output_ids.append(token)
-            ids.append(token)
-            if len(ids) == total:
+            num_fed, num_outputs = len(ids), len(result.output_ids)
+            # Up to the next compaction; the last token of an answer is not fed.
+            room = min(prompt_len + budget + buffer - resident.shape[2], total - 1 - num_fed)
+            guess = list(guessed_output_ids[num_outputs:][:room])
+            before = resident
+            for token in guess:
+                feed(token)
+            passed = masked_forward(model, ids, visible[:, :, : len(ids), : len(ids)])
+            for row, guessed in enumerate([*guess, None], start=num_fed):
+                (best, second), (token, _) = (pair.tolist() for pair in passed.logits[row - 1].topk(2))
+                result.logit_gaps.append(best - second)
+                result.output_ids.append(token)
+                if token != guessed:
+                    break
+            # What was fed in vain goes; who sees what is settled by the places.
+            del ids[row:]
+            resident = resident[:, :, : before.shape[2] + row - num_fed]
+            if len(result.output_ids) == max_new_tokens:
                 return result
             if resident.shape[2] - prompt_len >= budget + buffer:
+                passed = passed.of_first(row)
                 scores = _scores(passed, resident, prompt_len, budget, window, score, windows, block is not None)
                 choose = _per_head if block is None else _in_blocks
                 resident = choose(resident, scores, prompt_len, budget, window, block)
                 result.compactions.append(len(result.output_ids))
-            resident = torch.cat([resident, torch.full((num_layers, num_kv_heads, 1), num_seen)], dim=2)
-            _see(visible, num_seen, resident, windows)
+            feed(token)
 
 
 def _see(visible: torch.Tensor, token: int, resident: torch.Tensor, windows: Sequence[int | None]) -> None:

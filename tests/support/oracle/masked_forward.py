@@ -22,16 +22,18 @@ class MaskedForward:
     keys: list[torch.Tensor]
     scaling: float
 
+    def of_first(self, num_tokens: int) -> "MaskedForward":
+        """Return the pass as it would have been over the first tokens alone."""
+        queries, keys = ([own[:, :num_tokens] for own in of_layers] for of_layers in (self.queries, self.keys))
+        return MaskedForward(self.logits[:num_tokens], queries, keys, self.scaling)
+
 
 @torch.inference_mode()
-def masked_forward(
-    model: PreTrainedModel, token_ids: Sequence[int], visible: torch.Tensor, **inputs: Any
-) -> MaskedForward:
+def masked_forward(model: PreTrainedModel, token_ids: Sequence[int], visible: torch.Tensor) -> MaskedForward:
     """Run ``token_ids`` at once; token ``t`` attends to ``visible[layer, kv_head, t]``.
 
     Args:
         visible: ``[num_layers, num_kv_heads, T, T]``, bool; every token must see at least itself.
-        inputs: What else the model is given, such as an image.
     """
     queries: list[torch.Tensor] = []
     keys: list[torch.Tensor] = []
@@ -56,7 +58,7 @@ def masked_forward(
     usual = config._attn_implementation
     config._attn_implementation = _ATTENTION_NAME
     try:
-        logits = model(torch.tensor([list(token_ids)]), use_cache=False, **inputs).logits[0]
+        logits = model(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
     finally:
         config._attn_implementation = usual
     (scale,) = scalings
