@@ -1,8 +1,9 @@
 """A Llama or Qwen3 decoder over one dense cache per layer, in which every KV head has kept tokens of its own."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,22 @@ def load_model(path: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
+@dataclass(frozen=True)
+class Fp8:
+    """What an fp8 pool makes of keys and values: they are divided by their layer's factor, rounded, and multiplied.
+
+    Attributes:
+        dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
+        scales: Of each layer the factors of keys and of values.
+    """
+
+    dtype: torch.dtype
+    scales: tuple[tuple[float, float], ...]
+
+    def rounded(self, numbers: torch.Tensor, scale: float) -> torch.Tensor:
+        return (numbers / scale).to(self.dtype).float() * scale
+
+
 class LayerCache:
     """Resident keys and values of one layer, temporal order, with the logical position of every entry.
 
@@ -31,10 +48,18 @@ class LayerCache:
     policies that have a memory.
     """
 
-    def __init__(self, num_kv_heads: int, head_dim: int, capacity: int, window: int) -> None:
+    def __init__(
+        self,
+        num_kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        window: int,
+        rounding: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> None:
         self._keys = torch.full((num_kv_heads, capacity, head_dim), float("nan"))
         self._values = torch.full((num_kv_heads, capacity, head_dim), float("nan"))
         self._positions = torch.full((num_kv_heads, capacity), -1, dtype=torch.int64)
+        self._rounding = rounding
         self.memory = torch.zeros(num_kv_heads, capacity)
         self.beacons: list[torch.Tensor] = []
         self.length = 0
@@ -66,6 +91,8 @@ class LayerCache:
     def append(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> None:
         """Add ``n`` tokens: keys and values ``[num_kv_heads, n, head_dim]``, positions ``[n]``."""
         end = self.length + keys.shape[1]
+        if self._rounding is not None:
+            keys, values = self._rounding(keys, values)
         self._keys[:, self.length : end] = keys
         self._values[:, self.length : end] = values
         self._positions[:, self.length : end] = positions
@@ -101,10 +128,17 @@ class Decoder:
         self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.logit_scale: float = model.model.layers[0].self_attn.scaling  # type: ignore[union-attr,assignment]
 
-    def new_caches(self, capacity: int, window: int) -> list[LayerCache]:
+    def new_caches(self, capacity: int, window: int, fp8: Fp8 | None = None) -> list[LayerCache]:
         """Return one empty cache per layer."""
+
+        def rounding(layer: int) -> Any:
+            if fp8 is None:
+                return None
+            k_scale, v_scale = fp8.scales[layer]
+            return lambda keys, values: (fp8.rounded(keys, k_scale), fp8.rounded(values, v_scale))
+
         layers = range(self.model.config.num_hidden_layers)
-        return [LayerCache(self.num_kv_heads, self.head_dim, capacity, window) for _ in layers]
+        return [LayerCache(self.num_kv_heads, self.head_dim, capacity, window, rounding(layer)) for layer in layers]
 
     def forward(self, token_ids: list[int], first_position: int, caches: list[LayerCache]) -> torch.Tensor:
         """Feed tokens at consecutive logical positions and return the logits after the last, ``[vocab_size]``, fp32.

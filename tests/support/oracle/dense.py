@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from tests.support.oracle.decoder import Decoder, DecodeSteps, LayerCache, load_model, one_thread
+from tests.support.oracle.decoder import Decoder, DecodeSteps, Fp8, LayerCache, load_model, one_thread
 from tests.support.oracle.scores import ScoreFunction, ScoreInputs, rkv_scores
 
 
@@ -88,6 +88,7 @@ def dense_generate(
     early: Callable[[Sequence[int], Sequence[int]], int] | None = None,
     guessed_output_ids: Sequence[int] = (),
     block: int | None = None,
+    fp8: Fp8 | None = None,
     adjust: Callable[[torch.Tensor, Sequence[int]], torch.Tensor] | None = None,
 ) -> DenseResult:
     """Generate greedily, keeping ``budget`` generated tokens per layer and KV head at each compaction.
@@ -117,6 +118,7 @@ def dense_generate(
         guessed_output_ids: What the outputs may turn out to be, such as the answer to be judged. Right ones cost less,
             wrong ones more; the result is the same, but for the order of summation.
         block: All layers and heads keep the same: whole blocks of so many tokens go, those of the lowest mean score.
+        fp8: How the cache rounds what it takes.
         adjust: Given logits and the outputs before them, returns the logits that are sampled from, such as
             ``penalties.adjustment`` makes one.
 
@@ -136,7 +138,7 @@ def dense_generate(
         restored_in_flight = restore_at if restored_in_flight else ()
     decoder = Decoder(model)
     prompt_len = len(prompt_ids)
-    caches = decoder.new_caches(prompt_len + max_new_tokens, window)
+    caches = decoder.new_caches(prompt_len + max_new_tokens, window, fp8)
     steps = DecodeSteps(decoder, caches)
     of_all = {"prompt_len": prompt_len, "budget": budget, "logit_scale": decoder.logit_scale}
     scores_of = partial(_scores, **of_all, score=score)
