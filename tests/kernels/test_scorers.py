@@ -218,7 +218,8 @@ def test_the_sizes_of_programs_do_not_matter(rng, monkeypatch, block):
     case = served.case
     keys, batch = case.pool, case.batch
     check(served, KeyDiff(), keydiff_scores_paged(keys, batch, block=block))
-    for mean_tokens in (1, 20, 1000):
+    # A mean of one key each is one block a token, however large.
+    for mean_tokens in (1, 20, 1000) if block == 16 else (20, 1000):
         policy = ManifoldKV(mean_tokens=mean_tokens)
         check(served, policy, manifoldkv_scores_paged(keys, batch, mean_tokens=mean_tokens, block=block))
     check(served, LongFlow(), longflow_scores_paged(keys, served.value_pool, batch, case.queries, block=block))
@@ -299,6 +300,31 @@ def test_a_compaction_by_kernels_is_that_in_torch(rng, monkeypatch, name):
             torch.testing.assert_close(mine, its, rtol=RTOL, atol=1e-6)
     else:
         assert kept.state is None
+
+
+@pytest.mark.parametrize("runs", [True, False], ids=["kernels", "torch"])
+def test_layers_that_attend_to_the_latest_alone_keep_them_and_have_no_say(rng, monkeypatch, runs):
+    """Numbers of layers are the model's, so some of a rank's or of a part's are those that slide, whatever is first."""
+    served = serve(rng, kind="random", num_layers=3, lens=[60, 45], page_size=1)
+    case, policy = served.case, policy_of("h2o", {})
+    keys = replace(case.pool, first_layer=4)
+    model = replace(served.model, sliding_layers=frozenset({0, 5}))
+    monkeypatch.setattr(dispatch, "runs_triton", lambda buffers: runs)
+    history = [History(kv_len) for kv_len in case.batch.kv_lens_cpu]
+    scores, usual = (
+        dispatch.score_paged(keys, served.value_pool, case.batch, case.queries, policy, history, own)
+        for own in (model, served.model)
+    )
+    assert torch.equal(scores[[0, 2]], usual[[0, 2]]) and not scores[1].any() and usual[1].any()
+    usual_kept = choose_kept_torch(keys, served.value_pool, case.batch, case.queries, policy, model=served.model)
+    kept = compact_paged(keys, served.value_pool, case.batch, case.queries, policy, model=model)
+    assert torch.equal(kept.indices[[0, 2]], usual_kept.indices[[0, 2]])
+    for request, (kv_len, prompt_len) in enumerate(
+        zip(case.batch.kv_lens_cpu, case.batch.prompt_lens_cpu, strict=True)
+    ):
+        generated, budget = kv_len - prompt_len, case.batch.budgets_cpu[request]
+        latest = torch.arange(generated - budget, generated, dtype=torch.int32)
+        assert torch.equal(kept.indices[1, request, :, :budget], latest.expand(keys.num_kv_heads, -1))
 
 
 @pytest.mark.parametrize("name", [name for name in POLICIES if name not in (*BY_PLACE, "random_attention")])

@@ -100,7 +100,9 @@ def _refuse_strange_fields(custom_params: Any) -> None:
             raise ValueError(f"custom_params has no {shown(name)}: it takes {', '.join(FIELDS)}")
 
 
-def config_for(custom_params: Any, server: PolicyConfig, pool_size: int) -> PolicyConfig | None:
+def config_for(
+    custom_params: Any, server: PolicyConfig, pool_size: int, attention_window: int = 0
+) -> PolicyConfig | None:
     """Return the settings of a request; None if it asks for no policy.
 
     Args:
@@ -108,6 +110,8 @@ def config_for(custom_params: Any, server: PolicyConfig, pool_size: int) -> Poli
             None. ``kv_policy`` is ``"none"`` or the server's policy, ``kv_budget`` and ``kv_buffer`` are tokens.
         server: The server's settings, from which the rest comes.
         pool_size: Tokens of the KV pool.
+        attention_window: Tokens that a layer attends to which attends to the latest alone, and which the budget must
+            hold; 0 where none does, or where ``server.window`` holds them.
 
     Raises:
         ValueError: A value is bad; one line that names the field, the cause and the mend.
@@ -129,9 +133,11 @@ def config_for(custom_params: Any, server: PolicyConfig, pool_size: int) -> Poli
             raise ValueError(f"{POLICY_FIELD} {NO_POLICY!r} has no {' or '.join(others)}: leave one of them out")
         return None
     for name, value in asked.items():
-        least = server.least_budget if name == BUDGET_FIELD else server.block
+        least = max(server.least_budget, attention_window) if name == BUDGET_FIELD else server.block
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             why = f" (the window of {server.window} is kept inside it)" if name == BUDGET_FIELD else ""
+            if why and attention_window > server.least_budget:
+                why = f" (some of the model's layers attend to the latest {attention_window} tokens)"
             raise ValueError(
                 f"{name} {shown(value)} is not an integer of at least {least}{why}: set it to {least} or more"
             )

@@ -28,6 +28,7 @@ from rkv_sglang.integration.runtime.requests import (
 from rkv_sglang.integration.runtime.stats import PolicyStats
 from rkv_sglang.integration.startup.calibration import QueryMeter, calibrated
 from rkv_sglang.integration.startup.memory_report import report_memory
+from rkv_sglang.integration.startup.sliding import attention_window
 from rkv_sglang.policies import looks_at_nothing, make_policy
 from rkv_sglang.sizes.lengths import NEVER, can_ever_compact, decodes_again, steps_until_due
 from rkv_sglang.sizes.stagger import most_head_start
@@ -85,7 +86,15 @@ class Runtime:
         if scored is not None:
             scored = replace(scored, attention=calibrated(scored.attention, scheduler, self))
         side_bytes = 0 if scored is None else scored.query_window.num_bytes
-        self.bind(Parts(scheduler=scheduler, scored=scored, metrics=metrics_for(scheduler, side_bytes=side_bytes)))
+        self.bind(
+            Parts(
+                scheduler=scheduler,
+                scored=scored,
+                metrics=metrics_for(scheduler, side_bytes=side_bytes),
+                # With one choice for all layers, it is the window that holds them.
+                attention_window=attention_window(scored.layers) if scored and self.config.granularity == HEAD else 0,
+            )
+        )
         num_query_rows = 0 if scored is None else scored.query_window.num_rows
         report_memory(scheduler, self.config, side_bytes=side_bytes, num_query_rows=num_query_rows)
 
@@ -108,7 +117,7 @@ class Runtime:
             ValueError: It asks for what cannot be; one line.
         """
         asked = req.sampling_params.custom_params
-        config = config_for(asked, self.config, self.parts.scheduler.max_total_num_tokens)
+        config = config_for(asked, self.config, self.parts.scheduler.max_total_num_tokens, self.parts.attention_window)
         setattr(req, CONFIG_ATTRIBUTE, config)
         num_tokens = len(req.origin_input_ids)
         prompt_len = marked_prompt_len(asked, num_tokens)
