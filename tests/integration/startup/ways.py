@@ -241,7 +241,7 @@ def main(model: str) -> None:
         lines[refused.__name__] = in_a_fork(lambda refused=refused: refused(model))
     os.environ["RKV_SGLANG_ARGS"] = "--kv-policy rvk"
     lines["bad variable"] = in_a_fork(lambda: record_of(launch_of_a_record, model))
-    print("RESULT" + json.dumps(lines))
+    print("RESULT" + json.dumps(lines, default=repr))
 
 
 if __name__ == "__main__":
