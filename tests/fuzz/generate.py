@@ -7,7 +7,7 @@ from devtools.tiny_models import EOS_ID, IMAGE_MODEL, SLIDING_WINDOW, VOCAB_SIZE
 from rkv_sglang.config import HEAD, REQUEST
 from rkv_sglang.policies import POLICIES, granularities_of, is_blind
 from rkv_sglang.sizes.compaction_plan import block_of_pages
-from tests.fuzz.schedule import SLIDING_MODEL, Event, FuzzRequest, Schedule, ServerConfig
+from tests.fuzz.schedule import CALIBRATION_ROOM, SLIDING_MODEL, Event, FuzzRequest, Schedule, ServerConfig
 
 # Every policy in every way that it can choose.
 WAYS = [(name, way) for way in (HEAD, REQUEST) for name, policy in POLICIES.items() if way in granularities_of(policy)]
@@ -69,6 +69,8 @@ def server_of(block: int) -> ServerConfig:
     # A request of its own settings may hold more than the server's.
     least = _most_prompt(tight) + budget + buffer + window + max(24, 2 * unit)
     slots = least * rng.choice([2, 3]) // 2 if tight else 640
+    if policy == "triattention":
+        slots = max(slots, CALIBRATION_ROOM + 2 * page_size)
     return ServerConfig(
         policy=policy,
         granularity=granularity,

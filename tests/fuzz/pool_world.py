@@ -160,7 +160,7 @@ class World:
         self.runtime = Runtime(self.config)
         self.runtime.policy = CheckingPolicy(self)
         os.environ[VERIFY_VARIABLE] = str(int(self.verify))
-        scored = Scored(buffers=buffers, query_window=self.window, first_layer=0)
+        scored = Scored(buffers=buffers, layers=(), query_window=self.window, first_layer=0)
         self.runtime.bind(Parts(scheduler=self.scheduler, scored=scored, metrics=None))  # type: ignore[arg-type]
         set_runtime(self.runtime)
         self.size = size

@@ -22,6 +22,8 @@ KNOWN_TO_THE_ORACLE = {
 }
 # For --kv-policy triattention, which asks the model before it serves: few questions, to start quickly.
 CALIBRATION = {"questions": 2, "answer_tokens": 40}
+# The longer of the two questions in a tiny model's chat template, with its answer.
+CALIBRATION_ROOM = 100 + 40
 # A tiny model of both kinds of layers.
 SLIDING_MODEL = "olmo3"
 # Of the layers of an fp8 pool, the factors of keys and of values.

@@ -11,7 +11,7 @@ from tests.fuzz.check import ENDED_IN_THE_QUEUE, check, compare_oracle, expected
 from tests.fuzz.generate import BLOCK, schedule_of, server_of
 from tests.fuzz.pool_machine import STEPS, run_search, run_steps
 from tests.fuzz.runner import run_schedules
-from tests.fuzz.schedule import Event, FuzzRequest, Schedule, ServerConfig, rid_of
+from tests.fuzz.schedule import CALIBRATION_ROOM, Event, FuzzRequest, Schedule, ServerConfig, rid_of
 from tests.fuzz.shrink import shrink
 
 # Servers and schedules of each; a run of thousands is a command of its own.
@@ -49,6 +49,13 @@ def test_random_schedules_give_right_tokens_and_lose_nothing(rng):
         if outcome.verdict.problems
     ]
     assert problems == []
+
+
+def test_a_server_that_asks_its_model_before_it_serves_has_room_for_that(rng):
+    first = rng.randrange(10**6)
+    servers = [server_of(block) for block in range(first, first + 400)]
+    asking = [server for server in servers if server.policy == "triattention"]
+    assert asking and all(server.pool >= CALIBRATION_ROOM + 2 * server.page_size for server in asking)
 
 
 def test_random_steps_on_the_real_pools_lose_and_spoil_nothing(rng):
