@@ -10,12 +10,13 @@ from rkv_sglang.config import NO_POLICY, POLICY_FIELD
 from rkv_sglang.integration.hooking.hook import Hook, names
 from rkv_sglang.integration.hooks.owners import MANAGERS, REQ, SCHEDULER
 from rkv_sglang.integration.runtime.current import get_runtime
-from rkv_sglang.integration.runtime.requests import end_request, known_state_of, trace_of
+from rkv_sglang.integration.runtime.requests import end_request, known_state_of, prompt_trace_of, trace_of
 from rkv_sglang.sizes.lengths import RequestState
 
 COMPACTIONS_KEY = "kv_compactions"
 RESIDENT_KEY, EVICTED_KEY = "kv_resident_tokens", "kv_evicted_tokens"
-KEYS = (POLICY_FIELD, COMPACTIONS_KEY, RESIDENT_KEY, EVICTED_KEY)
+PROMPT_KEY = "kv_prompt_tokens"
+KEYS = (POLICY_FIELD, COMPACTIONS_KEY, RESIDENT_KEY, EVICTED_KEY, PROMPT_KEY)
 # Only for requests that asked for it.
 TRACE_KEY = "kv_trace"
 # What SGLang's tokenizer manager says of a request that was aborted without a reason while it waited.
@@ -27,9 +28,9 @@ def answer_info(req: Any) -> dict[str, Any]:
 
     ``kv_resident_tokens`` are those held at the end, the last token not among them (its KV is never computed), and 0 of
     one that ended while it waited; ``kv_evicted_tokens`` are counted over the whole life, so a token evicted again
-    after a retraction counts twice.
-    ``kv_trace`` is there if the request asked for it; with tensor parallelism it knows the first rank's heads, and
-    where all heads keep the same it has one row for all.
+    after a retraction counts twice. ``kv_prompt_tokens`` are those that attention sees of the prompt.
+    ``kv_trace`` is there if the request asked for it, and has ``prompt`` if that was compacted; with tensor parallelism
+    it knows the first rank's heads, and where all heads keep the same it has one row for all.
     """
     runtime = get_runtime()
     config = runtime.config_of(req)
@@ -40,11 +41,14 @@ def answer_info(req: Any) -> dict[str, Any]:
         COMPACTIONS_KEY: state.compactions,
         RESIDENT_KEY: _held_at_the_end(req, state),
         EVICTED_KEY: state.evicted_in_all,
+        PROMPT_KEY: state.held_prompt_len,
     }
     trace = trace_of(req)
     if trace is not None:
         num_layers, num_kv_heads = runtime.trace_shape
         info[TRACE_KEY] = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "compactions": trace}
+        if (of_prompt := prompt_trace_of(req)) is not None:
+            info[TRACE_KEY]["prompt"] = of_prompt
     return info
 
 

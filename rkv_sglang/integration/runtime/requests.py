@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from rkv_sglang.config import NO_POLICY, POLICY_FIELD, PolicyConfig
+from rkv_sglang.config import HEAD, NO_POLICY, NUM_FIRST_KEPT, POLICY_FIELD, PolicyConfig
 from rkv_sglang.messages import shown
 from rkv_sglang.sizes.lengths import RequestState
 from rkv_sglang.sizes.pages import ceil_to_page
 from rkv_sglang.sizes.stagger import head_start
 
 BUDGET_FIELD, BUFFER_FIELD = "kv_budget", "kv_buffer"
+PROMPT_BUDGET_FIELD = "kv_prompt_budget"
 TRACE_FIELD = "kv_trace"
-FIELDS = (POLICY_FIELD, BUDGET_FIELD, BUFFER_FIELD, TRACE_FIELD)
+FIELDS = (POLICY_FIELD, BUDGET_FIELD, BUFFER_FIELD, PROMPT_BUDGET_FIELD, TRACE_FIELD)
 # Names that can only be meant for the policy: those that start so, and these. All others are somebody else's.
 OWN_PREFIXES = ("kv_", "rkv_")
 OWN_NAMES = ("kv", "rkv")
@@ -23,6 +24,7 @@ OWN_NAMES = ("kv", "rkv")
 STATE_ATTRIBUTE = "rkv_state"
 CONFIG_ATTRIBUTE = "rkv_config"
 TRACE_ATTRIBUTE = "rkv_trace"
+PROMPT_TRACE_ATTRIBUTE = "rkv_prompt_trace"
 
 
 def known_state_of(req: Any) -> RequestState | None:
@@ -44,7 +46,7 @@ def head_start_of(req: Any, config: PolicyConfig) -> int | None:
     """Return how early the request's next compaction comes, in tokens; None while its tokens have not decided it."""
     state = state_of(req)
     # After the first one since the last prefill, requests stay as far apart as that has put them.
-    if not config.stagger or state.evicted_tokens > 0:
+    if not config.stagger or state.evicted_generated_tokens > 0:
         return 0
     if state.head_start is None:
         state.head_start = head_start(config, req.origin_input_ids, req.output_ids)
@@ -54,6 +56,11 @@ def head_start_of(req: Any, config: PolicyConfig) -> int | None:
 def trace_of(req: Any) -> list[dict[str, Any]] | None:
     """Return the compactions of a request that asked for a trace, as ``pack_compaction`` makes them; else None."""
     return getattr(req, TRACE_ATTRIBUTE, None)
+
+
+def prompt_trace_of(req: Any) -> dict[str, Any] | None:
+    """Return what its prompt's last compaction kept, as ``pack_compaction`` makes it; None if nothing was recorded."""
+    return getattr(req, PROMPT_TRACE_ATTRIBUTE, None)
 
 
 def end_request(scheduler: Any, req: Any, reason: Any) -> None:
@@ -90,7 +97,7 @@ def config_for(custom_params: Any, server: PolicyConfig, pool_size: int) -> Poli
 
     Args:
         custom_params: Of the request's sampling parameters: a mapping, in which names of others are left alone, or
-            None. ``kv_policy`` is ``"none"`` or the server's policy, ``kv_budget`` and ``kv_buffer`` are tokens.
+            None. ``kv_policy`` is ``"none"`` or the server's policy, the others but ``kv_trace`` are tokens.
         server: The server's settings, from which the rest comes.
         pool_size: Tokens of the KV pool.
 
@@ -107,7 +114,9 @@ def config_for(custom_params: Any, server: PolicyConfig, pool_size: int) -> Poli
             f"{POLICY_FIELD} {shown(policy)} is not what this server runs: leave it out, or set it to "
             f"{server.policy!r} or {NO_POLICY!r}"
         )
+    prompt_budget = custom_params.get(PROMPT_BUDGET_FIELD, server.prompt_budget)
     if policy == NO_POLICY:
+        asked |= {name: custom_params[name] for name in (PROMPT_BUDGET_FIELD,) if name in custom_params}
         if asked:
             raise ValueError(f"{POLICY_FIELD} {NO_POLICY!r} has no {' or '.join(asked)}: leave one of them out")
         return None
@@ -129,7 +138,23 @@ def config_for(custom_params: Any, server: PolicyConfig, pool_size: int) -> Poli
             f"{BUDGET_FIELD} {shown(budget)} and {BUFFER_FIELD} {shown(buffer)} together exceed this server's KV pool "
             f"of {pool_size} tokens: set them lower"
         )
-    return replace(server, budget=budget, buffer=buffer)
+    _refuse_bad_prompt_budget(prompt_budget, server)
+    return replace(server, budget=budget, buffer=buffer, prompt_budget=prompt_budget)
+
+
+def _refuse_bad_prompt_budget(value: Any, server: PolicyConfig) -> None:
+    least = server.least_prompt_budget
+    if isinstance(value, bool) or not isinstance(value, int) or not (value == 0 or value >= least):
+        raise ValueError(
+            f"{PROMPT_BUDGET_FIELD} {shown(value)} is neither 0 nor an integer of at least {least} (the first "
+            f"{NUM_FIRST_KEPT} and the last {server.window} tokens of a prompt always stay): set it to {least} or "
+            "more, or to 0 to keep the prompt whole"
+        )
+    if value > 0 and server.granularity != HEAD:
+        raise ValueError(
+            f"{PROMPT_BUDGET_FIELD} {shown(value)} is not what this server can do: it chooses once for a whole "
+            f"request, and prompts are compacted per layer and KV head only; leave {PROMPT_BUDGET_FIELD} out"
+        )
 
 
 def wants_trace(custom_params: Any, server: PolicyConfig) -> bool:
