@@ -22,6 +22,7 @@ WORKING_BYTES = 256 * 2**20
 
 
 PlanT = TypeVar("PlanT", bound=CompactionPlan | PromptPlan)
+ScoredPlanT = TypeVar("ScoredPlanT", bound=CompactionPlan)
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def _join(of_layers: Sequence[Compacted]) -> Compacted:
 
 
 def split_work(
-    buffers: KVBuffers, requests: Sequence[DueRequest[CompactionPlan]], window: int, query_bytes: int
+    buffers: KVBuffers, requests: Sequence[DueRequest[ScoredPlanT]], window: int, query_bytes: int
 ) -> Iterator[tuple[slice, PagedBatch, list[slice]]]:
     """Yield parts of the work that fit into the working memory: which requests, as a batch, and which layers at a time.
 

@@ -5,7 +5,6 @@ generated ones do elsewhere; its first few and the last of a window stay whateve
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -19,6 +18,7 @@ from rkv_sglang.kernels.move import move_kept_paged, move_kept_torch
 from rkv_sglang.kernels.paged_batch import PagedBatch
 from rkv_sglang.kernels.select import select_kept_paged
 from rkv_sglang.policies import Policy
+from rkv_sglang.sizes.compaction_plan import CompactionPlan
 from rkv_sglang.sizes.prompt_plan import PromptPlan
 
 
@@ -47,7 +47,9 @@ def compact_prompts(
         ``[num_layers, num_kv_heads, plan.budget]``, int64; None of the others.
     """
     results: list[torch.Tensor | None] = []
-    scored = [replace(request, plan=request.plan.of_scores) for request in requests]
+    scored: list[DueRequest[CompactionPlan]] = [
+        DueRequest(due.plan.of_scores, due.slots, due.logical_len) for due in requests
+    ]
     for part, batch, layers_of_part in split_work(buffers, scored, window, query_bytes):
         together, of_layers = requests[part], []
         for layers in layers_of_part:

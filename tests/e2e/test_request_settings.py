@@ -252,7 +252,7 @@ def test_a_request_that_sglang_refuses_before_its_length_is_known_ends_no_server
     server.assert_clean()
 
 
-KEYS = ("kv_policy", "kv_compactions", "kv_resident_tokens", "kv_evicted_tokens")
+KEYS = ("kv_policy", "kv_compactions", "kv_resident_tokens", "kv_evicted_tokens", "kv_prompt_tokens")
 
 
 def expected_info(prompt_len: int, num_tokens: int, budget: int = 32, buffer: int = 16) -> dict[str, object]:

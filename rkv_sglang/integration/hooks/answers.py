@@ -46,9 +46,9 @@ def answer_info(req: Any) -> dict[str, Any]:
     trace = trace_of(req)
     if trace is not None:
         num_layers, num_kv_heads = runtime.trace_shape
-        info[TRACE_KEY] = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "compactions": trace}
-        if (of_prompt := prompt_trace_of(req)) is not None:
-            info[TRACE_KEY]["prompt"] = of_prompt
+        of_prompt = prompt_trace_of(req)
+        extra = {} if of_prompt is None else {"prompt": of_prompt}
+        info[TRACE_KEY] = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "compactions": trace, **extra}
     return info
 
 
