@@ -267,6 +267,7 @@ def expected_info(prompt_len: int, num_tokens: int, budget: int = 32, buffer: in
         "kv_compactions": compactions,
         "kv_resident_tokens": prompt_len + generated - evicted,
         "kv_evicted_tokens": evicted,
+        "kv_prompt_tokens": prompt_len,
     }
 
 
@@ -384,6 +385,7 @@ def test_meta_info_says_what_was_compressed_and_the_sum_is_the_servers(server):
         "kv_compactions": 0,
         "kv_resident_tokens": len(prompts[1]) + 149,
         "kv_evicted_tokens": 0,
+        "kv_prompt_tokens": len(prompts[1]),
     }
     several = server.generate(prompts[2], {**params, "n": 3})
     assert [said(answer["meta_info"]) for answer in several] == [expected_info(len(prompts[2]), 150)] * 3
