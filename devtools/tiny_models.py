@@ -4,6 +4,7 @@ A tiny model is a fp32 checkpoint with a tokenizer, in ``.cache/models`` under a
 made from. Every token of the tokenizer is plain ASCII, so any output is text, and stop strings and grammars can hit.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -19,14 +20,22 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GenerationConfig,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 MODELS_DIR = Path(__file__).resolve().parents[1] / ".cache" / "models"
@@ -35,6 +44,7 @@ VOCAB_SIZE = 512
 # Raise it when what a folder holds changes in a way that neither config nor seed shows.
 _FORMAT = 1
 
+_ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
 _SHARED: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 128,
@@ -43,13 +53,21 @@ _SHARED: dict[str, Any] = {
     "max_position_embeddings": 32768,
     # The usual 0.02 makes all logits alike at this size, and greedy output collapses into a loop of one token.
     "initializer_range": 0.2,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "rope_parameters": _ROPE,
     "tie_word_embeddings": False,
     "pad_token_id": PAD_ID,
     "bos_token_id": BOS_ID,
     "eos_token_id": EOS_ID,
 }
 MLA_MODEL = "deepseek-v2"
+# Positions of three numbers, and images in prompts.
+IMAGE_MODEL = "qwen2.5-vl"
+IMAGE_TOKEN_ID = VOCAB_SIZE - 1
+# Tokens that a layer attends to which attends to the latest alone, its own included.
+SLIDING_WINDOW = 24
+SLIDING, FULL = "sliding_attention", "full_attention"
+# Transformers reads those of each kind of layer, SGLang that of all.
+_ROPE_OF_EACH = {**_ROPE, SLIDING: _ROPE, FULL: _ROPE}
 # name: (config class, model class, own settings, seed)
 _RECIPES: dict[str, tuple[type, type, dict[str, Any], int]] = {
     "llama-gqa": (
@@ -101,6 +119,89 @@ _RECIPES: dict[str, tuple[type, type, dict[str, Any], int]] = {
         },
         0,
     ),
+    "olmo3": (
+        Olmo3Config,
+        Olmo3ForCausalLM,
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "sliding_window": SLIDING_WINDOW,
+            "layer_types": [SLIDING, FULL, SLIDING],
+            "rope_parameters": _ROPE_OF_EACH,
+        },
+        0,
+    ),
+    "olmo3-sliding": (
+        Olmo3Config,
+        Olmo3ForCausalLM,
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "sliding_window": SLIDING_WINDOW,
+            "layer_types": [SLIDING] * 3,
+            "rope_parameters": _ROPE_OF_EACH,
+        },
+        0,
+    ),
+    "gemma3": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 48,
+            "sliding_window": SLIDING_WINDOW,
+            "layer_types": [FULL, SLIDING, SLIDING],
+            # SGLang ties them anyway, so a token's embedding must not be the largest part of what comes out.
+            "tie_word_embeddings": True,
+            "initializer_range": 0.05,
+            "rope_parameters": {
+                SLIDING: _ROPE,
+                FULL: {"rope_type": "default", "rope_theta": 1000000.0},
+            },
+        },
+        0,
+    ),
+    IMAGE_MODEL: (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        {
+            "text_config": _SHARED
+            | {
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+            },
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_heads": 2,
+                "out_hidden_size": 128,
+                "fullatt_block_indexes": [0],
+            },
+            "image_token_id": IMAGE_TOKEN_ID,
+            "video_token_id": IMAGE_TOKEN_ID - 1,
+            "vision_start_token_id": IMAGE_TOKEN_ID - 2,
+            "vision_end_token_id": IMAGE_TOKEN_ID - 3,
+            "tie_word_embeddings": False,
+        },
+        0,
+    ),
+    "qwen3-moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+        },
+        0,
+    ),
     # A head_dim of 32, and logits a third of what that makes of them elsewhere.
     "granite-scaled": (
         GraniteConfig,
@@ -136,7 +237,9 @@ def tiny_model_path(name: str) -> Path:
         KeyError: The name is none of these.
     """
     config_class, model_class, settings, seed = _RECIPES[name]
-    config = config_class(**(_SHARED | settings))
+    # A model of images has its own settings of the language part.
+    # Copies: some configurations change what they are made with.
+    config = config_class(**copy.deepcopy(settings if "text_config" in settings else _SHARED | settings))
     made_from = [_FORMAT, seed, torch.__version__, transformers.__version__, config.to_dict()]
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()[:12]
     target = MODELS_DIR / f"tiny-{name}-{digest}"

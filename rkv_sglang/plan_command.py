@@ -38,7 +38,9 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output-len", type=int, default=16384, help="tokens that a request generates")
     group.add_argument("--page-size", type=int, default=1, help="as the server's")
     group.add_argument("--tp-size", type=int, default=1, help="as the server's")
-    group.add_argument("--kv-itemsize", type=int, default=None, help="bytes of a cached number; the model's by default")
+    group.add_argument(
+        "--kv-itemsize", type=int, default=None, help="bytes of a cached number, 1 for fp8; the model's by default"
+    )
 
 
 def _check_sizes(options: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from rkv_sglang.kernels.paged_batch import PagedBuffers
+from rkv_sglang.kernels.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class KVBuffers:
             for side, scales in ((keys, key_scales), (values, value_scales))
         )
         return cls(*(replace(side, first_layer=first_layer, first_kv_head=first_kv_head) for side in sides))
+
+    def set_scales(self, key_scales: Sequence[float], value_scales: Sequence[float]) -> None:
+        """Take other factors of the layers, as ``from_layers`` does; written in place, on the current stream."""
+        for side, scales in ((self.keys, key_scales), (self.values, value_scales)):
+            side.scales.copy_(to_device(scales, torch.float32, side.device))
 
     def of_layers(self, layers: slice) -> "KVBuffers":
         """Return the pool of some layers only, which shares their tensors with this one; waits for nothing."""

@@ -18,6 +18,7 @@ from rkv_sglang.kernels.paged_batch import FP8_DTYPES, PagedBatch, PagedBuffers
 from rkv_sglang.kernels.score.config import padded_head_dim, padded_window
 from rkv_sglang.kernels.score.scorers import PAGED_SCORERS, History, PagedInputs, scored_paged, state_of_kept
 from rkv_sglang.kernels.select import select_kept_paged
+from rkv_sglang.kernels.transfer import to_device
 from rkv_sglang.policies import Policy, Scored, ScoreInputs, as_scored, is_stateful, needs_values
 from rkv_sglang.sizes.pages import pages_needed
 
@@ -94,6 +95,11 @@ def compact_paged(
         past = _nothing_evicted(batch) if history is None else history
         inputs = PagedInputs(keys=keys, values=values, batch=batch, queries=queries, history=past, model=model)
         scored = scored_paged(scorer(policy, inputs))
+        sliding = model.sliding_among(keys.first_layer, keys.num_layers)
+        if sliding:
+            # The later, the better. Columns are fewer than fp32 has whole numbers.
+            columns = torch.arange(batch.num_tokens, dtype=torch.float32, device=keys.device)
+            scored.scores[to_device(sliding, torch.int64, keys.device)] = columns
         indices = select_kept_paged(scored.scores, batch)
         state = state_of_kept(scored.state, indices, batch) if is_stateful(policy) else None
         kept = Kept(indices, state, scored.memory)
@@ -115,8 +121,24 @@ def score_paged(
 
     Returns:
         ``[num_layers, num_kv_heads, num_tokens]``, fp32, columns as ``batch.token_indptr`` has them; those of windows
-        are no scores.
+        are no scores, and layers that attend to the latest tokens alone have 0.
     """
+    scores = _score_paged(keys, values, batch, queries, policy, history, model)
+    sliding = model.sliding_among(keys.first_layer, keys.num_layers)
+    if sliding:
+        scores[to_device(sliding, torch.int64, keys.device)] = 0.0
+    return scores
+
+
+def _score_paged(
+    keys: PagedBuffers,
+    values: PagedBuffers,
+    batch: PagedBatch,
+    queries: Tensor,
+    policy: Policy,
+    history: Sequence[History],
+    model: ModelAttention,
+) -> Tensor:
     scorer = PAGED_SCORERS.get(type(policy)) if runs_triton(keys) else None
     if scorer is not None:
         inputs = PagedInputs(keys=keys, values=values, batch=batch, queries=queries, history=history, model=model)
@@ -149,7 +171,10 @@ def choose_kept_torch(
     memory: list[list[Tensor]] = [[] for _ in batch.kv_lens_cpu]
     for request, layer, scored in _scores_torch(keys, values, batch, queries, policy, history, model):
         prompt_len, budget = batch.prompt_lens_cpu[request], batch.budgets_cpu[request]
-        kept = select_kept(scored.scores, prompt_len, batch.window, budget)
+        scores = scored.scores
+        if keys.first_layer + layer in model.sliding_layers:
+            scores = torch.arange(scores.shape[1], dtype=torch.float32, device=keys.device).expand_as(scores)
+        kept = select_kept(scores, prompt_len, batch.window, budget)
         kept_indices[layer, request, :, :budget] = kept
         kept_state[request].append(scored.state.gather(1, prompt_len + kept[:, : budget - batch.window]))
         memory[request] += [] if scored.memory is None else [scored.memory]

@@ -2,11 +2,12 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
+from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.cache.block_choice import BlockChoice, choose_by_place, choose_by_scores
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import Compacted, DueRequest, compact_requests
@@ -15,15 +16,7 @@ from rkv_sglang.cache.verify.drop import choose_by_place_and_verify, choose_by_s
 from rkv_sglang.cache.verify.gather import compact_and_verify
 from rkv_sglang.cache.verify.recomputed import CompactionDiffersError
 from rkv_sglang.config import PolicyConfig
-from rkv_sglang.policies import (
-    POLICIES,
-    Policy,
-    ScoreInputs,
-    as_scored,
-    granularities_of,
-    is_blind,
-    make_policy,
-)
+from rkv_sglang.policies import POLICIES, Policy, ScoreInputs, as_scored, granularities_of, is_blind, make_policy
 from rkv_sglang.sizes.compaction_plan import LEAST_BLOCK, DropPlan, plan_compaction, plan_drop
 from tests.policies.cases import model_with_statistics
 
@@ -67,6 +60,30 @@ def test_a_right_compaction_passes_and_is_returned_as_it_is(name, seed, rng):
     requests = [replace(request, wants_indices=rng.random() < 0.5) for request in some_requests(rng)]
     compacted = verified(compact_requests, buffers, requests, policy)
     assert [result.kept_indices is not None for result in compacted] == [request.wants_indices for request in requests]
+
+
+@dataclass(frozen=True)
+class Oldest(Policy):
+    """Keeps the oldest tokens, so never the latest ones."""
+
+    def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        num_scored = len(inputs.keys) - len(inputs.queries)
+        return torch.arange(num_scored, 0, -1).float().expand(inputs.keys.shape[1], -1)
+
+
+def test_a_layer_that_slides_must_keep_the_latest(seed, rng):
+    torch.manual_seed(seed)
+    buffers, requests = make_pool(torch.float32), some_requests(rng)
+    queries = torch.randn(NUM_LAYERS, len(requests), WINDOW, 2 * NUM_KV_HEADS, HEAD_DIM)
+    read_queries, policy = lambda part, layers: queries[layers, part], Oldest()
+    model = ModelAttention(sliding_layers=frozenset({1}))
+    compact_and_verify(compact_requests, SHARED, buffers, requests, read_queries, policy, WINDOW, model=model)
+
+    def forgets(*args: object, **others: object) -> list[Compacted]:
+        return compact_requests(*args, **{**others, "model": PLAIN_ATTENTION})  # type: ignore[arg-type]
+
+    with pytest.raises(CompactionDiffersError, match="layer 1 attends to the latest tokens alone and kept others"):
+        compact_and_verify(forgets, SHARED, buffers, requests, read_queries, policy, WINDOW, model=model)
 
 
 def slot(request: DueRequest, position: int) -> int:

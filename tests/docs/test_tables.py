@@ -144,7 +144,9 @@ def test_the_table_of_refused_models_has_every_reason() -> None:
     documented = [row[1] for row in table(COMPATIBILITY, "refused", "reason in the message")]
     tree = ast.parse(inspect.getsource(refusals.model_problems))
     (problems,) = [
-        node.value for node in ast.walk(tree) if isinstance(node, ast.Assign) and node.targets[0].id == "problems"
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "problems"
     ]
     reasons = [texts_of(ast.unparse(pair.elts[1]))[0] for pair in problems.elts]
     assert len(reasons) == len(documented) > 5

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from devtools.tiny_models import VOCAB_SIZE
 from tests.support.harness.scheduler import Request, RunResult
-from tests.support.oracle.dense import DenseResult, dense_generate
+from tests.support.oracle.decoder import load_model
+from tests.support.oracle.dense import Compaction, DenseResult, dense_generate
+from tests.support.oracle.masked_compact import MaskedResult, masked_compact
 from tests.support.oracle.policy_scores import score_function
 from tests.support.oracle.scores import ScoreFunction
 
@@ -91,17 +94,43 @@ def oracle(
     )
 
 
+def masked_oracle(
+    model: Any, prompt: Sequence[int], setting: Setting, found: Sequence[int], **options: Any
+) -> MaskedResult:
+    """Return what a request of any model must answer, in as many tokens as were ``found``, which hasten it.
+
+    Args:
+        model: A transformers model, or the folder of one.
+    """
+    return masked_compact(
+        load_model(model) if isinstance(model, Path) else model,
+        prompt,
+        len(found),
+        **{
+            "budget": setting.budget,
+            "buffer": setting.buffer,
+            "window": setting.window,
+            "score": setting.score,
+            "block": setting.block,
+            "guessed_output_ids": found,
+            **options,
+        },
+    )
+
+
 def greedy(prompt: tuple[int, ...] | list[int], max_new_tokens: int, **fields: object) -> Request:
     """Return a request that decodes exactly that many tokens, greedily."""
     sampling_params = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
     return Request(input_ids=list(prompt), sampling_params=sampling_params, **fields)  # type: ignore[arg-type]
 
 
-def assert_same_tokens(found: list[int], expected: DenseResult, name: str) -> None:
+def assert_same_tokens(found: list[int], expected: DenseResult | MaskedResult, name: str) -> None:
     """Assert equal answers. They may part only where the oracle itself was at a near-tie, which is then shown."""
     for i, (token, right) in enumerate(zip(found, expected.output_ids, strict=True)):
         if token != right:
-            margins = [float(c.margins.min()) for c in expected.compactions if c.num_outputs <= i]
+            margins = [
+                float(c.margins.min()) for c in expected.compactions if isinstance(c, Compaction) and c.num_outputs <= i
+            ]
             raise AssertionError(
                 f"{name}: token {i} is {token} instead of {right}; logit gap there {expected.logit_gaps[i]:.2e}, "
                 f"smallest score margins of the compactions before: {[f'{m:.1e}' for m in margins]}"

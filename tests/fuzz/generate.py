@@ -3,16 +3,20 @@
 import random
 from typing import Any
 
-from devtools.tiny_models import EOS_ID, VOCAB_SIZE
+from devtools.tiny_models import EOS_ID, IMAGE_MODEL, SLIDING_WINDOW, VOCAB_SIZE
 from rkv_sglang.config import HEAD, REQUEST
 from rkv_sglang.policies import POLICIES, granularities_of, is_blind
 from rkv_sglang.sizes.compaction_plan import block_of_pages
-from tests.fuzz.schedule import Event, FuzzRequest, Schedule, ServerConfig
+from tests.fuzz.schedule import SLIDING_MODEL, Event, FuzzRequest, Schedule, ServerConfig
 
 # Every policy in every way that it can choose.
 WAYS = [(name, way) for way in (HEAD, REQUEST) for name, policy in POLICIES.items() if way in granularities_of(policy)]
 # Each in turn has all of these: overlap scheduling, the radix cache.
 SWITCHES = [(True, True), (False, True), (True, False), (False, False)]
+# What every second server is of: a model, or the numbers of the pool.
+KINDS = ("fp8_e4m3", SLIDING_MODEL, "qwen3-moe", IMAGE_MODEL, "fp8_e5m2")
+# They ask how positions turn keys: known of one kind of rotation, and asked for at every start.
+_ASK_THE_MODEL = ("triattention", "beaconkv")
 # Schedules of one server.
 BLOCK = 25
 MOST_NEW_TOKENS = 80
@@ -47,6 +51,16 @@ def server_of(block: int) -> ServerConfig:
     tp_size = 2 if block % 13 == 9 else 1
     sees_nothing = granularity == REQUEST and is_blind(POLICIES[policy])
     model = rng.choice(["llama-gqa", "llama-gqa", "qwen3", "llama-mqa"] if tp_size == 1 else ["llama-gqa"])
+    kind = _kind_of(block, policy) if tp_size == 1 else None
+    if kind == SLIDING_MODEL:
+        # What is kept of all layers must hold what such a layer attends to.
+        window, budget = (
+            (SLIDING_WINDOW, budget + SLIDING_WINDOW - window) if granularity == REQUEST else (window, budget)
+        )
+        budget = max(budget, SLIDING_WINDOW)
+    is_fp8 = kind is not None and kind.startswith("fp8")
+    if kind is not None and not is_fp8:
+        model = kind
     chunk_size = rng.choice([0, 0, 16, 32])
     mixes = sees_nothing and rng.random() < 0.3
     if mixes:
@@ -73,7 +87,16 @@ def server_of(block: int) -> ServerConfig:
         tokenizer=rng.random() < 0.3,
         model=model,
         mixed_chunk=mixes,
+        kv_dtype=kind if kind is not None and is_fp8 else "auto",
     )
+
+
+def _kind_of(block: int, policy: str) -> str | None:
+    """Return what is other than a plain model and pool; drawn apart, so that other seeds stay what they were."""
+    rng = random.Random(f"kind {block}")
+    kind = rng.choice(KINDS) if rng.random() < 0.5 else None
+    is_served = policy not in _ASK_THE_MODEL or kind is None or kind.startswith("fp8")
+    return kind if is_served else None
 
 
 def is_tight(server: ServerConfig) -> bool:
@@ -102,7 +125,7 @@ def _request(rng: random.Random, server: ServerConfig, before: list[FuzzRequest]
     budget, buffer, unit = server.budget, server.buffer, server.block or 1
     kind = rng.random()
     if kind < 0.25:
-        budget = server.window + max(unit - 1, 1) + rng.randint(0, 11)
+        budget = server.least_budget + rng.randint(0, 11)
         buffer = rng.randint(1, 10) if unit == 1 else unit * rng.randint(1, 2)
         fields |= {"budget": budget, "buffer": buffer}
     elif kind < 0.33:

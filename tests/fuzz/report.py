@@ -41,7 +41,7 @@ def row_of(outcome: Outcome) -> Row:
         "seed": schedule.seed,
         "policy": server.policy,
         "granularity": server.granularity,
-        "model": server.model,
+        "model": server.model if server.kv_dtype == "auto" else f"{server.model} in {server.kv_dtype}",
         "budget": server.budget,
         "buffer": server.buffer,
         "window": server.window,

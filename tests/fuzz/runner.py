@@ -60,7 +60,7 @@ def _run_process(schedules: list[Schedule], env: dict[str, str]) -> list[Record]
         variables["RKV_PROBE_MOVES_NOTHING"] = "1"
     job = {
         "flags": with_defaults(server.flags, ["--random-seed", "1", *device_flags()]),
-        "env": child_environment(folder / "probe.jsonl", {**variables, **binding, **env}),
+        "env": child_environment(folder / "probe.jsonl", {**variables, **binding, **server.env, **env}),
         "folder": str(folder),
         "driver": "tests.fuzz.driver:register",
         "schedules": schedules,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from devtools.tiny_models import tiny_model_path
+from devtools.tiny_models import SLIDING_WINDOW, tiny_model_path
 from rkv_sglang.config import HEAD, REQUEST
 from rkv_sglang.sizes.compaction_plan import block_of_pages
 
@@ -22,6 +22,10 @@ KNOWN_TO_THE_ORACLE = {
 }
 # For --kv-policy triattention, which asks the model before it serves: few questions, to start quickly.
 CALIBRATION = {"questions": 2, "answer_tokens": 40}
+# A tiny model of both kinds of layers.
+SLIDING_MODEL = "olmo3"
+# Of the layers of an fp8 pool, the factors of keys and of values.
+FP8_SCALES = ((0.25, 0.02), (0.5, 0.01), (0.03, 0.125))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,7 @@ class ServerConfig:
         tokenizer: Whether the scheduler has one: stop strings and grammars need it.
         granularity: ``--kv-granularity``.
         mixed_chunk: Whether requests decode inside prefill batches.
+        kv_dtype: ``--kv-cache-dtype``.
     """
 
     policy: str
@@ -54,6 +59,7 @@ class ServerConfig:
     model: str = "llama-gqa"
     granularity: str = HEAD
     mixed_chunk: bool = False
+    kv_dtype: str = "auto"
 
     @property
     def flags(self) -> list[str]:
@@ -67,6 +73,7 @@ class ServerConfig:
             ("--page-size", self.page_size),
             ("--max-total-tokens", self.pool),
             ("--max-running-requests", self.max_running),
+            ("--kv-cache-dtype", self.kv_dtype),
         ):
             flags += [name, str(value)]
         if self.chunk_size:
@@ -89,6 +96,20 @@ class ServerConfig:
     @property
     def capacity(self) -> int:
         return self.budget + self.buffer
+
+    @property
+    def least_budget(self) -> int:
+        """The smallest that a request may ask for."""
+        unit = self.block or 1
+        slides = self.model == SLIDING_MODEL and self.granularity == HEAD
+        return max(self.window + max(unit - 1, 1), SLIDING_WINDOW if slides else 0)
+
+    @property
+    def env(self) -> dict[str, str]:
+        """Variables that the server needs besides its flags."""
+        if self.kv_dtype == "auto":
+            return {}
+        return {"RKV_STAND_IN_FP8": ",".join(f"{k_scale}:{v_scale}" for k_scale, v_scale in FP8_SCALES)}
 
     @property
     def block(self) -> int | None:

@@ -79,14 +79,19 @@ def choose_by_scores_and_verify(
     if checksums(buffers, slots) != before:
         raise CompactionDiffersError("a choice of blocks changed the KV cache; please report this")
     layers = range(buffers.keys.num_layers)
+    sliding = model.sliding_among(buffers.keys.first_layer, len(layers))
     for number, (request, choice) in enumerate(zip(requests, choices, strict=True)):
         queries = read_queries(slice(number, number + 1), slice(0, len(layers)))[:, 0]
         rows = rows_of(buffers, request.slots)
         ways = zip(
             *(plain_scores(buffers, request, layer, rows, queries, policy, model) for layer in layers), strict=True
         )
-        # Of all layers and heads, and of all ranks, which must come here equally often.
-        totals = [torch.stack([scores.sum(dim=0) for scores in way]).sum(dim=0) for way in ways]
+        # Of all heads, of the layers that attend to more than the latest tokens, and of all ranks, which must come here
+        # equally often.
+        totals = [
+            torch.stack([scores.sum(dim=0) * (layer not in sliding) for layer, scores in enumerate(way)]).sum(dim=0)
+            for way in ways
+        ]
         if sum_over_ranks is not None:
             for total in totals:
                 sum_over_ranks(total)

@@ -97,7 +97,13 @@ def _problems(
         moved = was.take_along_dim(sources, dim=1)
         if not _same_bytes(moved, now[:, plan.prompt_len : plan.kept_len]):
             yield f"the {name} moved are not those kept"
+    sliding = model.sliding_among(buffers.keys.first_layer, len(kept))
+    latest = torch.arange(plan.generated_len - plan.budget, plan.generated_len, device=kept.device)
     for layer in range(len(kept)):
+        if layer in sliding:
+            if not bool((kept[layer] == latest).all()):
+                yield f"layer {layer} attends to the latest tokens alone and kept others"
+            continue
         ways = plain_scores(buffers, request, layer, before, queries, policy, model)
         tolerance = score_tolerance(policy)
         if not any(_explains(scores, kept[layer], plan.prompt_len, window, tolerance) for scores in ways):

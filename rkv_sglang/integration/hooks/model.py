@@ -75,8 +75,12 @@ def use_logical_positions(result: Any, _: type, batch: Any, *args: Any, **kwargs
     if result.forward_mode.is_decode():
         from sglang.srt.model_executor.forward_batch_info import clamp_position
 
+        resident = result.positions
         # As int64, as ForwardBatch.init_new itself calls it: on a GPU a kernel is built for each dtype.
         result.positions = clamp_position(batch.orig_seq_lens.to(torch.int64))
+        if result.mrope_positions is not None:
+            # Of a token that is generated all three are its place and an offset of the request's.
+            result.mrope_positions = result.mrope_positions + (result.positions - resident)
     elif result.forward_mode.is_extend():
         add_evicted_tokens(result, batch)
 
@@ -110,7 +114,7 @@ MODEL_HOOKS: tuple[Hook, ...] = (
             *names(MODEL_RUNNER, "model model_config token_to_kv_pool req_to_token_pool dtype device"),
             f"{MODEL_CONFIG}.get_total_num_kv_heads",
             *names(ATTENTION, "layer_id k_scale_float v_scale_float tp_k_head_num tp_q_head_num qk_head_dim"),
-            *names(ATTENTION, "scaling logit_cap"),
+            *names(ATTENTION, "scaling logit_cap sliding_window_size"),
             f"{RUNTIME_CONTEXT}.get_parallel",
             *names(PARALLEL, "tp_rank tp_size"),
             *names(KV_POOL, "k_buffer v_buffer dtype size start_layer"),
@@ -130,7 +134,7 @@ MODEL_HOOKS: tuple[Hook, ...] = (
         why="Positions are taken from seq_lens, which counts resident tokens once a request was compacted.",
         upstream="ForwardBatch.init_new takes positions from `orig_seq_lens`.",
         uses=(
-            *names(FORWARD_BATCH, "forward_mode positions"),
+            *names(FORWARD_BATCH, "forward_mode mrope_positions positions"),
             *names(FORWARD_MODE, "is_decode is_extend"),
             *names(BATCH, "reqs orig_seq_lens seq_lens extend_lens"),
             "sglang.srt.model_executor.forward_batch_info.clamp_position",

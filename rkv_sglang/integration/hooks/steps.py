@@ -168,7 +168,7 @@ STEP_HOOKS: tuple[Hook, ...] = (
                 MODEL_CONFIG,
                 "attention_arch attention_chunk_size hf_config hf_text_config is_encoder_decoder is_generation",
             ),
-            *names(MODEL_CONFIG, "is_hybrid_swa model_is_mrope model_path use_engram use_ngram_embedding"),
+            *names(MODEL_CONFIG, "is_hybrid_swa model_path use_engram use_ngram_embedding"),
             *names("sglang.srt.configs.model_config.AttentionArch", "MHA MLA SSM"),
             "sglang.srt.configs.hybrid_arch.mambaish_config",
             # Of rkv-sglang doctor --command, which takes the steps of a start.

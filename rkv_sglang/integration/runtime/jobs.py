@@ -101,6 +101,7 @@ def scoring(
     slots = read_slots(batch.req_to_token_pool.req_to_token, rows, [job.plan.resident_len for job in jobs])
     with on_forward_stream(parts.scheduler) as stream, parts.timed():
         scored.query_window.flush()
+        scored.follow_scales()
         # All slots are views of one tensor.
         if stream is not None and slots[0].is_cuda:
             slots[0].record_stream(stream)

@@ -21,6 +21,7 @@ from rkv_sglang.integration.startup.calibration import rope_of
 from rkv_sglang.integration.startup.errors import RefusedError
 from rkv_sglang.integration.startup.policy_trial import score_problem
 from rkv_sglang.kernels.dispatch import runs_triton
+from rkv_sglang.kernels.paged_batch import FP8_DTYPES
 from rkv_sglang.kernels.warmup import warm_up
 from rkv_sglang.policies import POLICIES, Policy, keeps_prompt_hits, memory_numbers, needs_rope, needs_statistics
 from rkv_sglang.sizes.query_rows import num_query_rows
@@ -39,6 +40,7 @@ class Scored:
 
     Attributes:
         buffers: The KV pool, all layers of this rank.
+        layers: SGLang's attention layers of it, in their order.
         query_window: The last queries of the requests that are about to be compacted.
         first_layer: The model's number of the pool's first layer.
         attention: How the model attends.
@@ -47,6 +49,7 @@ class Scored:
     """
 
     buffers: KVBuffers
+    layers: tuple[Any, ...]
     query_window: QueryWindow
     first_layer: int
     attention: ModelAttention = PLAIN_ATTENTION
@@ -58,6 +61,11 @@ class Scored:
         """Bytes that compacting a request takes besides what its tokens do."""
         return self.query_window.row_bytes + self.memory_bytes
 
+    def follow_scales(self) -> None:
+        """Dequantise an fp8 pool by what its layers say now, on the current stream: new weights bring new factors."""
+        if self.buffers.keys.dtype in FP8_DTYPES:
+            self.buffers.set_scales(*_scales_of(self.layers))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
@@ -67,11 +75,14 @@ class Parts:
         scheduler: SGLang's.
         scored: None where nothing is looked at: no query is recorded then.
         metrics: None where the scheduler reports none.
+        attention_window: Tokens that the budget of every request must hold, because some layers attend to the latest
+            of them alone; 0 where none does.
     """
 
     scheduler: Scheduler
     scored: Scored | None
     metrics: PolicyMetrics | None
+    attention_window: int = 0
 
     def timed(self) -> contextlib.AbstractContextManager[None]:
         """Observe how long the work within takes, if the scheduler reports metrics."""
@@ -90,12 +101,15 @@ def scored_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy
     layers = sorted(modules, key=lambda layer: layer.layer_id)
     pool: Any = model_runner.token_to_kv_pool
     parallel = get_parallel()
+    # A checkpoint may bring factors that a pool of 16 bits has no use for.
+    no_scales = [1.0] * len(layers)
+    key_scales, value_scales = _scales_of(layers) if pool.dtype in FP8_DTYPES else (no_scales, no_scales)
     buffers = KVBuffers.from_layers(
         pool.k_buffer,
         pool.v_buffer,
         dtype=pool.dtype,
-        key_scales=[layer.k_scale_float or 1.0 for layer in layers],
-        value_scales=[layer.v_scale_float or 1.0 for layer in layers],
+        key_scales=key_scales,
+        value_scales=value_scales,
         first_layer=pool.start_layer,
         # Ranks that are more than the heads share them.
         first_kv_head=parallel.tp_rank * model_runner.model_config.get_total_num_kv_heads() // parallel.tp_size,
@@ -130,6 +144,7 @@ def scored_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy
     numbers = memory_numbers(policy, group_size, layers[0].qk_head_dim) * len(layers) * layers[0].tp_k_head_num
     return Scored(
         buffers=buffers,
+        layers=tuple(layers),
         query_window=query_window,
         first_layer=pool.start_layer,
         attention=attention,
@@ -139,12 +154,21 @@ def scored_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy
     )
 
 
+def _scales_of(layers: Sequence[Any]) -> tuple[list[float], list[float]]:
+    """Return what keys and what values of an fp8 pool are multiplied with, of each layer."""
+    return [layer.k_scale_float or 1.0 for layer in layers], [layer.v_scale_float or 1.0 for layer in layers]
+
+
 def attention_of(layers: Sequence[Any], model: Any, policy: Policy) -> ModelAttention:
     """Return how a model attends, from its attention layers; whether they are alike is for ``refuse_runtime`` to say.
 
     What only some policies need is there for those only; of statistics of the queries, the room for them.
     """
-    attention = ModelAttention(logit_scale=float(layers[0].scaling), logit_cap=float(layers[0].logit_cap or 0.0))
+    attention = ModelAttention(
+        logit_scale=float(layers[0].scaling),
+        logit_cap=float(layers[0].logit_cap or 0.0),
+        sliding_layers=frozenset(layer.layer_id for layer in layers if layer.sliding_window_size > 0),
+    )
     if not needs_rope(policy):
         return attention
     rope = rope_of(model)

@@ -92,7 +92,9 @@ def _refuse_strange_fields(custom_params: Any) -> None:
             raise ValueError(f"custom_params has no {shown(name)}: it takes {', '.join(FIELDS)}")
 
 
-def config_for(custom_params: Any, server: PolicyConfig, pool_size: int) -> PolicyConfig | None:
+def config_for(
+    custom_params: Any, server: PolicyConfig, pool_size: int, attention_window: int = 0
+) -> PolicyConfig | None:
     """Return the settings of a request; None if it asks for no policy.
 
     Args:
@@ -100,6 +102,8 @@ def config_for(custom_params: Any, server: PolicyConfig, pool_size: int) -> Poli
             None. ``kv_policy`` is ``"none"`` or the server's policy, the others but ``kv_trace`` are tokens.
         server: The server's settings, from which the rest comes.
         pool_size: Tokens of the KV pool.
+        attention_window: Tokens that a layer attends to which attends to the latest alone, and which the budget must
+            hold; 0 where none does, or where ``server.window`` holds them.
 
     Raises:
         ValueError: A value is bad; one line that names the field, the cause and the mend.
@@ -121,9 +125,11 @@ def config_for(custom_params: Any, server: PolicyConfig, pool_size: int) -> Poli
             raise ValueError(f"{POLICY_FIELD} {NO_POLICY!r} has no {' or '.join(asked)}: leave one of them out")
         return None
     for name, value in asked.items():
-        least = server.least_budget if name == BUDGET_FIELD else server.block
+        least = max(server.least_budget, attention_window) if name == BUDGET_FIELD else server.block
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             why = f" (the window of {server.window} is kept inside it)" if name == BUDGET_FIELD else ""
+            if why and attention_window > server.least_budget:
+                why = f" (some of the model's layers attend to the latest {attention_window} tokens)"
             raise ValueError(
                 f"{name} {shown(value)} is not an integer of at least {least}{why}: set it to {least} or more"
             )
@@ -138,11 +144,11 @@ def config_for(custom_params: Any, server: PolicyConfig, pool_size: int) -> Poli
             f"{BUDGET_FIELD} {shown(budget)} and {BUFFER_FIELD} {shown(buffer)} together exceed this server's KV pool "
             f"of {pool_size} tokens: set them lower"
         )
-    _refuse_bad_prompt_budget(prompt_budget, server)
+    _refuse_bad_prompt_budget(prompt_budget, server, attention_window)
     return replace(server, budget=budget, buffer=buffer, prompt_budget=prompt_budget)
 
 
-def _refuse_bad_prompt_budget(value: Any, server: PolicyConfig) -> None:
+def _refuse_bad_prompt_budget(value: Any, server: PolicyConfig, attention_window: int) -> None:
     least = server.least_prompt_budget
     if isinstance(value, bool) or not isinstance(value, int) or not (value == 0 or value >= least):
         raise ValueError(
@@ -154,6 +160,11 @@ def _refuse_bad_prompt_budget(value: Any, server: PolicyConfig) -> None:
         raise ValueError(
             f"{PROMPT_BUDGET_FIELD} {shown(value)} is not what this server can do: it chooses once for a whole "
             f"request, and prompts are compacted per layer and KV head only; leave {PROMPT_BUDGET_FIELD} out"
+        )
+    if value > 0 and attention_window > 0:
+        raise ValueError(
+            f"{PROMPT_BUDGET_FIELD} {shown(value)} is not what this server can do: some of the model's layers attend "
+            f"to the latest {attention_window} tokens, which must stay; leave {PROMPT_BUDGET_FIELD} out"
         )
 
 

@@ -229,7 +229,10 @@ def add_evicted_tokens(forward_batch: Any, batch: Any) -> None:
     positions = forward_batch.positions
     offsets = evicted.repeat_interleave(torch.tensor(batch.extend_lens))
     offsets = offsets.pin_memory() if positions.is_cuda else offsets
-    forward_batch.positions = positions + offsets.to(positions, non_blocking=True)
+    offsets = offsets.to(positions, non_blocking=True)
+    forward_batch.positions = positions + offsets
+    if forward_batch.mrope_positions is not None:
+        forward_batch.mrope_positions = forward_batch.mrope_positions + offsets
     setattr(forward_batch, EVICTED_ATTRIBUTE, evicted.to(positions.device, non_blocking=True))
 
 

@@ -27,6 +27,7 @@ from rkv_sglang.integration.runtime.requests import (
 from rkv_sglang.integration.runtime.stats import PolicyStats
 from rkv_sglang.integration.startup.calibration import QueryMeter, calibrated
 from rkv_sglang.integration.startup.memory_report import report_memory
+from rkv_sglang.integration.startup.sliding import attention_window
 from rkv_sglang.policies import looks_at_nothing, make_policy
 from rkv_sglang.sizes.lengths import NEVER, can_ever_compact, decodes_again, steps_until_due
 from rkv_sglang.sizes.prompt_plan import PromptPlan, can_compact_prompt
@@ -86,7 +87,15 @@ class Runtime:
         if scored is not None:
             scored = replace(scored, attention=calibrated(scored.attention, scheduler, self))
         side_bytes = 0 if scored is None else scored.query_window.num_bytes
-        self.bind(Parts(scheduler=scheduler, scored=scored, metrics=metrics_for(scheduler, side_bytes=side_bytes)))
+        self.bind(
+            Parts(
+                scheduler=scheduler,
+                scored=scored,
+                metrics=metrics_for(scheduler, side_bytes=side_bytes),
+                # With one choice for all layers, it is the window that holds them.
+                attention_window=attention_window(scored.layers) if scored and self.config.granularity == HEAD else 0,
+            )
+        )
         num_query_rows = 0 if scored is None else scored.query_window.num_rows
         report_memory(scheduler, self.config, side_bytes=side_bytes, num_query_rows=num_query_rows)
 
@@ -109,7 +118,7 @@ class Runtime:
             ValueError: It asks for what cannot be; one line.
         """
         asked = req.sampling_params.custom_params
-        config = config_for(asked, self.config, self.parts.scheduler.max_total_num_tokens)
+        config = config_for(asked, self.config, self.parts.scheduler.max_total_num_tokens, self.parts.attention_window)
         setattr(req, CONFIG_ATTRIBUTE, config)
         if wants_trace(asked, self.config):
             setattr(req, TRACE_ATTRIBUTE, [])
@@ -205,21 +214,16 @@ class Runtime:
 
     def _prompt_is_due(self, req: Req) -> bool:
         """Decide whether a request's prompt is compacted before the next step."""
-        is_running = not req.finished() and req.kv.holds_kv
-        return (
-            is_running
-            and req.decode_batch_idx >= self.config.window
-            and self.pending_prompt_budget(req) > 0
-            and decodes_again(state_of(req), req.kv.kv_allocated_len)
-        )
+        if req.finished() or not req.kv.holds_kv or req.decode_batch_idx < self.config.window:
+            return False
+        return self.pending_prompt_budget(req) > 0 and decodes_again(state_of(req), req.kv.kv_allocated_len)
 
     def _compact_prompts(self, batch: ScheduleBatch, due: list[int]) -> None:
         """Compact the prompts of those of these requests for which there is room, as ``_compact`` does the rest."""
-        jobs = {i: compaction.job_of(batch.reqs[i], self.config_of(batch.reqs[i])) for i in due}
-        fitting = compaction.with_room(self.parts, list(jobs.values()))
-        if fitting:
-            compaction.compact(self.parts, self.policy, self.config.window, batch, fitting)
-            self._count(batch, {i: job for i, job in jobs.items() if job in fitting})
+        jobs = compaction.jobs_with_room(self.parts, {i: (batch.reqs[i], self.config_of(batch.reqs[i])) for i in due})
+        if jobs:
+            compaction.compact(self.parts, self.policy, self.config.window, batch, list(jobs.values()))
+            self._count(batch, jobs)
 
     def _compact(self, batch: ScheduleBatch, due: list[int]) -> None:
         """Compact the requests of ``batch.reqs`` whose indices are in ``due``, and bring every length up to it."""

@@ -6,10 +6,11 @@ from typing import Any
 from rkv_sglang.config import NO_POLICY, PolicyConfig
 from rkv_sglang.integration.startup.errors import RefusedError
 from rkv_sglang.integration.startup.refused_settings import REFUSED_SETTINGS, RefusedSetting
-from rkv_sglang.integration.startup.server_args import policy_name, read_config
+from rkv_sglang.integration.startup.server_args import config_from_args, policy_name, read_config
+from rkv_sglang.integration.startup.sliding import attention_window, latest_kept
 from rkv_sglang.integration.startup.verify_switch import verify_problem
 
-_WHOLE_CACHE_LAYERS = ("full_attention", "attention")
+_KNOWN_LAYERS = ("full_attention", "attention", "sliding_attention")
 
 
 def refuse(server_args: Any) -> None:
@@ -80,9 +81,14 @@ def model_problems(model_config: Any, server_args: Any) -> Iterator[str]:
     from sglang.srt.configs.model_config import AttentionArch
 
     text_config = model_config.hf_text_config
-    records_nothing = _records_nothing(read_config(server_args)[0])
+    config = read_config(server_args)[0]
+    records_nothing = _records_nothing(config)
     served = (AttentionArch.MHA, AttentionArch.MLA) if records_nothing else (AttentionArch.MHA,)
-    other_layers = sorted(set(getattr(text_config, "layer_types", None) or ()) - set(_WHOLE_CACHE_LAYERS))
+    layer_types = set(getattr(text_config, "layer_types", None) or ())
+    other_layers = sorted(layer_types - set(_KNOWN_LAYERS))
+    sliding = (getattr(text_config, "sliding_window", None) or 0) if "sliding_attention" in layer_types else 0
+    # Settings that are no good are refused before.
+    flag, kept = latest_kept(config or PolicyConfig())
     problems = (
         (not model_config.is_generation, "it does not generate"),
         (model_config.is_encoder_decoder, "its decoder also attends to an encoder's cache"),
@@ -95,15 +101,27 @@ def model_problems(model_config: Any, server_args: Any) -> Iterator[str]:
             f"its attention is {model_config.attention_arch.name}, and keys are scored per KV head",
         ),
         (
-            bool(model_config.is_hybrid_swa or model_config.attention_chunk_size),
-            "some of its layers attend to a sliding window or chunk, which is counted in tokens still cached",
+            bool(model_config.is_hybrid_swa),
+            "its sliding windows are kept in a second pool, as long as --disable-hybrid-swa-memory is not set",
+        ),
+        (
+            bool(model_config.attention_chunk_size),
+            "some of its layers attend to chunks, which are counted in tokens still cached",
+        ),
+        (kept < sliding, f"some of its layers attend to the latest {sliding} tokens: set {flag} to at least that"),
+        (
+            sliding > 0 and config is not None and config.prompt_budget > 0,
+            "of a sliding window the latest tokens must stay, and of a prompt others may: leave --kv-prompt-budget out",
         ),
         (bool(other_layers), f"some of its layers are of type {', '.join(other_layers)}"),
         (
             getattr(model_config.hf_config, "dual_chunk_attention_config", None) is not None,
             "its dual chunk attention counts chunks in tokens still cached",
         ),
-        (model_config.model_is_mrope, "its multimodal positions (mrope) are not counted along"),
+        (
+            any("GlmImage" in name for name in model_config.hf_config.architectures or ()),
+            "the positions of what it generates are those of an image's places",
+        ),
         (
             bool(model_config.use_ngram_embedding or model_config.use_engram),
             "its n-gram embedding looks tokens up by their place in the cache",
@@ -131,7 +149,9 @@ def refuse_runtime(scheduler: Any) -> None:
     # Seen by the launcher already, unless another plugin took the place of a step there.
     refuse(resolving_view(scheduler.server_args))
     refuse_model(scheduler.model_config, resolving_view(scheduler.server_args))
-    problem = _pool_problem(scheduler) or _layer_problem(scheduler)
+    problem = _pool_problem(scheduler) or _layer_problem(
+        scheduler, config_from_args(resolving_view(scheduler.server_args))
+    )
     if problem is not None:
         raise RefusedError(
             f"--kv-policy cannot be used with this model and these flags: {problem}; serve them with --kv-policy none"
@@ -139,11 +159,12 @@ def refuse_runtime(scheduler: Any) -> None:
 
 
 def _pool_problem(scheduler: Any) -> str | None:
-    import torch
     from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+    from rkv_sglang.kernels.paged_batch import KEY_DTYPES
 
     allocator = scheduler.token_to_kv_pool_allocator
     pool = allocator.get_kvcache()
@@ -162,12 +183,12 @@ def _pool_problem(scheduler: Any) -> str | None:
     # One of MLA has one entry a token, and no other layout.
     if isinstance(pool, MHATokenToKVPool) and pool.kv_cache_layout != "nhd":
         return f"the KV pool has the layout {pool.kv_cache_layout}, and the policy knows nhd"
-    if pool.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the KV pool stores {pool.dtype}, which has not been shown right with it (see --kv-cache-dtype)"
+    if pool.dtype not in KEY_DTYPES or (isinstance(pool, MHATokenToKVPool) and pool.is_quantized_kv_cache):
+        return f"the KV pool stores {pool.dtype}, whose numbers the policy cannot read (see --kv-cache-dtype)"
     return None
 
 
-def _layer_problem(scheduler: Any) -> str | None:
+def _layer_problem(scheduler: Any, config: PolicyConfig) -> str | None:
     from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
     from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 
@@ -175,8 +196,8 @@ def _layer_problem(scheduler: Any) -> str | None:
     layers = [module for module in model_runner.model.modules() if isinstance(module, RadixAttention)]
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
     for layer in layers:
-        if layer.sliding_window_size > 0 or layer.use_irope:
-            return f"attention layer {layer.layer_id} has a sliding window or chunk, counted in tokens still cached"
+        if layer.use_irope:
+            return f"attention layer {layer.layer_id} attends to chunks, counted in tokens still cached"
         if layer.xai_temperature_len > 0:
             return f"attention layer {layer.layer_id} scales by length, counted in tokens still cached"
         if (layer.scaling, layer.logit_cap) != (layers[0].scaling, layers[0].logit_cap):
@@ -191,4 +212,7 @@ def _layer_problem(scheduler: Any) -> str | None:
         range(pool.start_layer, pool.start_layer + pool.layer_num)
     ):
         return f"{len(layers)} attention layers share {pool.layer_num} layers of KV cache"
+    flag, kept = latest_kept(config)
+    if kept < attention_window(layers):
+        return f"some attention layers see the latest {attention_window(layers)} tokens: set {flag} to at least that"
     return None

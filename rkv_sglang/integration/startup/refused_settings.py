@@ -10,9 +10,9 @@ from typing import Any
 
 from sglang.srt.environ import envs
 
-ATTENTION_BACKENDS = ("triton", "flashinfer", "fa3", "fa4", "torch_native", "intel_amx")
+ATTENTION_BACKENDS = ("triton", "flashinfer", "trtllm_mha", "fa3", "fa4", "torch_native", "intel_amx")
 DEVICES = ("cuda", "cpu")
-KV_CACHE_DTYPES = ("auto", "bf16", "bfloat16")
+KV_CACHE_DTYPES = ("auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2")
 
 ArgsView = Any
 
@@ -69,7 +69,7 @@ _OWN_CACHE = "it copies or tracks cached tokens by slot, and compaction changes 
 _SPLIT = "every rank must hold all tokens of its requests to choose which to keep"
 _OWN_STEPS = "it runs decode steps of its own, which neither record queries nor compact"
 _BACKEND_WHY = "this attention backend has not been shown right on a compacted cache"
-_BACKEND_MEND = "choose flashinfer, fa3, fa4 or triton, or on a CPU torch_native or intel_amx"
+_BACKEND_MEND = "choose flashinfer, trtllm_mha, fa3, fa4 or triton, or on a CPU torch_native or intel_amx"
 
 REFUSED_SETTINGS: tuple[RefusedSetting, ...] = (
     # How requests decode.
@@ -228,8 +228,8 @@ REFUSED_SETTINGS: tuple[RefusedSetting, ...] = (
     RefusedSetting(
         setting="--kv-cache-dtype",
         found=_is_none_of("kv_cache_dtype", KV_CACHE_DTYPES),
-        why="quantised keys and values have not been shown right with it",
-        mend="set --kv-cache-dtype auto or bfloat16",
+        why="its entries have scales beside them, which are neither moved nor read along",
+        mend="set --kv-cache-dtype auto, bfloat16, fp8_e4m3 or fp8_e5m2",
     ),
     # What reads the cache by token position.
     RefusedSetting(

@@ -118,9 +118,12 @@ def test_a_seeded_sample_is_drawn_at_the_logical_position():
     assert forward_batch.seq_lens.tolist() == [7, 51]
 
 
-def test_positions_of_restored_rows_only_count_what_was_evicted():
+@pytest.mark.parametrize("mrope", [None, torch.tensor([[0, 1, 1, 47, 3, 4], [0, 1, 2, 47, 3, 4], [0, 1, 3, 47, 3, 4]])])
+def test_positions_of_restored_rows_only_count_what_was_evicted(mrope):
     reqs = [SimpleNamespace(), a_request(81), SimpleNamespace(rkv_state=RequestState(3, 9))]
     batch = SimpleNamespace(reqs=reqs, extend_lens=[3, 1, 2], seq_lens=torch.tensor([3, 51, 5]))
-    forward_batch = SimpleNamespace(positions=torch.tensor([0, 1, 2, 50, 3, 4]))
+    forward_batch = SimpleNamespace(positions=torch.tensor([0, 1, 2, 50, 3, 4]), mrope_positions=mrope)
     restore.add_evicted_tokens(forward_batch, batch)
     assert forward_batch.positions.tolist() == [0, 1, 2, 100, 3, 4]
+    if mrope is not None:
+        assert (forward_batch.mrope_positions - mrope).tolist() == [[0, 0, 0, 50, 0, 0]] * 3

@@ -66,7 +66,8 @@ def a_step(streams: Streams, config: PolicyConfig) -> tuple[Runtime, Any, Any]:
         ),
     )
     query_window: Any = SimpleNamespace(flush=lambda: None, release=lambda row: None, row_bytes=0)
-    scored = Scored(buffers=SimpleNamespace(), query_window=query_window, first_layer=0)  # type: ignore[arg-type]
+    buffers: Any = SimpleNamespace(keys=SimpleNamespace(dtype=torch.float32))
+    scored = Scored(buffers=buffers, layers=(), query_window=query_window, first_layer=0)
     policy.bind(Parts(scheduler=scheduler, scored=None if policy.looks_at_nothing else scored, metrics=None))
     kv = SimpleNamespace(req_pool_idx=0, kv_allocated_len=45, kv_committed_len=45, cache_protected_len=5)
     req = SimpleNamespace(rid="r", kv=kv, beam_group=None)
@@ -143,7 +144,9 @@ def test_a_choice_by_places_runs_no_kernel_and_touches_nothing_but_the_map():
             buffers = KVBuffers.from_layers(*pools, dtype=torch.float32, key_scales=[1.0], value_scales=[1.0])
             window: Any = policy.parts.scored.query_window
             window.read = lambda places, layers: torch.zeros(1, 1, 8, 1, 4)
-            policy.bind(replace(policy.parts, scored=Scored(buffers=buffers, query_window=window, first_layer=0)))
+            policy.bind(
+                replace(policy.parts, scored=Scored(buffers=buffers, layers=(), query_window=window, first_layer=0))
+            )
         called = set()
 
         def watch(frame: Any, event: str, argument: object, called: set[str] = called) -> None:

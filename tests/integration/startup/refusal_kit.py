@@ -66,38 +66,37 @@ REFUSED_VALUES: dict[str, list[str]] = {
     "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": ["1"],
     "--enable-hisparse": [""],
     "--prefill-only-disable-kv-cache": [""],
-    "--kv-cache-dtype": ["fp8_e4m3", "fp8_e5m2", "mxfp8", "nvfp4", "fp4_mx_block16"],
+    "--kv-cache-dtype": ["mxfp8", "nvfp4", "fp4_mx_block16"],
     "--enable-return-routed-experts": [""],
     "--enable-return-indexer-topk": [""],
     "--kv-canary": ["log", "raise"],
     "SGLANG_KV_CANARY_ENABLE_TOKEN_ORACLE": ["1"],
     "SGLANG_KV_CANARY_ENABLE_VERIFY_TOKEN_ASSERT": ["1"],
     "--device": ["xpu", "hpu", "npu", "musa", "mps"],
-    "--attention-backend": ["flex_attention", "trtllm_mha", "aiter", "wave", "hpc_ops", "flashmla", "dsa", "ascend"],
-    "--prefill-attention-backend": ["trtllm_mha", "flex_attention"],
-    "--decode-attention-backend": ["trtllm_mha", "flex_attention"],
+    "--attention-backend": ["flex_attention", "trtllm_mla", "aiter", "wave", "hpc_ops", "flashmla", "dsa", "ascend"],
+    "--prefill-attention-backend": ["aiter", "flex_attention"],
+    "--decode-attention-backend": ["aiter", "flex_attention"],
 }
 REFUSED_CASES = [
     (refusal, value) for refusal in REFUSED_SETTINGS for value in REFUSED_VALUES.get(refusal.setting, ["missing"])
 ]
 
-_SLIDING = {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 2}
-_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 REFUSED_MODELS = [
     ("LlamaForSequenceClassification", transformers.LlamaConfig(**TINY), "does not generate"),
     ("WhisperForConditionalGeneration", transformers.WhisperConfig(), "encoder's cache"),
     ("Mamba2ForCausalLM", transformers.Mamba2Config(num_heads=8, head_dim=16, hidden_size=64), "recurrent state"),
     ("Qwen3NextForCausalLM", transformers.Qwen3NextConfig(**TINY), "recurrent state"),
     ("DeepseekV3ForCausalLM", transformers.DeepseekV3Config(**{**TINY, "num_key_value_heads": 4}), "is MLA"),
-    ("GptOssForCausalLM", transformers.GptOssConfig(**TINY), "sliding window or chunk"),
-    ("Llama4ForCausalLM", transformers.Llama4TextConfig(**TINY), "sliding window or chunk"),
-    ("Gemma2ForCausalLM", transformers.Gemma2Config(**TINY), "type sliding_attention"),
-    ("Qwen2ForCausalLM", transformers.Qwen2Config(**TINY, **_SLIDING), "type sliding_attention"),
+    ("GptOssForCausalLM", transformers.GptOssConfig(**TINY), "as long as --disable-hybrid-swa-memory is not set"),
+    ("Llama4ForCausalLM", transformers.Llama4TextConfig(**TINY), "attend to chunks"),
+    ("Gemma2ForCausalLM", transformers.Gemma2Config(**TINY), "latest 4096 tokens: set --kv-budget to at least that"),
+    ("MiniMaxForCausalLM", transformers.MiniMaxConfig(**TINY), "type linear_attention"),
     ("Qwen2ForCausalLM", transformers.Qwen2Config(**TINY, dual_chunk_attention_config={}), "dual chunk attention"),
     (
-        "Qwen2_5_VLForConditionalGeneration",
-        transformers.Qwen2_5_VLConfig(text_config={**TINY, "rope_parameters": _MROPE}),
-        "mrope",
+        "GlmImageForConditionalGeneration",
+        transformers.Qwen2_5_VLConfig(text_config={**TINY, "rope_parameters": MROPE, "vision_vocab_size": 16}),
+        "an image's places",
     ),
     ("LlamaForCausalLM", transformers.LlamaConfig(**TINY, use_ngram_embedding=True, ngram_embedding_n=2), "n-gram"),
 ]

@@ -30,8 +30,8 @@ ALLOWED = [
     *[f"--attention-backend {backend}" for backend in ATTENTION_BACKENDS],
     "--prefill-attention-backend fa3 --decode-attention-backend flashinfer",
     # Unused: prefill and decode each have their own.
-    "--attention-backend trtllm_mha --prefill-attention-backend fa3 --decode-attention-backend triton",
-    *[f"--kv-cache-dtype {dtype}" for dtype in ("auto", "bf16", "bfloat16")],
+    "--attention-backend aiter --prefill-attention-backend fa3 --decode-attention-backend triton",
+    *[f"--kv-cache-dtype {dtype}" for dtype in ("auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2")],
     "--device cuda --tp-size 8 --dp-size 2 --ep-size 2",
     "--device cpu --page-size 64 --chunked-prefill-size 256",
     "--enable-lora --enable-priority-scheduling --grammar-backend xgrammar",
@@ -154,9 +154,9 @@ def test_what_records_no_query_is_refused_less(
 
 def test_what_sglang_chose_by_itself_is_refused_too(parser: argparse.ArgumentParser) -> None:
     args = parse(parser, "")
-    declare_resolution(args, "test", attention_backend="trtllm_mha")
+    declare_resolution(args, "test", attention_backend="aiter")
     message = message_of(refuse, resolving_view(args))
-    assert message.startswith("--attention-backend trtllm_mha ") and "choose flashinfer, fa3" in message
+    assert message.startswith("--attention-backend aiter ") and "choose flashinfer, trtllm_mha, fa3" in message
 
 
 def test_the_old_spelling_of_data_parallel_attention_is_refused(parser: argparse.ArgumentParser) -> None:
@@ -200,15 +200,15 @@ class TestResolution:
     def test_a_default_is_refused_once_it_is_known(self, llama_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
         def choose(server_args: Any, previous: Any) -> None:
             previous(server_args)
-            declare_resolution(server_args, "test", attention_backend="trtllm_mha")
+            declare_resolution(server_args, "test", attention_backend="aiter")
 
         monkeypatch.setitem(resolution_hooks._HOOKS, "handle_other_validations", [choose])
         args = self.args(llama_dir, kv_policy="rkv")
-        assert message_of(args.resolve_once).startswith("--attention-backend trtllm_mha ")
+        assert message_of(args.resolve_once).startswith("--attention-backend aiter ")
 
     def test_a_model_is_refused(self, tmp_path: Path) -> None:
         path = tiny_config_dir(tmp_path, transformers.Gemma2Config(**TINY), "Gemma2ForCausalLM")
-        assert "sliding_attention" in message_of(self.args(path, kv_policy="rkv").resolve_once)
+        assert "latest 4096 tokens" in message_of(self.args(path, kv_policy="rkv").resolve_once)
 
     @pytest.mark.parametrize("mark", ["", "\ufeff"])
     def test_a_file_of_parameters_is_read_once_and_its_content_handed_on(self, tmp_path: Path, mark: str) -> None:

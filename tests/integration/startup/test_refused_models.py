@@ -17,7 +17,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from rkv_sglang.integration.startup.refusals import refuse_model, refuse_runtime
 from rkv_sglang.integration.startup.server_args import RKVServerArgs
 from rkv_sglang.policy_names import BLIND_NAMES
-from tests.integration.startup.refusal_kit import REFUSED_MODELS, TINY, message_of, tiny_config_dir
+from tests.integration.startup.refusal_kit import MROPE, REFUSED_MODELS, TINY, message_of, tiny_config_dir
 
 SERVED_MODELS = {
     "LlamaForCausalLM": transformers.LlamaConfig(**TINY),
@@ -26,6 +26,10 @@ SERVED_MODELS = {
     "Qwen3MoeForCausalLM": transformers.Qwen3MoeConfig(**TINY),
     "MistralForCausalLM": transformers.MistralConfig(**TINY),
     "Phi3ForCausalLM": transformers.Phi3Config(**TINY),
+    "Olmo2ForCausalLM": transformers.Olmo3Config(**TINY, sliding_window=1024),
+    "Gemma2ForCausalLM": transformers.Gemma2Config(**TINY, sliding_window=512),
+    "Gemma3ForCausalLM": transformers.Gemma3TextConfig(**TINY, sliding_window=512),
+    "Qwen2_5_VLForConditionalGeneration": transformers.Qwen2_5_VLConfig(text_config={**TINY, "rope_parameters": MROPE}),
     "GraniteForCausalLM": transformers.GraniteConfig(**TINY, attention_multiplier=0.01),
 }
 
@@ -127,9 +131,12 @@ RUNTIMES = [
     (lambda: {"is_hybrid_swa": True}, "second cache"),
     (lambda: {"is_hybrid_ssm": True}, "second cache"),
     (lambda: {"pool": kv_pool_by_heads()}, "layout hnd"),
-    (lambda: {"pool": kv_pool(dtype=torch.float8_e4m3fn)}, "stores torch.float8_e4m3fn"),
-    (lambda: {"layers": (attention_layer(0), attention_layer(1, sliding_window_size=16))}, "layer 1 has a sliding"),
-    (lambda: {"layers": (attention_layer(0, use_irope=True), attention_layer(1))}, "layer 0 has a sliding"),
+    (lambda: {"pool": kv_pool(dtype=torch.float8_e4m3fnuz)}, "stores torch.float8_e4m3fnuz"),
+    (
+        lambda: {"layers": (attention_layer(0), attention_layer(1, sliding_window_size=1024))},
+        "see the latest 1025 tokens: set --kv-budget to at least that",
+    ),
+    (lambda: {"layers": (attention_layer(0, use_irope=True), attention_layer(1))}, "layer 0 attends to chunks"),
     (lambda: {"layers": (attention_layer(0), with_temperature())}, "layer 1 scales by length"),
     (lambda: {"layers": (attention_layer(0), attention_layer(1, scaling=0.5))}, "layers 0 and 1 scale or cap"),
     (lambda: {"layers": (attention_layer(0), attention_layer(1, logit_cap=30.0))}, "layers 0 and 1 scale or cap"),
@@ -148,9 +155,13 @@ def model_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("allocator_kind", [TokenToKVPoolAllocator, PagedTokenToKVPoolAllocator])
-def test_a_scheduler_with_the_parts_that_the_policy_knows_is_served(model_config: Any, allocator_kind: Any) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_a_scheduler_with_the_parts_that_the_policy_knows_is_served(
+    model_config: Any, allocator_kind: Any, dtype: torch.dtype
+) -> None:
     args = RKVServerArgs(model_path="m", kv_policy="rkv")
-    refuse_runtime(scheduler_with(allocator_kind=allocator_kind, server_args=args, model_config=model_config))
+    parts = {"allocator_kind": allocator_kind, "pool": kv_pool(dtype=dtype)}
+    refuse_runtime(scheduler_with(server_args=args, model_config=model_config, **parts))
 
 
 @pytest.mark.parametrize(("parts", "why"), RUNTIMES, ids=[why for _, why in RUNTIMES])
@@ -170,4 +181,17 @@ def test_a_scheduler_looks_at_flags_and_model_again(model_config: Any, tmp_path:
     gemma = tiny_config_dir(tmp_path, transformers.Gemma2Config(**TINY), "Gemma2ForCausalLM")
     other = model_config_of(RKVServerArgs(model_path=gemma))
     args = RKVServerArgs(model_path="m", kv_policy="rkv")
-    assert "sliding_attention" in message_of(refuse_runtime, scheduler_with(server_args=args, model_config=other))
+    assert "latest 4096 tokens" in message_of(refuse_runtime, scheduler_with(server_args=args, model_config=other))
+
+
+def test_windows_are_served_in_one_pool_by_what_keeps_as_many(tmp_path: Path) -> None:
+    path = tiny_config_dir(tmp_path, transformers.GptOssConfig(**TINY, sliding_window=64), "GptOssForCausalLM")
+    for granularity, kept in (("head", "rkv_budget"), ("request", "rkv_window")):
+        for num_tokens in (64, 63):
+            flags: dict[str, Any] = {"rkv_budget": 512, kept: num_tokens, "kv_granularity": granularity}
+            args = RKVServerArgs(model_path=path, kv_policy="rkv", disable_hybrid_swa_memory=True, **flags)
+            if num_tokens == 64:
+                refuse_model(model_config_of(args), args)
+            else:
+                flag = kept.replace("rkv_", "--kv-")
+                assert f"set {flag} to at least" in message_of(refuse_model, model_config_of(args), args)

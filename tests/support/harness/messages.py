@@ -3,6 +3,9 @@
 import array
 from typing import Any
 
+import numpy as np
+import torch
+
 
 def generate_message(rid: str, request: Any, tokenizer: Any = None) -> Any:
     """Return the message of a request; stop strings and ``min_new_tokens`` need the ``tokenizer``."""
@@ -23,7 +26,27 @@ def generate_message(rid: str, request: Any, tokenizer: Any = None) -> Any:
         "token_ids_logprob": None,
         "stream": False,
     }
-    return TokenizedGenerateReqInput(rid=rid, sampling_params=sampling_params, **{**fields, **request.extra})
+    extra = dict(request.extra)
+    if extra.get("mm_inputs") is not None:
+        extra["mm_inputs"] = _image_inputs(extra["mm_inputs"])
+    return TokenizedGenerateReqInput(rid=rid, sampling_params=sampling_params, **{**fields, **extra})
+
+
+def _image_inputs(parts: dict[str, Any]) -> Any:
+    """Return what SGLang's processor would make of images that are embedded already."""
+    from sglang.srt.managers.schedule_batch import MultimodalDataItem, MultimodalProcessorOutput
+
+    def as_tensors(fields: dict[str, Any]) -> dict[str, Any]:
+        # Arrays, because tensors go from process to process by way of a server of their own.
+        return {name: torch.tensor(own) if isinstance(own, np.ndarray) else own for name, own in fields.items()}
+
+    items = [
+        MultimodalDataItem.from_dict(
+            as_tensors({"modality": "IMAGE", **item, "model_specific_data": as_tensors(item["model_specific_data"])})
+        )
+        for item in parts["mm_items"]
+    ]
+    return MultimodalProcessorOutput.from_dict(as_tensors({**parts, "mm_items": items}))
 
 
 def empty_output(prompt_tokens: int) -> dict[str, Any]:

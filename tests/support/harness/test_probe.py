@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,9 +28,9 @@ def pool(num_slots: int = 16) -> list[torch.Tensor]:
     return [torch.randn(num_slots, 2, 4) for _ in range(4)]
 
 
-def holders(num_slots: int = 16, **slots_of: list[int]) -> torch.Tensor:
+def holders(num_slots: int = 16, **slots_of: list[int]) -> np.ndarray:
     """``tree=[..]`` and ``r1=[..]``: the slots of the tree, and of request 1 at positions 0, 1, .."""
-    holder = torch.zeros(num_slots, dtype=torch.int64)
+    holder = np.zeros(num_slots, dtype=np.int64)
     for name, slots in slots_of.items():
         holder[slots] = TREE if name == "tree" else private_holder(int(name[1:]), 0, len(slots))
     return holder

@@ -43,29 +43,23 @@ def main(address: str) -> None:
     # What is there now stays: no collection in a fork looks at it, nor copies the memory that it lies in.
     gc.collect()
     gc.freeze()
+    # A job that ended is gone at once, and whoever waits for that goes on: nobody needs to collect it.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     # Listen under another name first: the file's being there means "ready".
     listener = Listener(address + ".starting", family="AF_UNIX")
     os.rename(address + ".starting", address)
     while True:
-        readable, _, _ = select.select([listener._listener._socket, sys.stdin], [], [], 1.0)  # type: ignore[attr-defined]
+        readable, _, _ = select.select([listener._listener._socket, sys.stdin], [], [])  # type: ignore[attr-defined]
         if sys.stdin in readable and not os.read(sys.stdin.fileno(), 1):
             break
         if listener._listener._socket in readable:  # type: ignore[attr-defined]
             connection = listener.accept()
             if os.fork() == 0:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 listener._listener._socket.close()  # type: ignore[attr-defined]
                 job.main(connection)
             connection.close()
-        _reap()
     os.killpg(os.getpgid(0), signal.SIGKILL)
-
-
-def _reap() -> None:
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0] != 0:
-            pass
-    except ChildProcessError:
-        return
 
 
 if __name__ == "__main__":

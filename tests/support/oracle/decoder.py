@@ -1,17 +1,20 @@
-"""A Llama or Qwen3 decoder over one dense cache per layer, in which every KV head has kept tokens of its own."""
+"""A decoder over one dense cache per layer, in which every KV head has kept tokens of its own."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+# Of an image model it is the language part, whose positions of three numbers are all the same in a text.
+KNOWN = ("llama", "qwen3", "granite", "qwen3_moe", "olmo3", "qwen2_5_vl_text")
 # What a Granite has beside the factor of its logits.
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 
@@ -19,7 +22,25 @@ MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 @cache
 def load_model(path: Path) -> PreTrainedModel:
     """Read a checkpoint as fp32 on the CPU; the same object for the same path."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    sees_images = hasattr(AutoConfig.from_pretrained(path), "vision_config")
+    kind = AutoModelForImageTextToText if sees_images else AutoModelForCausalLM
+    return kind.from_pretrained(path, dtype=torch.float32).eval()
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """What an fp8 pool makes of keys and values: they are divided by their layer's factor, rounded, and multiplied.
+
+    Attributes:
+        dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
+        scales: Of each layer the factors of keys and of values.
+    """
+
+    dtype: torch.dtype
+    scales: tuple[tuple[float, float], ...]
+
+    def rounded(self, numbers: torch.Tensor, scale: float) -> torch.Tensor:
+        return (numbers / scale).to(self.dtype).float() * scale
 
 
 class LayerCache:
@@ -31,10 +52,18 @@ class LayerCache:
     policies that have a memory.
     """
 
-    def __init__(self, num_kv_heads: int, head_dim: int, capacity: int, window: int) -> None:
+    def __init__(
+        self,
+        num_kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        window: int,
+        rounding: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> None:
         self._keys = torch.full((num_kv_heads, capacity, head_dim), float("nan"))
         self._values = torch.full((num_kv_heads, capacity, head_dim), float("nan"))
         self._positions = torch.full((num_kv_heads, capacity), -1, dtype=torch.int64)
+        self._rounding = rounding
         self.memory = torch.zeros(num_kv_heads, capacity)
         self.beacons: list[torch.Tensor] = []
         self.length = 0
@@ -66,6 +95,8 @@ class LayerCache:
     def append(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> None:
         """Add ``n`` tokens: keys and values ``[num_kv_heads, n, head_dim]``, positions ``[n]``."""
         end = self.length + keys.shape[1]
+        if self._rounding is not None:
+            keys, values = self._rounding(keys, values)
         self._keys[:, self.length : end] = keys
         self._values[:, self.length : end] = values
         self._positions[:, self.length : end] = positions
@@ -84,27 +115,45 @@ class LayerCache:
 class Decoder:
     """Runs the modules of a transformers model over caches of our own.
 
+    Attributes:
+        windows: Of each layer the latest tokens that it attends to, a token's own included; None: to all.
+
     Raises:
-        ValueError: The model is neither Llama, Qwen3 nor a Granite without multipliers but that of attention, or does
-            not attend to all earlier tokens.
+        ValueError: The model is of another kind, or a Granite with multipliers beside that of attention.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        config: Any = model.config
-        if config.model_type not in ("llama", "qwen3", "granite") or getattr(config, "use_sliding_window", False):
-            raise ValueError(f"the dense oracle knows Llama and Qwen3 with full attention, not {config.model_type!r}")
+        config: Any = model.config.get_text_config()
+        if config.model_type not in KNOWN or getattr(config, "use_sliding_window", False):
+            raise ValueError(f"the dense oracle knows {', '.join(KNOWN)}, not {config.model_type!r}")
         if {getattr(config, name, 1.0) for name in MULTIPLIERS} != {1.0}:
             raise ValueError(f"the dense oracle multiplies by none of {', '.join(MULTIPLIERS)}")
-        self.model: Any = model
+        whole: Any = model
+        self._decoder: Any = getattr(whole.model, "language_model", whole.model)
+        self._lm_head: Any = whole.lm_head
+        kinds = config.layer_types if config.model_type == "olmo3" else ()
+        self.windows: tuple[int | None, ...] = (
+            tuple(config.sliding_window if kind == "sliding_attention" else None for kind in kinds)
+            or (None,) * config.num_hidden_layers
+        )
+        self._is_post_norm = config.model_type == "olmo3"
+        self._rotates_by_kind = "full_attention" in (config.rope_parameters or {})
         self.num_kv_heads: int = config.num_key_value_heads
         # A Granite's configuration has none.
         self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.logit_scale: float = model.model.layers[0].self_attn.scaling  # type: ignore[union-attr,assignment]
+        self.logit_scale: float = self._decoder.layers[0].self_attn.scaling
 
-    def new_caches(self, capacity: int, window: int) -> list[LayerCache]:
+    def new_caches(self, capacity: int, window: int, fp8: Fp8 | None = None) -> list[LayerCache]:
         """Return one empty cache per layer."""
-        layers = range(self.model.config.num_hidden_layers)
-        return [LayerCache(self.num_kv_heads, self.head_dim, capacity, window) for _ in layers]
+
+        def rounding(layer: int) -> Any:
+            if fp8 is None:
+                return None
+            k_scale, v_scale = fp8.scales[layer]
+            return lambda keys, values: (fp8.rounded(keys, k_scale), fp8.rounded(values, v_scale))
+
+        layers = range(len(self.windows))
+        return [LayerCache(self.num_kv_heads, self.head_dim, capacity, window, rounding(layer)) for layer in layers]
 
     def forward(self, token_ids: list[int], first_position: int, caches: list[LayerCache]) -> torch.Tensor:
         """Feed tokens at consecutive logical positions and return the logits after the last, ``[vocab_size]``, fp32.
@@ -124,38 +173,62 @@ class Decoder:
         Every token sees all resident ones and those fed before it. Appends to the caches.
         """
         num_tokens, num_resident = len(token_ids), caches[0].length
-        decoder = self.model.model
+        decoder = self._decoder
         hidden = decoder.embed_tokens(torch.tensor(token_ids))
         positions = torch.arange(first_position, first_position + num_tokens)
-        cos, sin = (table[0] for table in decoder.rotary_emb(hidden.unsqueeze(0), positions.unsqueeze(0)))
-        visible = None
-        if num_resident and num_tokens > 1:
-            visible = torch.ones(num_tokens, num_resident + num_tokens, dtype=torch.bool).tril(num_resident)
+        cos, sin = self._rotation(hidden, positions)
         all_queries = []
-        for layer, layer_cache in zip(decoder.layers, caches, strict=True):
+        for layer, layer_cache, window in zip(decoder.layers, caches, self.windows, strict=True):
             attention = layer.self_attn
-            normed = layer.input_layernorm(hidden)
-            queries = _split_heads(attention.q_proj(normed), self.head_dim, getattr(attention, "q_norm", None))
-            keys = _split_heads(attention.k_proj(normed), self.head_dim, getattr(attention, "k_norm", None))
-            values = _split_heads(attention.v_proj(normed), self.head_dim, None)
+            normed = hidden if self._is_post_norm else layer.input_layernorm(hidden)
+            queries = self._heads(attention.q_proj(normed), getattr(attention, "q_norm", None))
+            keys = self._heads(attention.k_proj(normed), getattr(attention, "k_norm", None))
+            values = self._heads(attention.v_proj(normed), None)
             queries, keys = apply_rotary_pos_emb(queries, keys, cos, sin, unsqueeze_dim=0)
             layer_cache.append(keys, values, positions)
             all_queries.append(queries)
+            visible = None
+            if num_tokens > 1 and (num_resident or window is not None):
+                visible = torch.ones(num_tokens, num_resident + num_tokens, dtype=torch.bool).tril(num_resident)
+            if window is not None:
+                # Such a layer holds its latest tokens in every head, so the first head's positions are those of all.
+                is_near = layer_cache.positions[0] > positions[:, None] - window
+                visible = is_near if visible is None else visible & is_near
             attended = F.scaled_dot_product_attention(
                 queries.unsqueeze(0),
                 layer_cache.keys.unsqueeze(0),
                 layer_cache.values.unsqueeze(0),
                 attn_mask=visible,
-                is_causal=not num_resident,
+                is_causal=not num_resident and visible is None,
                 scale=self.logit_scale,
                 enable_gqa=True,
             )
-            hidden = hidden + attention.o_proj(attended[0].transpose(0, 1).reshape(num_tokens, -1))
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            output = attention.o_proj(attended[0].transpose(0, 1).reshape(num_tokens, -1))
+            if self._is_post_norm:
+                hidden = hidden + layer.post_attention_layernorm(output)
+                hidden = hidden + layer.post_feedforward_layernorm(layer.mlp(hidden))
+            else:
+                hidden = hidden + output
+                # Of a batch of one: experts take no less.
+                hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden).unsqueeze(0))[0]
         return hidden, all_queries
 
+    def _rotation(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosines and sines, ``[n, head_dim]``; all layers of a tiny model turn alike."""
+        arguments = [hidden.unsqueeze(0), positions.unsqueeze(0)]
+        kind = ("full_attention",) if self._rotates_by_kind else ()
+        cos, sin = (table.flatten(0, -3)[0] for table in self._decoder.rotary_emb(*arguments, *kind))
+        return cos, sin
+
+    def _heads(self, projected: torch.Tensor, norm: torch.nn.Module | None) -> torch.Tensor:
+        """``[n, num_heads * head_dim]`` to ``[num_heads, n, head_dim]``, normed together or each for itself."""
+        if norm is not None and self._is_post_norm:
+            projected, norm = norm(projected), None
+        heads = projected.view(projected.shape[0], -1, self.head_dim)
+        return (heads if norm is None else norm(heads)).transpose(0, 1)
+
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model.lm_head(self.model.model.norm(hidden))
+        logits: torch.Tensor = self._lm_head(self._decoder.norm(hidden))
         return logits
 
 
@@ -192,12 +265,6 @@ class DecodeSteps:
         for i, (token_id, logits) in enumerate(zip(token_ids, self._decoder._logits(hidden), strict=True)):
             place = (token_id, position + i, num_resident + i)
             self._ahead.append((place, logits, [layer_queries[:, i] for layer_queries in queries]))
-
-
-def _split_heads(projected: torch.Tensor, head_dim: int, norm: torch.nn.Module | None) -> torch.Tensor:
-    """``[n, num_heads * head_dim]`` to ``[num_heads, n, head_dim]``, each head normed if the model does that."""
-    heads = projected.view(projected.shape[0], -1, head_dim)
-    return (heads if norm is None else norm(heads)).transpose(0, 1)
 
 
 @contextmanager

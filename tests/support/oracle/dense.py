@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from tests.support.oracle.decoder import Decoder, DecodeSteps, LayerCache, load_model, one_thread
+from tests.support.oracle.decoder import Decoder, DecodeSteps, Fp8, LayerCache, load_model, one_thread
 from tests.support.oracle.scores import ScoreFunction, ScoreInputs, rkv_scores
 
 
@@ -88,6 +88,7 @@ def dense_generate(
     early: Callable[[Sequence[int], Sequence[int]], int] | None = None,
     guessed_output_ids: Sequence[int] = (),
     block: int | None = None,
+    fp8: Fp8 | None = None,
     adjust: Callable[[torch.Tensor, Sequence[int]], torch.Tensor] | None = None,
     prompt_budget: int | None = None,
     whole_prompt_after: Collection[int] = (),
@@ -99,7 +100,8 @@ def dense_generate(
     fed. Decode steps use logical positions; compactions move no position.
 
     Args:
-        model: A Llama or Qwen3 model, or the folder of one (read once a process).
+        model: One that ``Decoder`` knows, or the folder of one (read once a process). Its layers that attend to the
+            latest tokens alone keep these, and have no say where one choice is made for all.
         prompt_ids: At least one token; all of them are always kept.
         eos_token_ids: Tokens that end the answer.
         recompute_at: Numbers of output tokens after which the request is retracted: prompt and outputs so far are
@@ -119,6 +121,7 @@ def dense_generate(
         guessed_output_ids: What the outputs may turn out to be, such as the answer to be judged. Right ones cost less,
             wrong ones more; the result is the same, but for the order of summation.
         block: All layers and heads keep the same: whole blocks of so many tokens go, those of the lowest mean score.
+        fp8: How the cache rounds what it takes.
         adjust: Given logits and the outputs before them, returns the logits that are sampled from, such as
             ``penalties.adjustment`` makes one.
         prompt_budget: A prompt of more tokens keeps so many of them in every layer and head, as soon as ``window``
@@ -142,9 +145,9 @@ def dense_generate(
         restored_in_flight = restore_at if restored_in_flight else ()
     decoder = Decoder(model)
     prompt_len = len(prompt_ids)
-    caches = decoder.new_caches(prompt_len + max_new_tokens, window)
+    caches = decoder.new_caches(prompt_len + max_new_tokens, window, fp8)
     steps = DecodeSteps(decoder, caches)
-    scores_of = partial(_scores, budget=budget, logit_scale=decoder.logit_scale, score=score)
+    scores_of = partial(_scores, budget=budget, logit_scale=decoder.logit_scale, score=score, windows=decoder.windows)
     result = DenseResult()
     held_prompt_len = prompt_len
     may_compact_prompt = prompt_budget is not None and prompt_budget < prompt_len and max_new_tokens - 1 > window
@@ -231,13 +234,15 @@ def _compact(
     prompt_len: int,
     budget: int,
     window: int,
-    scores_of: Callable[[LayerCache, int, int], torch.Tensor],
+    scores_of: Callable[[LayerCache, int, int], torch.Tensor | None],
 ) -> Compaction:
     kept_positions, candidate_positions, candidate_scores, margins = [], [], [], []
     num_kept_candidates = budget - window
     for layer, layer_cache in enumerate(caches):
         window_start = layer_cache.length - window
         scores = scores_of(layer_cache, layer, prompt_len)
+        if scores is None:
+            scores = layer_cache.positions[:, :window_start].float()
         ranked_scores, ranked = scores[:, prompt_len:].sort(dim=-1, descending=True, stable=True)
         kept_candidates = ranked[:, :num_kept_candidates].sort(dim=-1).values + prompt_len
         num_kv_heads = scores.shape[0]
@@ -270,7 +275,10 @@ def _compact_prompt(
     kept_positions, candidate_positions, candidate_scores, margins = [], [], [], []
     num_kept_candidates = prompt_budget - 4 - window
     for layer, layer_cache in enumerate(caches):
-        scores = _scores(layer_cache, layer, 0, budget=prompt_budget, logit_scale=logit_scale, score=score)
+        sizes = {"budget": prompt_budget, "logit_scale": logit_scale}
+        # No layer of a sliding window, whose prompts are not compacted.
+        scores = _scores(layer_cache, layer, 0, **sizes, score=score, windows=[None] * len(caches))
+        assert scores is not None
         candidates = scores[:, 4 : prompt_len - window]
         ranked_scores, ranked = candidates.sort(dim=-1, descending=True, stable=True)
         middle = ranked[:, :num_kept_candidates].sort(dim=-1).values + 4
@@ -295,8 +303,18 @@ def _compact_prompt(
 
 
 def _scores(
-    layer_cache: LayerCache, layer: int, prompt_len: int, *, budget: int, logit_scale: float, score: ScoreFunction
-) -> torch.Tensor:
+    layer_cache: LayerCache,
+    layer: int,
+    prompt_len: int,
+    *,
+    budget: int,
+    logit_scale: float,
+    score: ScoreFunction,
+    windows: Sequence[int | None],
+) -> torch.Tensor | None:
+    """Return scores of all but the window's tokens; None in a layer that keeps the latest and has no say."""
+    if windows[layer] is not None:
+        return None
     return score(
         ScoreInputs(
             layer_cache.keys,
@@ -319,12 +337,13 @@ def _drop(
     prompt_len: int,
     budget: int,
     window: int,
-    scores_of: Callable[[LayerCache, int, int], torch.Tensor],
+    scores_of: Callable[[LayerCache, int, int], torch.Tensor | None],
     block: int,
 ) -> Compaction:
     """Drop whole blocks for all layers and heads at once; what is recorded is of blocks, as of one layer and head."""
     resident_len = caches[0].length
-    of_layers = torch.stack([scores_of(own, layer, prompt_len) for layer, own in enumerate(caches)])
+    scored = [scores_of(own, layer, prompt_len) for layer, own in enumerate(caches)]
+    of_layers = torch.stack([scores for scores in scored if scores is not None])
     of_tokens = of_layers.double().mean(dim=(0, 1))
     starts = [
         start

@@ -12,11 +12,20 @@ _ATTENTION_NAME = "masked_per_kv_head"
 
 @dataclass(frozen=True)
 class MaskedForward:
-    """Logits ``[T, vocab_size]``; per layer, post-RoPE queries and keys ``[num_heads, T, head_dim]``; all fp32."""
+    """Logits ``[T, vocab_size]``; per layer, post-RoPE queries and keys ``[num_heads, T, head_dim]``; all fp32.
+
+    ``scaling`` is the factor of their products.
+    """
 
     logits: torch.Tensor
     queries: list[torch.Tensor]
     keys: list[torch.Tensor]
+    scaling: float
+
+    def of_first(self, num_tokens: int) -> "MaskedForward":
+        """Return the pass as it would have been over the first tokens alone."""
+        queries, keys = ([own[:, :num_tokens] for own in of_layers] for of_layers in (self.queries, self.keys))
+        return MaskedForward(self.logits[:num_tokens], queries, keys, self.scaling)
 
 
 @torch.inference_mode()
@@ -28,10 +37,12 @@ def masked_forward(model: PreTrainedModel, token_ids: Sequence[int], visible: to
     """
     queries: list[torch.Tensor] = []
     keys: list[torch.Tensor] = []
+    scalings: set[float] = set()
 
     def attention(
         module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scaling: float, **_: Any
     ) -> tuple[torch.Tensor, None]:
+        scalings.add(scaling)
         queries.append(query[0])
         keys.append(key[0])
         groups = query.shape[1] // key.shape[1]
@@ -42,10 +53,13 @@ def masked_forward(model: PreTrainedModel, token_ids: Sequence[int], visible: to
         return attended.transpose(0, 1).unsqueeze(0), None
 
     AttentionInterface.register(_ATTENTION_NAME, attention)
-    usual = model.config._attn_implementation
-    model.config._attn_implementation = _ATTENTION_NAME
+    # A model of images has another one for these.
+    config = model.config.get_text_config()
+    usual = config._attn_implementation
+    config._attn_implementation = _ATTENTION_NAME
     try:
         logits = model(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
     finally:
-        model.config._attn_implementation = usual
-    return MaskedForward(logits, queries, keys)
+        config._attn_implementation = usual
+    (scale,) = scalings
+    return MaskedForward(logits, queries, keys, scale)

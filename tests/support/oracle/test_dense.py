@@ -12,7 +12,9 @@ from devtools.tiny_models import EOS_ID, PAD_ID, TINY_MODELS, VOCAB_SIZE, tiny_m
 from tests.support.oracle.decoder import load_model, one_thread
 from tests.support.oracle.dense import Compaction, DenseResult, dense_generate
 from tests.support.oracle.loop_scores import loop_rkv_scores
+from tests.support.oracle.masked_compact import masked_compact
 from tests.support.oracle.masked_forward import MaskedForward, masked_forward
+from tests.support.oracle.policy_scores import score_function
 from tests.support.oracle.scores import ScoreInputs
 
 NEVER = 10**9
@@ -94,6 +96,30 @@ def test_equals_one_masked_pass_of_transformers(
     assert num_heads > 0
     # A similarity at the threshold, or a tie at the cut, may go either way. Both are rare.
     assert num_compared_heads >= 0.8 * num_heads
+
+
+@pytest.mark.parametrize("block", [None, 16])
+def test_passes_over_all_tokens_answer_as_a_dense_cache_whatever_is_guessed(
+    block: int | None, rng: random.Random
+) -> None:
+    """Two ways to work out the same, one for tiny Llamas and one for whatever transformers runs."""
+    path, prompt, score = (
+        tiny_model_path("llama-gqa"),
+        random_prompt(rng, rng.randrange(1, 24)),
+        score_function("snapkv"),
+    )
+    sizes = {"budget": 22, "buffer": 16, "window": 4, "block": block, "score": score}
+    dense = dense_generate(path, prompt, 62, **sizes)
+    num_compared = certain(dense)
+    guess = list(dense.output_ids)
+    for place in rng.sample(range(62), 3):
+        guess[place] = (guess[place] + 1) % VOCAB_SIZE
+    for guessed in ((), dense.output_ids, guess):
+        found = masked_compact(load_model(path), prompt, 62, **sizes, guessed_output_ids=guessed)
+        assert found.output_ids[:num_compared] == dense.output_ids[:num_compared]
+        if num_compared == 62:
+            assert found.compactions == [compaction.num_outputs for compaction in dense.compactions] == [39, 55]
+            torch.testing.assert_close(found.logit_gaps, dense.logit_gaps, atol=1e-3, rtol=1e-4)
 
 
 def visibility(

@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+import numpy as np
 import torch
 
 _KINDS = ("flip_tree", "flip_private", "leak")
@@ -29,14 +30,12 @@ class Fault:
     def is_due(self, step: int) -> bool:
         return step >= self._step
 
-    def inject(self, allocator: Any, tree_slots: torch.Tensor, written: list[torch.Tensor]) -> bool:
+    def inject(self, allocator: Any, tree_slots: np.ndarray, written: list[np.ndarray]) -> bool:
         """Return whether it could be done now: only if there is a slot to flip, or a page to leak."""
         if self.kind == "leak":
             return allocator.alloc(allocator.page_size) is not None
-        candidates = (
-            tree_slots if self.kind == "flip_tree" else torch.cat([torch.empty(0, dtype=torch.int64), *written])
-        )
-        if candidates.numel() == 0:
+        candidates = tree_slots if self.kind == "flip_tree" else np.concatenate([np.empty(0, dtype=np.int64), *written])
+        if candidates.size == 0:
             return False
         # The last layer's V, and the lowest bit of one number: as small as a difference gets.
         buffer = allocator.get_kvcache().v_buffer[-1]

@@ -161,7 +161,7 @@ class Probe:
             return
         self._is_idle = False
         batches = [plan.running_batch, plan.batch_to_run, scheduler.last_batch]
-        reqs, pages_of = self._check(batches, is_after_scheduling=True)
+        reqs, slots_of = self._check(batches, is_after_scheduling=True)
         if plan.batch_to_run is None:
             return
         self._write(
@@ -178,7 +178,8 @@ class Probe:
                     "allocated_len": req.kv.kv_allocated_len,
                     "committed_len": req.kv.kv_committed_len,
                     "protected_len": req.kv.cache_protected_len,
-                    "private_slots": pages_of[id(req)].numel() * self._page_size,
+                    "private_slots": self._page_size
+                    * -(-(len(slots_of[id(req)]) - req.kv.cache_protected_len) // self._page_size),
                     "decode_batch_idx": req.decode_batch_idx,
                     "compactions": self._held[id(req)][1].num_compactions,
                     "retractions": req.retraction_count,
@@ -193,7 +194,7 @@ class Probe:
             retractions=self.num_retractions,
         )
         if self._fault is not None and self._fault.is_due(self._step):
-            written = [self._slots(req)[req.kv.cache_protected_len :][:1] for req in reqs if req.decode_batch_idx > 1]
+            written = [slots_of[id(req)][req.kv.cache_protected_len :][:1] for req in reqs if req.decode_batch_idx > 1]
             if self._fault.inject(self._allocator, self._shadow.slots_of_tree(), written):
                 self._write(event="fault", step=self._step, fault=self._fault.kind)
                 self._fault = None
@@ -206,13 +207,12 @@ class Probe:
             candidates.append(self._scheduler.chunked_req)
         return list({id(req): req for req in candidates if req.kv.holds_kv}.values())
 
-    def _slots(self, req: Any) -> Any:
-        return self._rows.req_to_token[req.kv.req_pool_idx, : req.kv.kv_allocated_len].cpu().long()
-
     def _first_slot(self, req: Any) -> int:
         return int(self._rows.req_to_token[req.kv.req_pool_idx, 0])
 
     def _check(self, batches: list[Any], *, is_after_scheduling: bool) -> tuple[list[Any], dict[int, Any]]:
+        """Look at everything; return the requests that hold KV, and by id(req) all slots of each."""
+        import numpy as np
         import torch
         from rkv_census import census
         from rkv_shadow import NOBODY, TREE, private_holder
@@ -221,22 +221,22 @@ class Probe:
             torch.cuda.synchronize(self._device)
         reqs = self._requests(batches)
         self._note_holders(reqs, is_after_scheduling)
-        holder = torch.zeros(self._num_slots, dtype=torch.int64)
-        tree_slots = self._tree.all_values_flatten().cpu().long()
+        holder = np.zeros(self._num_slots, dtype=np.int64)
+        tree_slots = self._tree.all_values_flatten().cpu().long().numpy()
         holder[tree_slots] = TREE
-        slots_of = {id(req): self._slots(req) for req in reqs}
+        rows = self._rows.req_to_token.cpu().numpy()
+        slots_of = {id(req): rows[req.kv.req_pool_idx, : req.kv.kv_allocated_len].astype(np.int64) for req in reqs}
         for req in reqs:
             if not (holder[slots_of[id(req)][: req.kv.cache_protected_len]] == TREE).all():
                 self._violation(
                     "protected prefix not in the tree", rid=req.rid, protected_len=req.kv.cache_protected_len
                 )
-        pages_of = {}
+        private_pages = {}
         for req in reqs:
             private, held = slots_of[id(req)][req.kv.cache_protected_len :], self._held[id(req)][1]
             holder[private] = private_holder(held.serial, req.kv.cache_protected_len, req.kv.kv_allocated_len)
             holder[private[len(private) - held.num_fresh :]] = NOBODY
-            pages_of[id(req)] = private[:: self._page_size] // self._page_size
-        private_pages = {req.rid: pages_of[id(req)] for req in reqs}
+            private_pages[req.rid] = private[:: self._page_size] // self._page_size
         for kind, detail in census(self._allocator, tree_slots, private_pages):
             self._violation(kind, **detail)
         changed = self._shadow.compare(holder)
@@ -253,7 +253,7 @@ class Probe:
             )
         if not is_after_scheduling:
             self._shadow.record(holder)
-        return reqs, pages_of
+        return reqs, slots_of
 
     def _note_holders(self, reqs: list[Any], is_after_scheduling: bool) -> None:
         held_now: dict[int, tuple[Any, _Held]] = {}

@@ -13,9 +13,9 @@ _POSITION_BITS = 32
 _WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
-def private_holder(serial: int, start: int, end: int) -> torch.Tensor:
+def private_holder(serial: int, start: int, end: int) -> np.ndarray:
     """Return the holder numbers of positions ``[start, end)`` of the request with this serial (1, 2, ..), int64."""
-    return (serial << _POSITION_BITS) + torch.arange(start, end, dtype=torch.int64) + 1
+    return np.arange(start, end, dtype=np.int64) + ((serial << _POSITION_BITS) + 1)
 
 
 def _as_words(buffer: torch.Tensor) -> torch.Tensor:
@@ -50,7 +50,7 @@ class PoolShadow:
         # NumPy reads a few rows of the host's memory in a tenth of the time.
         self._read = [words.numpy().take if words.device.type == "cpu" else _reader(words) for words in live]
         self._copy = [torch.empty(words.shape, dtype=words.dtype, device="cpu").numpy() for words in live]
-        self._holder = torch.zeros(buffers[0].shape[0], dtype=torch.int64)
+        self._holder = np.zeros(buffers[0].shape[0], dtype=np.int64)
 
     def forget_positions(self, serial: int, first: int) -> None:
         """Stop watching positions ``first`` and later of one request: its owner may rewrite them now."""
@@ -58,16 +58,19 @@ class PoolShadow:
         high = (serial + 1) << _POSITION_BITS
         self._holder[(self._holder >= low) & (self._holder < high)] = NOBODY
 
-    def compare(self, holder: torch.Tensor) -> list[dict[str, Any]]:
-        """Compare all slots whose holder stayed; stop watching the others. Returns one entry per changed slot."""
+    def compare(self, holder: np.ndarray) -> list[dict[str, Any]]:
+        """Compare all slots whose holder stayed; stop watching the others. Returns one entry per changed slot.
+
+        Args:
+            holder: Who holds each slot, int64, ``[num_slots]``.
+        """
         before = self._holder
         is_same = before == holder
         if self._positions_may_change:
             is_same |= (before > 0) & (before >> _POSITION_BITS == holder >> _POSITION_BITS)
         stayed = (before != NOBODY) & (is_same | ((holder == TREE) & (before > 0)))
-        slots = stayed.nonzero().flatten()
+        rows = np.flatnonzero(stayed)
         changed: dict[int, list[int]] = {}
-        rows = slots.numpy()
         for layer, (read, copy) in enumerate(zip(self._read, self._copy, strict=True)):
             now, old = read(rows, 0), copy.take(rows, 0)
             if np.array_equal(now, old):
@@ -80,22 +83,21 @@ class PoolShadow:
             {"slot": slot, "buffers": buffers, "holder": describe_holder(int(before[slot]))}
             for slot, buffers in changed.items()
         ]
-        self._holder = torch.where(stayed, holder, torch.zeros_like(holder))
+        self._holder = np.where(stayed, holder, NOBODY)
         return found
 
-    def record(self, holder: torch.Tensor) -> None:
+    def record(self, holder: np.ndarray) -> None:
         """Start watching every held slot that is not watched yet. Its contents must be written by now."""
-        slots = ((holder != NOBODY) & (self._holder == NOBODY)).nonzero().flatten()
-        if slots.numel() == 0:
+        rows = np.flatnonzero((holder != NOBODY) & (self._holder == NOBODY))
+        if rows.size == 0:
             return
-        rows = slots.numpy()
         for read, copy in zip(self._read, self._copy, strict=True):
             copy[rows] = read(rows, 0)
-        self._holder[slots] = holder[slots]
+        self._holder[rows] = holder[rows]
 
-    def slots_of_tree(self) -> torch.Tensor:
+    def slots_of_tree(self) -> np.ndarray:
         """Return the watched slots that the tree owns, int64."""
-        return (self._holder == TREE).nonzero().flatten()
+        return np.flatnonzero(self._holder == TREE)
 
 
 def describe_holder(holder: int) -> str:

@@ -29,29 +29,27 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 
-def job_of(req: Req, config: PolicyConfig | None) -> Job[PromptPlan]:
-    """Plan the compaction of one request's prompt; nothing is changed."""
-    assert config is not None, "a request without a policy is never due"
-    state = state_of(req)
-    plan = PromptPlan(state.prompt_len, req.kv.kv_allocated_len, config.prompt_budget)
-    return Job(req=req, state=state, config=config, plan=plan)
+def jobs_with_room(parts: Parts, due: dict[int, tuple[Req, PolicyConfig | None]]) -> dict[int, Job[PromptPlan]]:
+    """Plan the compaction of those of some prompts, in their order, for whose new slots the pool has room.
 
+    Admission reserved it; only requests without a policy, which take more than SGLang has expected of them, can have
+    taken it since. The others are asked again before the next step. Nothing is changed.
 
-def with_room(parts: Parts, jobs: Sequence[Job[PromptPlan]]) -> list[Job[PromptPlan]]:
-    """Return those of some requests, in their order, whose new slots the pool has.
-
-    Admission reserved them; only requests without a policy, which take more than SGLang has expected of them, can have
-    taken them since. The others are asked again before the next step.
+    Args:
+        due: Requests, by their place in the batch, and the settings of each.
     """
     allocator: Any = parts.scheduler.token_to_kv_pool_allocator
     room = allocator.available_size() + parts.scheduler.tree_cache.evictable_size()
-    fitting = []
-    for job in jobs:
-        needed = ceil_to_page(job.plan.kept_len, allocator.page_size)
+    jobs = {}
+    for place, (req, config) in due.items():
+        assert config is not None, "a request without a policy is never due"
+        state = state_of(req)
+        plan = PromptPlan(state.prompt_len, req.kv.kv_allocated_len, config.prompt_budget)
+        needed = ceil_to_page(plan.kept_len, allocator.page_size)
         if needed <= room:
-            fitting.append(job)
+            jobs[place] = Job(req=req, state=state, config=config, plan=plan)
             room -= needed
-    return fitting
+    return jobs
 
 
 def compact(parts: Parts, policy: Policy, window: int, batch: ScheduleBatch, jobs: Sequence[Job[PromptPlan]]) -> None:

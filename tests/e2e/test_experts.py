@@ -1,0 +1,17 @@
+"""A model whose layers choose among experts: attention is that of others, and so is its compaction."""
+
+from devtools.tiny_models import tiny_model_path
+from tests.e2e.workload import Setting, assert_same_tokens, greedy, masked_oracle, six_prompts
+from tests.support.harness.scheduler import run_scheduler
+
+
+def test_tokens_equal_those_of_a_model_that_sees_what_was_kept():
+    path, setting = tiny_model_path("qwen3-moe"), Setting(budget=37, buffer=23)
+    prompts = six_prompts()[1:3]
+    requests = [greedy(prompt, setting.budget + 3 * setting.buffer + 5) for prompt in prompts]
+    result = run_scheduler(["--model-path", str(path), *setting.flags], requests)
+    result.assert_clean()
+    for i, (prompt, output) in enumerate(zip(prompts, result.outputs, strict=True)):
+        expected = masked_oracle(path, prompt, setting, output.output_ids)
+        assert len(expected.compactions) == 3
+        assert_same_tokens(output.output_ids, expected, f"request {i}")

@@ -1,0 +1,80 @@
+"""A KV pool in fp8: the server answers as a dense cache that rounds keys and values, by the factors of each layer."""
+
+import torch
+
+from devtools.tiny_models import tiny_model_path
+from tests.e2e.workload import Setting, assert_same_tokens, greedy, outputs_at_restores, retracting, six_prompts
+from tests.support.harness.gate import Control
+from tests.support.harness.scheduler import RunResult, rid_of, run_scheduler
+from tests.support.oracle.decoder import Fp8
+from tests.support.oracle.dense import DenseResult, dense_generate
+
+MODEL = tiny_model_path("llama-gqa")
+SCALES = ((0.25, 0.02), (0.5, 0.01), (0.03, 0.125))
+DTYPES = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+
+
+def run(dtype: str, setting: Setting, requests: list, *flags: str, **options: object) -> RunResult:
+    env = {"RKV_STAND_IN_FP8": ",".join(f"{k}:{v}" for k, v in SCALES), **options.pop("env", {})}  # type: ignore[dict-item]
+    flags = ("--model-path", str(MODEL), "--kv-cache-dtype", dtype, *setting.flags, *flags)
+    result = run_scheduler(list(flags), requests, env=env, **options)  # type: ignore[arg-type]
+    result.assert_clean()
+    return result
+
+
+def expected_of(
+    prompt: tuple, found: list[int], dtype: str, setting: Setting, *, factor: float = 1, **options: object
+) -> DenseResult:
+    scales = tuple((factor * k, factor * v) for k, v in SCALES)
+    return dense_generate(
+        MODEL,
+        prompt,
+        len(found),
+        budget=setting.budget,
+        buffer=setting.buffer,
+        window=setting.window,
+        score=setting.score,
+        block=setting.block,
+        fp8=Fp8(DTYPES[dtype], scales),
+        guessed_output_ids=found,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def test_tokens_equal_those_of_a_dense_cache_that_rounds():
+    """Whole blocks go; what is moved, per head, is compared below."""
+    dtype, setting = "fp8_e5m2", Setting(budget=43, buffer=32, policy="keydiff", block=16)
+    prompts = six_prompts()[1:3]
+    requests = [greedy(prompt, setting.budget + 3 * setting.buffer + 5) for prompt in prompts]
+    result = run(dtype, setting, requests, "--page-size", "16")
+    for i, (prompt, output) in enumerate(zip(prompts, result.outputs, strict=True)):
+        expected = expected_of(prompt, output.output_ids, dtype, setting)
+        assert len(expected.compactions) == 3
+        assert_same_tokens(output.output_ids, expected, f"request {i}")
+
+
+def test_factors_follow_new_weights():
+    """Those of R-KV's similarity cancel out, and those of attention's logits do not."""
+    setting, prompt = Setting(budget=24, buffer=16, policy="snapkv"), six_prompts()[4]
+    requests = [greedy(prompt, 70), greedy(prompt, 70, at_step=130)]
+    fields = {"model_path": str(MODEL), "load_format": "auto", "flush_cache": True}
+    update = Control(100, "UpdateWeightFromDiskReqInput", fields)
+    result = run("fp8_e4m3", setting, requests, controls=[update])
+    for i, factor in enumerate((1, 2)):
+        expected = expected_of(prompt, result.outputs[i].output_ids, "fp8_e4m3", setting, factor=factor)
+        assert len(expected.compactions) == 2
+        assert_same_tokens(result.outputs[i].output_ids, expected, f"with {factor} times the factors")
+
+
+def test_a_preempted_request_comes_back_with_its_bytes():
+    setting, (num_slots, interval) = Setting(budget=24, buffer=16), (182, 157)
+    prompts = [prompt[:length] for prompt, length in zip(six_prompts()[3:], (30, 5, 22), strict=True)]
+    num_tokens = interval + 50
+    requests = [greedy(prompt, num_tokens) for prompt in prompts]
+    result = run("fp8_e4m3", setting, requests, "--max-total-tokens", str(num_slots), env=retracting(interval))
+    restores = [outputs_at_restores(result, rid_of(i)) for i in range(3)]
+    assert any(restores)
+    for i, prompt in enumerate(prompts):
+        found = result.outputs[i].output_ids
+        expected = expected_of(prompt, found, "fp8_e4m3", setting, restore_at=restores[i], restored_in_flight=True)
+        assert_same_tokens(found, expected, f"request {i}, back {restores[i]}")
