@@ -102,9 +102,10 @@ def _least_growth(req: Any, resident_len: int, is_prompt_pending: bool) -> int:
     if runtime.looks_at_nothing:
         # No rows.
         return 0
-    if config is None or not runtime.may_compact(req):
+    if config is None:
         return 0
-    if config.capacity >= runtime.config.capacity and not is_prompt_pending:
+    is_small = config.capacity < runtime.config.capacity and runtime.may_compact(req)
+    if not is_small and not is_prompt_pending:
         return 0
     scheduler = runtime.parts.scheduler
     most = most_growth(resident_len, scheduler.max_total_num_tokens)

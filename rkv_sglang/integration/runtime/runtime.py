@@ -220,8 +220,8 @@ class Runtime:
 
     def _compact_prompts(self, batch: ScheduleBatch, due: list[int]) -> None:
         """Compact the prompts of those of these requests for which there is room, as ``_compact`` does the rest."""
-        jobs = compaction.jobs_with_room(self.parts, {i: (batch.reqs[i], self.config_of(batch.reqs[i])) for i in due})
-        if jobs:
+        configs = [self.config_of(batch.reqs[i]) for i in due]
+        if jobs := compaction.jobs_with_room(self.parts, batch, due, configs):
             compaction.compact(self.parts, self.policy, self.config.window, batch, list(jobs.values()))
             self._count(batch, jobs)
 

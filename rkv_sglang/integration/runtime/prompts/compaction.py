@@ -26,24 +26,28 @@ from rkv_sglang.sizes.pages import ceil_to_page
 from rkv_sglang.sizes.prompt_plan import PromptPlan
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
 
 
-def jobs_with_room(parts: Parts, due: dict[int, tuple[Req, PolicyConfig | None]]) -> dict[int, Job[PromptPlan]]:
+def jobs_with_room(
+    parts: Parts, batch: ScheduleBatch, due: Sequence[int], configs: Sequence[PolicyConfig | None]
+) -> dict[int, Job[PromptPlan]]:
     """Plan the compaction of those of some prompts, in their order, for whose new slots the pool has room.
 
     Admission reserved it; only requests without a policy, which take more than SGLang has expected of them, can have
     taken it since. The others are asked again before the next step. Nothing is changed.
 
     Args:
-        due: Requests, by their place in the batch, and the settings of each.
+        due: Places of requests in the batch, by which the result has them too.
+        configs: Their settings.
     """
     allocator: Any = parts.scheduler.token_to_kv_pool_allocator
     room = allocator.available_size() + parts.scheduler.tree_cache.evictable_size()
     jobs = {}
-    for place, (req, config) in due.items():
-        assert config is not None, "a request without a policy is never due"
+    for place, config in zip(due, configs, strict=True):
+        req = batch.reqs[place]
         state = state_of(req)
+        assert config is not None, "a request without a policy is never due"
         plan = PromptPlan(state.prompt_len, req.kv.kv_allocated_len, config.prompt_budget)
         needed = ceil_to_page(plan.kept_len, allocator.page_size)
         if needed <= room:
