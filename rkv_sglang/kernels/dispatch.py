@@ -123,30 +123,18 @@ def score_paged(
         ``[num_layers, num_kv_heads, num_tokens]``, fp32, columns as ``batch.token_indptr`` has them; those of windows
         are no scores, and layers that attend to the latest tokens alone have 0.
     """
-    scores = _score_paged(keys, values, batch, queries, policy, history, model)
-    sliding = model.sliding_among(keys.first_layer, keys.num_layers)
-    if sliding:
-        scores[to_device(sliding, torch.int64, keys.device)] = 0.0
-    return scores
-
-
-def _score_paged(
-    keys: PagedBuffers,
-    values: PagedBuffers,
-    batch: PagedBatch,
-    queries: Tensor,
-    policy: Policy,
-    history: Sequence[History],
-    model: ModelAttention,
-) -> Tensor:
     scorer = PAGED_SCORERS.get(type(policy)) if runs_triton(keys) else None
     if scorer is not None:
         inputs = PagedInputs(keys=keys, values=values, batch=batch, queries=queries, history=history, model=model)
-        return scored_paged(scorer(policy, inputs)).scores
-    scores = torch.full((keys.num_layers, keys.num_kv_heads, batch.num_tokens), -torch.inf, device=keys.device)
-    starts = [0, *itertools.accumulate(batch.kv_lens_cpu)]
-    for request, layer, own in _scores_torch(keys, values, batch, queries, policy, history, model):
-        scores[layer, :, starts[request] : starts[request] + own.scores.shape[1]] = own.scores
+        scores = scored_paged(scorer(policy, inputs)).scores
+    else:
+        scores = torch.full((keys.num_layers, keys.num_kv_heads, batch.num_tokens), -torch.inf, device=keys.device)
+        starts = [0, *itertools.accumulate(batch.kv_lens_cpu)]
+        for request, layer, own in _scores_torch(keys, values, batch, queries, policy, history, model):
+            scores[layer, :, starts[request] : starts[request] + own.scores.shape[1]] = own.scores
+    sliding = model.sliding_among(keys.first_layer, keys.num_layers)
+    if sliding:
+        scores[to_device(sliding, torch.int64, keys.device)] = 0.0
     return scores
 
 

@@ -54,12 +54,13 @@ def server_of(block: int) -> ServerConfig:
     kind = _kind_of(block, policy) if tp_size == 1 else None
     if kind == SLIDING_MODEL:
         # What is kept of all layers must hold what such a layer attends to.
-        window, budget = (
-            (SLIDING_WINDOW, budget + SLIDING_WINDOW - window) if granularity == REQUEST else (window, budget)
-        )
+        if granularity == REQUEST:
+            budget, window = budget + SLIDING_WINDOW - window, SLIDING_WINDOW
         budget = max(budget, SLIDING_WINDOW)
-    is_fp8 = kind is not None and kind.startswith("fp8")
-    if kind is not None and not is_fp8:
+    kv_dtype = "auto"
+    if kind is not None and kind.startswith("fp8"):
+        kv_dtype = kind
+    elif kind is not None:
         model = kind
     chunk_size = rng.choice([0, 0, 16, 32])
     mixes = sees_nothing and rng.random() < 0.3
@@ -89,7 +90,7 @@ def server_of(block: int) -> ServerConfig:
         tokenizer=rng.random() < 0.3,
         model=model,
         mixed_chunk=mixes,
-        kv_dtype=kind if kind is not None and is_fp8 else "auto",
+        kv_dtype=kv_dtype,
     )
 
 

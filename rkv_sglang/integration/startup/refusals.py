@@ -209,6 +209,7 @@ def _layer_problem(scheduler: Any, config: PolicyConfig) -> str | None:
     ):
         return f"{len(layers)} attention layers share {pool.layer_num} layers of KV cache"
     flag, kept = latest_kept(config)
-    if kept < attention_window(layers):
-        return f"some attention layers see the latest {attention_window(layers)} tokens: set {flag} to at least that"
+    attended = attention_window(layers)
+    if kept < attended:
+        return f"some attention layers see the latest {attended} tokens: set {flag} to at least that"
     return None
