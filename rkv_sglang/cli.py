@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "unpacked in FOLDER; nothing of it is imported",
     )
     doctor.add_argument("--model-config", help="with --command: a config.json in the place of the model's own")
+    doctor.add_argument(
+        "--hardware", metavar="GPU", help="with --command: the GPU that the launch is for, such as B200 or MI300X"
+    )
     add_plan_flags(doctor)
     doctor.set_defaults(run=_doctor)
     view = commands.add_parser("view", help="write an HTML page that shows which tokens of an answer the cache kept")
@@ -63,6 +66,8 @@ def _doctor(options: argparse.Namespace) -> int:
         problem = f"{' and '.join(asked)} are {len(asked)} questions: ask one at a time"
     elif options.model_config is not None and options.command_line is None:
         problem = "--model-config stands for the model of a --command: add --command"
+    elif options.hardware is not None:
+        problem = _hardware_problem(options)
     if problem is not None:
         print(problem, file=sys.stderr)
         return 1
@@ -76,7 +81,7 @@ def _doctor(options: argparse.Namespace) -> int:
     if options.command_line is not None:
         from rkv_sglang.integration.doctor.launch import check_command
 
-        return check_command(options.command_line, options.model_config)
+        return check_command(options.command_line, options.model_config, hardware=options.hardware)
     from rkv_sglang.integration.doctor.report import diagnose
 
     status = diagnose()
@@ -85,6 +90,17 @@ def _doctor(options: argparse.Namespace) -> int:
 
         print_details()
     return status
+
+
+def _hardware_problem(options: argparse.Namespace) -> str | None:
+    from rkv_sglang.integration.doctor.hardware import HARDWARE
+    from rkv_sglang.messages import shown
+
+    if options.command_line is None:
+        return "--hardware names the GPU that a --command is for: add --command"
+    if options.hardware not in HARDWARE:
+        return f"--hardware {shown(options.hardware)} is not known: name one of {', '.join(HARDWARE)}"
+    return None
 
 
 if __name__ == "__main__":

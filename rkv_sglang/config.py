@@ -10,6 +10,10 @@ HEAD, REQUEST = "head", "request"
 GRANULARITIES = (HEAD, REQUEST)
 # Under this name server arguments, requests, answers and the ready messages of processes say which policy is on.
 POLICY_FIELD = "kv_policy"
+# The same of the policy's own parameters.
+PARAMETERS_FIELD = "kv_policy_config"
+# Holds the policy's flags for programs that make the record of server arguments themselves and cannot pass them on.
+ARGS_VARIABLE = "RKV_SGLANG_ARGS"
 # Lengths are kept in 32 bits on the device.
 MOST_TOKENS = 2**31 - 1
 

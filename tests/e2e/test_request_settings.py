@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from devtools.tiny_models import tiny_model_path
 from rkv_sglang.cache.trace import kept_positions
 from rkv_sglang.config import PolicyConfig
-from rkv_sglang.integration.runtime.requests import config_for, wants_trace
+from rkv_sglang.integration.runtime.requests import config_for, marked_prompt_len, wants_trace
 from tests.e2e.workload import Setting, assert_same_tokens, greedy, oracle, six_prompts
 from tests.garbage.neighbours import assert_one_line, mutated
 from tests.support.harness.scheduler import Request, run_scheduler
@@ -117,6 +117,13 @@ BAD = [
     ({"kv_buffer": 0}, "kv_buffer 0 is not an integer of at least 1: set it to 1 or more"),
     ({"kv_buffer": -3}, "kv_buffer -3 is not an integer"),
     ({"kv_trace": "yes"}, "kv_trace 'yes' is not a boolean: set it to true or leave it out"),
+    ({"kv_prompt_len": 0}, "kv_prompt_len 0 is not an integer from 1 to the "),
+    (
+        {"kv_prompt_len": 75},
+        "kv_prompt_len 75 is not an integer from 1 to the 74 tokens that came: set it to how many ",
+    ),
+    ({"kv_prompt_len": True}, "kv_prompt_len True is not an integer from 1 to the "),
+    ({"kv_policy": "none", "kv_prompt_len": 5}, "kv_policy 'none' has no kv_prompt_len: leave one of them out"),
     ({"kv_bugdet": 64}, "custom_params has no 'kv_bugdet': it takes kv_policy, kv_budget, kv_buffer, kv_trace"),
     ({"kv": {"budget": 64}}, "custom_params has no 'kv': it takes"),
     ({"rkv_budget": 64}, "custom_params has no 'rkv_budget': it takes"),
@@ -156,7 +163,14 @@ def test_a_bad_request_gets_400_and_one_line_and_the_server_serves_on(server):
     server.assert_clean()
 
 
-GARBAGE = {"kv_policy": "rkv", "kv_budget": 64, "kv_buffer": 16, "kv_trace": True, "of_others": {"a": [1]}}
+GARBAGE = {
+    "kv_policy": "rkv",
+    "kv_budget": 64,
+    "kv_buffer": 16,
+    "kv_trace": True,
+    "kv_prompt_len": 1,
+    "of_others": {"a": [1]},
+}
 IN_PARAMS = {"max_new_tokens": 2, "temperature": 0}
 # Every endpoint that passes custom_params on, and the body around them.
 PASSED_ON = {
@@ -193,7 +207,10 @@ def test_garbage_gets_400_and_one_line_from_every_endpoint_and_nothing_stays_of_
         try:
             config_for(asked, config, 16384)
             wants_trace(asked, config)
-            expected = {200}
+            # None of the prompts has so many tokens, and all have one.
+            marked_prompt_len(asked, 100)
+            is_right = not isinstance(asked, dict) or asked.get("kv_prompt_len", 1) == 1
+            expected = {200} if is_right else {200, 400}
         except ValueError:
             expected = {400}
         text = json.dumps(PASSED_ON[path](asked))

@@ -180,6 +180,11 @@ def test_server_info_counts_what_was_done(server):
     assert after["evicted_tokens"] - before["evicted_tokens"] == 18 * compactions
     assert after["requests_compressed"] - before["requests_compressed"] == 1
     assert after["peak_private_tokens"] == 48
+    assert after["requests_answered"] - before["requests_answered"] == 1
+    assert after["answers_compressed"] - before["answers_compressed"] == 1
+    assert after["compressed_share"] == round(after["answers_compressed"] / after["requests_answered"], 4)
+    assert after["side_buffer_bytes"] > 0
+    assert (after["settings"]["policy"], after["settings"]["budget"], after["settings"]["buffer"]) == ("rkv", 30, 18)
     assert (info["kv_policy"], info["rkv_budget"], info["rkv_buffer"]) == ("rkv", 30, 18)
     assert json.dumps(after)
 

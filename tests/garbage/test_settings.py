@@ -14,14 +14,21 @@ from rkv_sglang import policy_names
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.doctor.arguments import read_arguments, server_parser
 from rkv_sglang.integration.doctor.command_line import read_launch
-from rkv_sglang.integration.runtime.requests import config_for, wants_trace
+from rkv_sglang.integration.runtime.requests import config_for, marked_prompt_len, wants_trace
 from rkv_sglang.integration.startup.server_args import RKVServerArgs, config_from_args, read_config
 from rkv_sglang.policies import POLICIES, make_policy, registry
 from tests.garbage.neighbours import any_value, assert_flat, assert_one_line, damaged, mutated, nested
 
 SERVER = PolicyConfig(budget=32, buffer=16, trace=True)
 POOL = 4096
-REQUEST = {"kv_policy": "rkv", "kv_budget": 64, "kv_buffer": 16, "kv_trace": True, "of_others": {"a": [1]}}
+REQUEST = {
+    "kv_policy": "rkv",
+    "kv_budget": 64,
+    "kv_buffer": 16,
+    "kv_trace": True,
+    "kv_prompt_len": 9,
+    "of_others": {"a": [1]},
+}
 # As Python callers may give them, past what JSON holds.
 OBJECTS: tuple[Any, ...] = (
     object(),
@@ -47,6 +54,7 @@ def asked(custom_params: Any) -> None:
     try:
         assert_settings(config_for(custom_params, SERVER, POOL))
         assert isinstance(wants_trace(custom_params, SERVER), bool)
+        assert 1 <= marked_prompt_len(custom_params, 10) <= 10
     except ValueError as error:
         assert_one_line(str(error))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import logging
@@ -12,10 +13,13 @@ from importlib.metadata import entry_points
 from typing import TextIO
 
 from rkv_sglang.integration.doctor.command_line import Launch, read_launch
+from rkv_sglang.integration.doctor.hardware import as_on
 from rkv_sglang.integration.doctor.report import PLUGIN_GROUP, check_plugin, check_sglang, import_problem
 
 
-def check_command(text: str, model_config: str | None = None, out: TextIO | None = None) -> int:
+def check_command(
+    text: str, model_config: str | None = None, out: TextIO | None = None, *, hardware: str | None = None
+) -> int:
     """Print whether the launch would start, or every reason why not; return the exit status, 0 or 1.
 
     No server is started and no port opened. A model that is named by its place on the Hub is looked up there.
@@ -24,6 +28,7 @@ def check_command(text: str, model_config: str | None = None, out: TextIO | None
         text: The command line, as a shell would get it.
         model_config: A model's config.json that stands for the model of the command.
         out: Where to write; None is standard output.
+        hardware: The GPU that the launch is for, one of ``HARDWARE``; None for what this machine has.
     """
     try:
         launch = read_launch(text)
@@ -32,18 +37,18 @@ def check_command(text: str, model_config: str | None = None, out: TextIO | None
         return 1
     # Before SGLang is imported, because it reads variables then.
     with _environment(launch.environment), _quiet():
-        problems, verdict = _look(launch, model_config)
+        problems, verdict = _look(launch, model_config, hardware)
     for line in problems or [verdict]:
         print(line, file=out)
     return 1 if problems else 0
 
 
-def _look(launch: Launch, model_config: str | None) -> tuple[list[str], str]:
+def _look(launch: Launch, model_config: str | None, hardware: str | None) -> tuple[list[str], str]:
     sglang = check_sglang()
     if sglang.problem is not None:
         # Its flags are not known.
         return [sglang.problem], ""
-    from rkv_sglang.config import NO_POLICY, POLICY_FIELD
+    from rkv_sglang.config import ARGS_VARIABLE, NO_POLICY, POLICY_FIELD
 
     try:
         from rkv_sglang.integration.doctor.arguments import read_arguments, server_parser
@@ -54,17 +59,36 @@ def _look(launch: Launch, model_config: str | None) -> tuple[list[str], str]:
 
     parser = server_parser()
     options, problems = read_arguments(parser, launch.arguments, is_serve=launch.is_serve)
+    if os.environ.get(ARGS_VARIABLE):
+        problems += _problem_of_variable(options)
     policy = getattr(options, POLICY_FIELD, NO_POLICY)
     if policy == NO_POLICY:
         return problems, "would be stock SGLang: the command sets no --kv-policy"
     plugin = check_plugin(entry_points(group=PLUGIN_GROUP), os.environ.get("SGLANG_PLUGINS", ""))
     if plugin.problem is not None:
         problems.append(plugin.problem)
-    refusals, unchecked = look_at_server(parser, options, model_config)
+    with as_on(hardware):
+        refusals, unchecked = look_at_server(parser, options, model_config, is_gpu_known=hardware is not None)
     verdict = f"would start with --kv-policy {policy}, as far as this machine can tell; not checked: " + "; ".join(
         unchecked
     )
     return list(dict.fromkeys(problems + refusals)), verdict
+
+
+def _problem_of_variable(options: argparse.Namespace) -> list[str]:
+    """Give the options the settings that the environment holds; return the problem if it cannot be."""
+    from rkv_sglang.config import ARGS_VARIABLE
+    from rkv_sglang.integration.startup.environment import adopt_environment
+    from rkv_sglang.integration.startup.errors import RefusedError
+    from rkv_sglang.integration.startup.server_args import add_policy_flags
+
+    try:
+        adopt_environment(options, add_policy_flags)
+    except RefusedError as error:
+        # The rest is looked at without it.
+        del os.environ[ARGS_VARIABLE]
+        return [str(error)]
+    return []
 
 
 @contextlib.contextmanager

@@ -14,10 +14,11 @@ from typing import Any
 from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
 from sglang.srt.utils import get_device
 
+from rkv_sglang.config import PARAMETERS_FIELD
 from rkv_sglang.integration.doctor.arguments import MODEL_FLAG, NO_MODEL
 from rkv_sglang.integration.startup.policy_parameters import read_parameters
 from rkv_sglang.integration.startup.refusals import flag_problems, model_problems, refused_values
-from rkv_sglang.integration.startup.server_args import PARAMETERS_FIELD, RKVServerArgs
+from rkv_sglang.integration.startup.server_args import RKVServerArgs
 from rkv_sglang.messages import one_line
 from rkv_sglang.user_files import read_text, reason
 
@@ -26,7 +27,11 @@ GPU_UNCHECKED = "what SGLang would choose for a GPU, as there is none here"
 
 
 def look_at_server(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, model_config: str | None
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    model_config: str | None,
+    *,
+    is_gpu_known: bool = False,
 ) -> tuple[list[str], list[str]]:
     """Resolve the arguments of a server with a policy as its launcher does, and collect what it would refuse.
 
@@ -34,6 +39,7 @@ def look_at_server(
         parser: From which ``options`` come.
         options: The arguments as they were given.
         model_config: A model's config.json that stands for the model's own.
+        is_gpu_known: Whether SGLang is told of a GPU, whatever this machine has.
 
     Returns:
         One line for every reason to refuse, in the order of a start; and what was not checked.
@@ -48,9 +54,10 @@ def look_at_server(
     problems += flag_problems(resolving_view(early))
     # What SGLang says then is not about what was refused already.
     mended = _without_refused(parser, options, resolving_view(early))
-    if mended.device is None and not _has_accelerator():
+    if mended.device is None and (is_gpu_known or not _has_accelerator()):
         mended.device = "cuda"
-        unchecked.append(GPU_UNCHECKED)
+        if not is_gpu_known:
+            unchecked.append(GPU_UNCHECKED)
     with contextlib.ExitStack() as stack:
         try:
             folder = stack.enter_context(_folder_of(model_config)) if model_config else options.model_path

@@ -9,6 +9,7 @@ from rkv_sglang.integration.hooking.hook import Hook, names
 from rkv_sglang.integration.hooks.owners import ADDER, MODEL_CONFIG, REQ, REQ_KV, SAMPLING_PARAMS, SCHEDULER
 from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.prefill_adder import adder_class
+from rkv_sglang.integration.runtime.requests import num_carried_tokens
 from rkv_sglang.sizes.lengths import can_ever_compact
 from rkv_sglang.sizes.reservation import most_growth
 
@@ -42,13 +43,19 @@ def set_limits(limit: Callable[..., None], scheduler: Any, req: Any) -> None:
         most = min(most, asked)
     if scheduler.max_new_tokens_limit is not None and scheduler.max_new_tokens_limit > 0:
         most = min(most, scheduler.max_new_tokens_limit)
+    carried = num_carried_tokens(req)
+    # What it can grow by before its first compaction, which waits for a window of queries.
+    growth = max(config.capacity - carried, config.window)
     if (
         most > params.max_new_tokens
-        and can_ever_compact(config, most)
-        and config.capacity <= most_growth(input_len, scheduler.max_total_num_tokens)
+        and can_ever_compact(config, most + carried)
+        and growth <= most_growth(input_len, scheduler.max_total_num_tokens)
     ):
         params.max_new_tokens = most
         params.min_new_tokens = min(min_new_tokens, most)
+    if carried > 0 and get_runtime().may_compact(req):
+        # Compaction will write where an earlier answer stands.
+        req.skip_radix_cache_insert = True
 
 
 ADMISSION_HOOKS: tuple[Hook, ...] = (
@@ -65,6 +72,7 @@ ADMISSION_HOOKS: tuple[Hook, ...] = (
         uses=(
             *names(SCHEDULER, "model_config max_new_tokens_limit max_total_num_tokens"),
             *names(REQ, "beam_group finished origin_input_ids sampling_params set_finish_with_abort to_finish"),
+            f"{REQ}.skip_radix_cache_insert",
             *names(SAMPLING_PARAMS, "custom_params max_new_tokens min_new_tokens"),
             f"{MODEL_CONFIG}.context_len",
         ),

@@ -73,6 +73,7 @@ def streamer_class(base: Any) -> Any:
             for req in reqs:
                 if req.finished() and (state := known_state_of(req)) is not None:
                     state.drop_tensors()
+                    get_runtime().stats.count_answer(state)
             return {key: [[info[key]] if key in info else [] for info in infos] for key in (*KEYS, TRACE_KEY)}
 
     return PolicyOutputStreamer

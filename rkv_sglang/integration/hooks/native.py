@@ -68,8 +68,8 @@ def set_native_policy() -> None:
         def invalidate(self, why: str) -> None:
             drop_copies_of(why)
 
-        def stats(self) -> dict[str, int]:
-            return get_runtime().stats.as_dict()
+        def stats(self) -> dict[str, Any]:
+            return get_runtime().report()
 
         def log_parts(self) -> list[str]:
             return add_to_decode_log([], None)

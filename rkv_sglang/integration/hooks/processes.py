@@ -5,10 +5,11 @@ Every process loads this module, so what only a policy needs is imported where i
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
-from rkv_sglang.config import NO_POLICY, POLICY_FIELD
+from rkv_sglang.config import ARGS_VARIABLE, NO_POLICY, POLICY_FIELD
 from rkv_sglang.integration.hooking.hook import Hook, names
 from rkv_sglang.integration.hooking.install import install
 from rkv_sglang.integration.hooks.owners import (
@@ -29,7 +30,7 @@ from rkv_sglang.integration.hooks.owners import (
     SERVER_ARGS,
     TREE,
 )
-from rkv_sglang.integration.startup.server_args import config_from_args, policy_name
+from rkv_sglang.integration.startup.server_args import config_from_args, has_settings, policy_name
 
 
 def start_scheduler(init: Callable[..., None], scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
@@ -41,6 +42,12 @@ def start_scheduler(init: Callable[..., None], scheduler: Any, server_args: Any,
     """
     if policy_name(server_args) == NO_POLICY:
         return init(scheduler, server_args, *args, **kwargs)
+    if not has_settings(server_args):
+        # The plugin in a launcher gives every record that leaves it the settings.
+        raise RuntimeError(
+            f"{ARGS_VARIABLE} is set, but the process that started this scheduler runs without the plugin: load "
+            "SGLang's plugins there, and check that SGLANG_PLUGINS, if set, names rkv_sglang"
+        )
     # Here, so that a scheduler without a policy loads none of it.
     from sglang.srt.arg_groups.overrides import resolving_view
 
@@ -72,6 +79,51 @@ def start_scheduler(init: Callable[..., None], scheduler: Any, server_args: Any,
     runtime.bind_scheduler(scheduler)
 
 
+def is_loaded(hook: Hook) -> bool:
+    """Return whether the module of a hook's target has been imported in this process."""
+    parent = str(hook.target).rpartition(".")[0]
+    return parent in sys.modules or parent.rpartition(".")[0] in sys.modules
+
+
+def install_answer_hooks() -> None:
+    """Install the hooks of a process that answers requests, if it is one.
+
+    Raises:
+        RuntimeError: SGLang is not as they expect, or one could not be applied.
+    """
+    from rkv_sglang.integration.hooking.releases import require_contract
+    from rkv_sglang.integration.hooks.answers import META_INFO_HOOKS
+
+    require_contract()
+    install(tuple(hook for hook in META_INFO_HOOKS if is_loaded(hook)))
+
+
+def check_before_launch() -> None:
+    """Install what a launcher with a policy needs, or end the start in one line."""
+    from rkv_sglang.integration.hooking.releases import require_contract
+    from rkv_sglang.integration.hooks.answers import META_INFO_HOOKS
+    from rkv_sglang.integration.startup.errors import stop
+
+    try:
+        # Seen at the first step already, unless another plugin took the place of that one.
+        require_contract()
+        install(LAUNCHER_HOOKS + META_INFO_HOOKS)
+        return
+    except RuntimeError as error:
+        problem = str(error)
+    stop(problem)
+
+
+def check_resolved(_: None, server_args: Any) -> None:
+    """Check, before a launcher starts anything, a record that was resolved before the plugin was there."""
+    if policy_name(server_args) == NO_POLICY:
+        return
+    from rkv_sglang.integration.hooks.steps import refuse_late
+
+    refuse_late(server_args)
+    check_before_launch()
+
+
 def start_controller(init: Callable[..., None], controller: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
     """Build a data-parallel controller; with a policy, make it pass on what its schedulers report."""
     if policy_name(server_args) != NO_POLICY:
@@ -84,6 +136,11 @@ def pass_on_policy(result: dict[str, Any], controller: Any) -> None:
     policies = {info.get(POLICY_FIELD) for info in controller._scheduler_init_infos}
     if len(policies) == 1:
         result[POLICY_FIELD] = policies.pop()
+
+
+def require_policy_everywhere(tokenizer_manager: Any, scheduler_init_result: Any, startup_tic: float) -> None:
+    """Refuse to serve as ``require_policy`` does, however an engine of another kind starts its schedulers."""
+    require_policy(scheduler_init_result.scheduler_infos)
 
 
 def require_policy(result: list[dict[str, Any]], *args: Any, **kwargs: Any) -> None:
@@ -156,6 +213,17 @@ PROCESS_HOOKS: tuple[Hook, ...] = (
         why="The first place in a controller process that knows the flags; without a policy it applies nothing.",
         upstream="As for the scheduler.",
     ),
+    Hook(
+        target="sglang.srt.arg_groups.validation_hook.check_server_args",
+        kind="AFTER",
+        function=check_resolved,
+        signature="(server_args)",
+        why=(
+            "A program that makes the record itself may have it resolved before the plugin is loaded; this is the "
+            "first that a launcher does with it afterwards."
+        ),
+        upstream="Plugins are loaded before a record is resolved.",
+    ),
 )
 
 CONTROLLER_HOOKS: tuple[Hook, ...] = (
@@ -179,5 +247,14 @@ LAUNCHER_HOOKS: tuple[Hook, ...] = (
         why="SGLang logs a plugin's failure in a child process and serves on, silently without the policy.",
         upstream="A strict mode in which a plugin that fails to load stops the server.",
         surroundings=("sglang.srt.entrypoints.engine.Engine._launch_subprocesses",),
+    ),
+    Hook(
+        target="sglang.srt.entrypoints.engine.Engine._set_startup_time",
+        kind="BEFORE",
+        function=require_policy_everywhere,
+        signature="(tokenizer_manager, scheduler_init_result, startup_tic)",
+        why="An engine that starts its schedulers in its own way, as Ray's does, waits for them in its own way, too.",
+        upstream="As for the other.",
+        uses=("sglang.srt.entrypoints.engine.SchedulerInitResult.scheduler_infos",),
     ),
 )

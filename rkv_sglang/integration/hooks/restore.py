@@ -28,6 +28,7 @@ from rkv_sglang.integration.hooks.owners import (
 )
 from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.penalties import count_earlier_tokens, count_next_tokens
+from rkv_sglang.integration.runtime.requests import prompt_len_of
 from rkv_sglang.integration.runtime.restore import (
     EVICTED_ATTRIBUTE,
     drop_host_copies,
@@ -59,10 +60,11 @@ def end_if_too_long(enqueue: Callable[..., None], scheduler: Any, req: Any, is_r
 
 
 def match_prompt_only(compute: Callable[..., int], req: Any, input_len: int) -> int:
-    """Keep a request that is prefilled again from taking tree-owned slots for tokens it generated."""
+    """Keep a request that is prefilled with tokens it generated from taking tree-owned slots for them."""
     max_prefix_len = compute(req, input_len)
-    if len(req.output_ids) > 0 and get_runtime().may_compact(req):
-        return min(max_prefix_len, len(req.origin_input_ids))
+    prompt_len = prompt_len_of(req)
+    if (len(req.output_ids) > 0 or prompt_len < len(req.origin_input_ids)) and get_runtime().may_compact(req):
+        return min(max_prefix_len, prompt_len)
     return max_prefix_len
 
 

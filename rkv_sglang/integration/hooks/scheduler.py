@@ -21,8 +21,8 @@ def before_decode_step(scheduler: Any, batch: Any) -> None:
 
 
 def add_policy_stats(result: Any, scheduler: Any, recv_req: Any) -> None:
-    """Add the policy's counters to the server info."""
-    result.internal_state["kv_policy_stats"] = get_runtime().stats.as_dict()
+    """Add the policy's counters and settings to the server info."""
+    result.internal_state["kv_policy_stats"] = get_runtime().report()
 
 
 def report_policy(result: dict[str, Any], scheduler: Any) -> None:

@@ -9,12 +9,12 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from rkv_sglang.config import NO_POLICY
+from rkv_sglang.config import NO_POLICY, PARAMETERS_FIELD
 from rkv_sglang.integration.hooking.hook import Hook, names
 from rkv_sglang.integration.hooks.owners import ENVS, MODEL_CONFIG, OVERRIDES, SERVER_ARGS
 from rkv_sglang.integration.startup.server_args import (
-    PARAMETERS_FIELD,
     config_from_args,
+    has_settings,
     policy_name,
     resolved_fields,
 )
@@ -31,7 +31,8 @@ def refuse_early(server_args: Any, previous: Callable[[Any], None]) -> None:
     if policy_name(server_args) != NO_POLICY:
         # First of all: with another SGLang, even a look at its flags may fail.
         _stop_if(_check_contract)
-        _read_parameters(server_args)
+        if has_settings(server_args):
+            _read_parameters(server_args)
         _refuse_flags(server_args)
 
 
@@ -46,8 +47,20 @@ def refuse_resolved(server_args: Any, previous: Callable[[Any], None]) -> None:
 
     _refuse_flags(server_args)
     _stop_if(lambda: refuse_model(model_config_of(server_args), resolving_view(server_args)))
-    # What /server_info shows: with the policy's own defaults, whatever spelling was used.
-    declare_resolution(server_args, "rkv_sglang", **resolved_fields(config_from_args(resolving_view(server_args))))
+    if has_settings(server_args):
+        # What /server_info shows: with the policy's own defaults, whatever spelling was used.
+        declare_resolution(server_args, "rkv_sglang", **resolved_fields(config_from_args(resolving_view(server_args))))
+
+
+def refuse_late(server_args: Any) -> None:
+    """Refuse another SGLang, flags and the model of a record that was resolved without these steps."""
+    from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
+
+    from rkv_sglang.integration.startup.refusals import refuse_model
+
+    _stop_if(_check_contract)
+    _refuse_flags(server_args)
+    _stop_if(lambda: refuse_model(model_config_of(server_args), resolving_view(server_args)))
 
 
 def _check_contract() -> None:
@@ -147,7 +160,7 @@ STEP_HOOKS: tuple[Hook, ...] = (
                 SERVER_ARGS,
                 "prefill_attention_backend prefill_only_disable_kv_cache radix_cache_backend speculative_algorithm",
             ),
-            *names(SERVER_ARGS, "tokenizer_worker_num use_ray"),
+            *names(SERVER_ARGS, "use_ray"),
             *names(ENVS, "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING SGLANG_RUST_SERVER SGLANG_USE_HND_KVCACHE"),
             *names(ENVS, "SGLANG_KV_CANARY_ENABLE_TOKEN_ORACLE SGLANG_KV_CANARY_ENABLE_VERIFY_TOKEN_ASSERT"),
         ),
@@ -175,6 +188,7 @@ STEP_HOOKS: tuple[Hook, ...] = (
             *names(SERVER_ARGS, "check_server_args device from_cli_args page_size resolve_once"),
             *names("sglang.cli.serve", "_extract_model_type_override _normalize_positional_model_path"),
             "sglang.srt.utils.server_args_config_parser.ConfigArgumentMerger.merge_config_with_args",
+            "sglang.srt.runtime_context.override_platform",
             "sglang.srt.utils.get_device",
         ),
     ),

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rkv_sglang.integration.runtime.current import get_runtime
+from rkv_sglang.integration.runtime.requests import prompt_len_of
 from rkv_sglang.integration.runtime.restore import growth_after_prefill, host_copy_of, len_after_prefill
 from rkv_sglang.sizes.pages import ceil_to_page
 from rkv_sglang.sizes.reservation import decode_growth, most_growth
@@ -102,7 +103,7 @@ def _least_growth(req: Any, resident_len: int) -> int:
         return 0
     scheduler = runtime.parts.scheduler
     most = most_growth(resident_len, scheduler.max_total_num_tokens)
-    return max(min(runtime.config.capacity + len(req.origin_input_ids) - resident_len, most), 0)
+    return max(min(runtime.config.capacity + prompt_len_of(req) - resident_len, most), 0)
 
 
 @contextlib.contextmanager
@@ -160,7 +161,7 @@ def adder_class(base: Any) -> Any:
             held = req.kv.kv_allocated_len
             growth = decode_growth(
                 config,
-                prompt_len=len(req.origin_input_ids),
+                prompt_len=prompt_len_of(req),
                 resident_len=held,
                 tokens_left=req.sampling_params.max_new_tokens - len(req.output_ids),
                 decode_steps=req.decode_batch_idx,

@@ -13,8 +13,8 @@ from rkv_sglang.sizes.pages import ceil_to_page
 from rkv_sglang.sizes.stagger import head_start
 
 BUDGET_FIELD, BUFFER_FIELD = "kv_budget", "kv_buffer"
-TRACE_FIELD = "kv_trace"
-FIELDS = (POLICY_FIELD, BUDGET_FIELD, BUFFER_FIELD, TRACE_FIELD)
+TRACE_FIELD, PROMPT_FIELD = "kv_trace", "kv_prompt_len"
+FIELDS = (POLICY_FIELD, BUDGET_FIELD, BUFFER_FIELD, TRACE_FIELD, PROMPT_FIELD)
 # Names that can only be meant for the policy: those that start so, and these. All others are somebody else's.
 OWN_PREFIXES = ("kv_", "rkv_")
 OWN_NAMES = ("kv", "rkv")
@@ -23,6 +23,7 @@ OWN_NAMES = ("kv", "rkv")
 STATE_ATTRIBUTE = "rkv_state"
 CONFIG_ATTRIBUTE = "rkv_config"
 TRACE_ATTRIBUTE = "rkv_trace"
+PROMPT_ATTRIBUTE = "rkv_prompt_len"
 
 
 def known_state_of(req: Any) -> RequestState | None:
@@ -35,9 +36,21 @@ def state_of(req: Any) -> RequestState:
     """Return the request's state, made at the first look, which is after SGLang has set its length limit."""
     state = known_state_of(req)
     if state is None:
-        state = RequestState(len(req.origin_input_ids), int(req.sampling_params.max_new_tokens))
+        # Those that came back as prompt count as generated here.
+        most = int(req.sampling_params.max_new_tokens) + num_carried_tokens(req)
+        state = RequestState(prompt_len_of(req), most)
         setattr(req, STATE_ATTRIBUTE, state)
     return state
+
+
+def prompt_len_of(req: Any) -> int:
+    """Return how many tokens of the request are kept as its prompt: all it came with, unless it says otherwise."""
+    return int(getattr(req, PROMPT_ATTRIBUTE, len(req.origin_input_ids)))
+
+
+def num_carried_tokens(req: Any) -> int:
+    """Return how many tokens of what a request came with are an earlier answer's, to be compacted as generated ones."""
+    return len(req.origin_input_ids) - prompt_len_of(req)
 
 
 def head_start_of(req: Any, config: PolicyConfig) -> int | None:
@@ -47,7 +60,9 @@ def head_start_of(req: Any, config: PolicyConfig) -> int | None:
     if not config.stagger or state.evicted_tokens > 0:
         return 0
     if state.head_start is None:
-        state.head_start = head_start(config, req.origin_input_ids, req.output_ids)
+        # As the tokens came to be, whichever of them came back as prompt.
+        prompt, carried = req.origin_input_ids[: state.prompt_len], req.origin_input_ids[state.prompt_len :]
+        state.head_start = head_start(config, prompt, [*carried, *req.output_ids])
     return state.head_start
 
 
@@ -105,6 +120,7 @@ def config_for(
         return server
     _refuse_strange_fields(custom_params)
     asked = {name: custom_params[name] for name in (BUDGET_FIELD, BUFFER_FIELD) if name in custom_params}
+    is_marked = PROMPT_FIELD in custom_params
     policy = custom_params.get(POLICY_FIELD, server.policy)
     if policy not in (NO_POLICY, server.policy):
         raise ValueError(
@@ -112,8 +128,9 @@ def config_for(
             f"{server.policy!r} or {NO_POLICY!r}"
         )
     if policy == NO_POLICY:
-        if asked:
-            raise ValueError(f"{POLICY_FIELD} {NO_POLICY!r} has no {' or '.join(asked)}: leave one of them out")
+        if asked or is_marked:
+            others = [*asked, *[PROMPT_FIELD] * is_marked]
+            raise ValueError(f"{POLICY_FIELD} {NO_POLICY!r} has no {' or '.join(others)}: leave one of them out")
         return None
     for name, value in asked.items():
         least = max(server.least_budget, attention_window) if name == BUDGET_FIELD else server.block
@@ -136,6 +153,23 @@ def config_for(
             f"of {pool_size} tokens: set them lower"
         )
     return replace(server, budget=budget, buffer=buffer)
+
+
+def marked_prompt_len(custom_params: Any, input_len: int) -> int:
+    """Return how many of a request's ``input_len`` tokens it marks as its prompt, with ``kv_prompt_len``; else all.
+
+    Raises:
+        ValueError: It marks what cannot be; one line.
+    """
+    if not isinstance(custom_params, Mapping) or PROMPT_FIELD not in custom_params:
+        return input_len
+    value = custom_params[PROMPT_FIELD]
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= input_len:
+        raise ValueError(
+            f"{PROMPT_FIELD} {shown(value)} is not an integer from 1 to the {input_len} tokens that came: set it to "
+            "how many of them are the prompt, or leave it out"
+        )
+    return value
 
 
 def wants_trace(custom_params: Any, server: PolicyConfig) -> bool:

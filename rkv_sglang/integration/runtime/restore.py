@@ -15,7 +15,14 @@ import torch
 
 from rkv_sglang.cache.host_copy import HostCopy, load_slots, save_slots
 from rkv_sglang.integration.runtime.current import get_runtime
-from rkv_sglang.integration.runtime.requests import end_request, known_state_of, state_of, trace_of
+from rkv_sglang.integration.runtime.requests import (
+    end_request,
+    known_state_of,
+    num_carried_tokens,
+    prompt_len_of,
+    state_of,
+    trace_of,
+)
 from rkv_sglang.integration.runtime.runtime import Runtime
 from rkv_sglang.sizes.reservation import most_growth, tokens_to_reserve
 
@@ -46,7 +53,7 @@ def growth_after_prefill(req: Any, resident_len: int) -> int:
         config,
         output_len=len(req.output_ids),
         max_new_tokens=req.sampling_params.max_new_tokens,
-        held_len=resident_len - len(req.origin_input_ids),
+        held_len=resident_len - prompt_len_of(req),
     )
 
 
@@ -120,7 +127,7 @@ def forget_what_was_cached(req: Any) -> None:
     elif state.host_copy is None:
         state.forget_cache()
     state.next_check = 0
-    if len(req.output_ids) > 0 and get_runtime().may_compact(req):
+    if (len(req.output_ids) > 0 or num_carried_tokens(req) > 0) and get_runtime().may_compact(req):
         req.skip_radix_cache_insert = True
 
 
@@ -133,8 +140,8 @@ def use_resident_ids(req: Any) -> None:
     copy = host_copy_of(req)
     ids = req.origin_input_ids + req.output_ids
     if copy is not None:
-        prompt_len = len(req.origin_input_ids)
-        ids = req.origin_input_ids + req.output_ids[prompt_len - copy.num_tokens - 1 :]
+        prompt_len = prompt_len_of(req)
+        ids = ids[:prompt_len] + ids[prompt_len - copy.num_tokens - 1 :]
     req.full_untruncated_fill_ids = ids
 
 

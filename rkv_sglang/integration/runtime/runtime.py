@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,10 +16,12 @@ from rkv_sglang.integration.runtime.metrics import metrics_for
 from rkv_sglang.integration.runtime.parts import Parts, Scored, scored_parts
 from rkv_sglang.integration.runtime.requests import (
     CONFIG_ATTRIBUTE,
+    PROMPT_ATTRIBUTE,
     TRACE_ATTRIBUTE,
     config_for,
     head_start_of,
     known_state_of,
+    marked_prompt_len,
     state_of,
     wants_trace,
 )
@@ -117,6 +119,10 @@ class Runtime:
         asked = req.sampling_params.custom_params
         config = config_for(asked, self.config, self.parts.scheduler.max_total_num_tokens, self.parts.attention_window)
         setattr(req, CONFIG_ATTRIBUTE, config)
+        num_tokens = len(req.origin_input_ids)
+        prompt_len = marked_prompt_len(asked, num_tokens)
+        if prompt_len < num_tokens:
+            setattr(req, PROMPT_ATTRIBUTE, prompt_len)
         if wants_trace(asked, self.config):
             setattr(req, TRACE_ATTRIBUTE, [])
 
@@ -231,6 +237,17 @@ class Runtime:
         scored = self.parts.scored
         if scored is not None and scored.query_window.has_row(req.kv.req_pool_idx, req):
             scored.query_window.release(req.kv.req_pool_idx)
+
+    def report(self) -> dict[str, Any]:
+        """Return the counters of this scheduler, the share of compressed answers, side bytes and the settings."""
+        stats, scored = self.stats, self._scored
+        share = stats.answers_compressed / stats.requests_answered if stats.requests_answered else 0.0
+        return {
+            **stats.as_dict(),
+            "compressed_share": round(share, 4),
+            "side_buffer_bytes": 0 if scored is None else scored.query_window.num_bytes,
+            "settings": asdict(replace(self.config, parameters=dict(self.config.parameters))),
+        }
 
     @property
     def trace_shape(self) -> tuple[int, int]:

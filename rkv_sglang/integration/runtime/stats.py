@@ -19,6 +19,8 @@ class PolicyStats:
         requests_restored: Times that a preempted request went on from a host copy of its compacted KV.
         requests_aborted: Requests ended because, once preempted, they could neither be computed again nor restored.
         peak_private_tokens: Most generated tokens any request ever held.
+        requests_answered: Requests that ended, however they did.
+        answers_compressed: Those of them that were compacted at least once.
     """
 
     compactions: int = 0
@@ -27,6 +29,8 @@ class PolicyStats:
     requests_restored: int = 0
     requests_aborted: int = 0
     peak_private_tokens: int = 0
+    requests_answered: int = 0
+    answers_compressed: int = 0
 
     def count(self, plan: CompactionPlan, state: RequestState) -> None:
         """Count one compaction that ``state`` has recorded; only read here."""
@@ -34,6 +38,11 @@ class PolicyStats:
         self.evicted_tokens += plan.evicted_tokens
         self.requests_compressed += state.compactions + state.discarded_compactions == 1
         self.peak_private_tokens = max(self.peak_private_tokens, plan.generated_len)
+
+    def count_answer(self, state: RequestState) -> None:
+        """Count a request that ended."""
+        self.requests_answered += 1
+        self.answers_compressed += state.compactions > 0
 
     def as_dict(self) -> dict[str, int]:
         """Return the counters as plain integers."""

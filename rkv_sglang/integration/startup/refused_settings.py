@@ -159,13 +159,7 @@ REFUSED_SETTINGS: tuple[RefusedSetting, ...] = (
     RefusedSetting(
         setting="--use-ray",
         found=_is_on("use_ray"),
-        why="Ray's scheduler actors load no SGLang plugins, so nothing would be compacted",
-    ),
-    RefusedSetting(
-        setting="--tokenizer-worker-num",
-        found=_is_above_one("tokenizer_worker_num"),
-        why="SGLang's tokenizer workers load no plugins, so answers would not say how they were compressed",
-        mend="set --tokenizer-worker-num 1",
+        why="Ray's actors load no SGLang plugins before they build a scheduler, so nothing would be compacted",
     ),
     RefusedSetting(
         setting="SGLANG_RUST_SERVER",

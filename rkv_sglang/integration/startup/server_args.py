@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import os
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,12 +10,20 @@ from typing import Any
 
 from sglang.srt import server_args as sglang_args
 
-from rkv_sglang.config import GRANULARITIES, NO_POLICY, POLICY_FIELD, REQUEST, PolicyConfig, value_problems
+from rkv_sglang.config import (
+    ARGS_VARIABLE,
+    GRANULARITIES,
+    NO_POLICY,
+    PARAMETERS_FIELD,
+    POLICY_FIELD,
+    REQUEST,
+    PolicyConfig,
+    value_problems,
+)
 from rkv_sglang.policy_names import policy_names
 
 GROUP_TITLE = "KV policy (rkv_sglang)"
 
-PARAMETERS_FIELD = "kv_policy_config"
 # The record's fields of each setting. Those of every policy have a second one, as other ports of R-KV spell it.
 _FIELDS_OF_SETTING = {
     "granularity": ("kv_granularity", "rkv_granularity"),
@@ -92,17 +101,20 @@ class RKVServerArgs(sglang_args.ServerArgs, dict=True):  # type: ignore[misc, ca
         **dict.fromkeys((POLICY_FIELD, *itertools.chain(*_FIELDS_OF_SETTING.values()), PARAMETERS_FIELD), "memory"),
     }
 
+    def __post_init__(self) -> None:
+        """Take the settings that the environment holds; raises ``RefusedError`` if they are bad or given here too."""
+        super().__post_init__()
+        if os.environ.get(ARGS_VARIABLE):
+            from rkv_sglang.integration.startup.environment import adopt_environment
+
+            adopt_environment(self, add_policy_flags)
+
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> None:
         """Add SGLang's flags to ``parser`` and, in a group of their own, the policy's."""
         # Not by SGLang's name for it: there and wherever it was imported, the plugin loader puts this class.
         super(RKVServerArgs, RKVServerArgs).add_cli_args(parser)
-        group = parser.add_argument_group(GROUP_TITLE)
-        _add_flag(group, (POLICY_FIELD,), NO_POLICY, choices=policy_names())
-        for setting, spellings in _FIELDS_OF_SETTING.items():
-            options = {"choices": GRANULARITIES} if setting == "granularity" else {}
-            _add_flag(group, spellings, _DEFAULT_OF_SETTING[setting], **options)
-        _add_flag(group, (PARAMETERS_FIELD,), "{}")
+        add_policy_flags(parser.add_argument_group(GROUP_TITLE))
 
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace) -> Any:
@@ -118,6 +130,15 @@ class RKVServerArgs(sglang_args.ServerArgs, dict=True):  # type: ignore[misc, ca
 
             stop(problem)
         return super().from_cli_args(args)
+
+
+def add_policy_flags(group: Any) -> None:
+    """Add the policy's flags alone to a parser or a group of one."""
+    _add_flag(group, (POLICY_FIELD,), NO_POLICY, choices=policy_names())
+    for setting, spellings in _FIELDS_OF_SETTING.items():
+        options = {"choices": GRANULARITIES} if setting == "granularity" else {}
+        _add_flag(group, spellings, _DEFAULT_OF_SETTING[setting], **options)
+    _add_flag(group, (PARAMETERS_FIELD,), "{}")
 
 
 def _add_flag(group: Any, spellings: tuple[str, ...], shown_default: Any, **options: Any) -> None:
@@ -148,9 +169,30 @@ def _names_a_policy(path: str) -> bool:
     return any(spelling in text for spelling in (POLICY_FIELD, _flag(POLICY_FIELD).lstrip("-")))
 
 
+def has_settings(server_args: Any) -> bool:
+    """Return whether a record, or a view of one, is of the class that has the policy's settings."""
+    return hasattr(server_args, POLICY_FIELD)
+
+
+def _settings_of(server_args: Any) -> Any:
+    """Return what has the policy's settings: the record, or the environment for one of SGLang's own class."""
+    if has_settings(server_args) or not os.environ.get(ARGS_VARIABLE):
+        return server_args
+    from rkv_sglang.integration.startup.environment import environment_settings
+
+    spellings = [(setting, name) for setting, names in _FIELDS_OF_SETTING.items() for name in names[1:]]
+    unused = {name: False if _DEFAULT_OF_SETTING[setting] is False else None for setting, name in spellings}
+    settings = environment_settings(add_policy_flags)
+    return SimpleNamespace(**unused, **settings, page_size=getattr(server_args, "page_size", None))
+
+
 def policy_name(server_args: Any) -> str:
-    """Return the policy asked for, ``"none"`` for a record of SGLang's own class."""
-    name = getattr(server_args, POLICY_FIELD, NO_POLICY)
+    """Return the policy asked for; of a record of SGLang's own class, what the environment asks for, or ``"none"``.
+
+    Raises:
+        RefusedError: What the environment asks for is bad.
+    """
+    name = getattr(_settings_of(server_args), POLICY_FIELD, NO_POLICY)
     if isinstance(name, str):
         return name
     from rkv_sglang.messages import shown
@@ -179,6 +221,7 @@ def read_config(server_args: Any) -> tuple[PolicyConfig | None, list[str]]:
     """Return what ``config_from_args`` does, or None and every reason for which it would refuse, one line each."""
     if policy_name(server_args) == NO_POLICY:
         return PolicyConfig(policy=NO_POLICY), []
+    server_args = _settings_of(server_args)
     # Here, so that processes without a policy load neither policies nor torch for them.
     from rkv_sglang.integration.startup.policy_parameters import read_parameters
     from rkv_sglang.policies import default_settings, make_policy

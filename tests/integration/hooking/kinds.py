@@ -77,6 +77,7 @@ OWNERS = {
     "running_batch": BATCH,
     "sampling_params": SAMPLING_PARAMS,
     "scheduler": SCHEDULER,
+    "scheduler_init_result": "sglang.srt.entrypoints.engine.SchedulerInitResult",
     "server_args": SERVER_ARGS,
     "to_finish": f"{MANAGERS}.schedule_batch.FINISH_ABORT",
     "token_to_kv_pool": KV_POOL,

@@ -20,6 +20,7 @@ from rkv_sglang.integration.runtime import drop, gather
 from rkv_sglang.integration.runtime.parts import Parts, Scored
 from rkv_sglang.integration.runtime.requests import STATE_ATTRIBUTE, TRACE_ATTRIBUTE
 from rkv_sglang.integration.runtime.runtime import Runtime
+from rkv_sglang.integration.runtime.stats import PolicyStats
 from rkv_sglang.sizes.lengths import RequestState
 
 KERNELS = str(Path(kernels.__file__).parent)
@@ -178,7 +179,7 @@ def test_a_finished_request_keeps_no_tensors(monkeypatch):
     monkeypatch.setattr(
         answers,
         "get_runtime",
-        lambda: SimpleNamespace(config_of=lambda req: PolicyConfig()),
+        lambda: SimpleNamespace(config_of=lambda req: PolicyConfig(), stats=PolicyStats()),
     )
     info = answers.streamer_class(object)().build_additional_customized_info([req, runs])
     assert info["kv_compactions"] == [[2], []]

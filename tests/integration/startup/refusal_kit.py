@@ -48,7 +48,6 @@ REFUSED_VALUES: dict[str, list[str]] = {
     "--encoder-only": [""],
     "--language-only": [""],
     "--use-ray": [""],
-    "--tokenizer-worker-num": ["2"],
     "SGLANG_RUST_SERVER": ["1"],
     "--enable-hierarchical-cache": [""],
     "--hicache-storage-backend": ["file", "mooncake"],

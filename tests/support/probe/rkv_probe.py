@@ -23,6 +23,15 @@ from typing import Any
 _MAX_LISTED = 8
 
 
+def _prompt_len(req: Any) -> int:
+    """Return how many tokens of a request are its prompt; it may say that the others are an answer that goes on."""
+    asked = req.sampling_params.custom_params
+    marked = asked.get("kv_prompt_len") if isinstance(asked, dict) else None
+    num_tokens = len(req.origin_input_ids)
+    # Anything else is refused.
+    return marked if type(marked) is int and 1 <= marked <= num_tokens else num_tokens
+
+
 def register() -> None:
     """Entry point, called by SGLang in every process it starts."""
     if not os.environ.get("RKV_PROBE_FILE"):
@@ -170,7 +179,7 @@ class Probe:
             running=[
                 {
                     "rid": req.rid,
-                    "prompt_len": len(req.origin_input_ids),
+                    "prompt_len": _prompt_len(req),
                     "output_len": len(req.output_ids),
                     "allocated_len": req.kv.kv_allocated_len,
                     "committed_len": req.kv.kv_committed_len,
@@ -269,7 +278,7 @@ class Probe:
             self._check_max_private()
 
     def _note_compaction(self, req: Any, held: _Held, num_decodes: int, is_after_scheduling: bool) -> None:
-        prompt_len = len(req.origin_input_ids)
+        prompt_len = _prompt_len(req)
         held.num_compactions += 1
         line = {"rid": req.rid, "prompt_len": prompt_len, "output_len": len(req.output_ids)}
         line |= {"from_len": held.allocated_len, "to_len": req.kv.kv_allocated_len - num_decodes}
@@ -282,8 +291,9 @@ class Probe:
     def _check_max_private(self) -> None:
         for req, held in self._held.values():
             # A retracted request is prefilled again at its full length, until its next compaction.
-            is_refilled = req.retraction_count > 0 and held.num_compactions == 0
-            num_private = req.kv.kv_allocated_len - len(req.origin_input_ids)
+            is_refilled = req.retraction_count > 0 or _prompt_len(req) < len(req.origin_input_ids)
+            is_refilled = is_refilled and held.num_compactions == 0
+            num_private = req.kv.kv_allocated_len - _prompt_len(req)
             if num_private > self._max_private and not is_refilled:
                 self._violation("private", rid=req.rid, num_private=num_private, allowed=self._max_private)
 
