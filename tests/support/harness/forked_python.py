@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import traceback
 import types
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -95,7 +94,8 @@ def _be_python(job: dict[str, Any]) -> NoReturn:
     except SystemExit as error:
         code = _exit_code(error)
     except BaseException:
-        traceback.print_exc()
+        # A program may have its own.
+        sys.excepthook(*sys.exc_info())
         code = 1
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
