@@ -58,6 +58,13 @@ ENTRIES = (
         _MOVE,
         "tensor[pages[:budget], offsets[:budget], heads]",
         "tensor[pages[:budget], batch.page_size - 1 - offsets[:budget], heads]",
+        ("tests/kernels/test_move.py",),
+    ),
+    Mutant(
+        "what is kept is packed a place too far",
+        _MOVE,
+        "tensor[pages[:budget], offsets[:budget], heads]",
+        "tensor[pages[1 : budget + 1], offsets[1 : budget + 1], heads]",
         ("tests/e2e/test_trtllm.py", "-k", "gather"),
     ),
     Mutant(
@@ -156,7 +163,7 @@ ENTRIES = (
         "integration/startup/refusals.py",
         "(kept < sliding, f",
         "(kept < sliding - 1, f",
-        ("tests/integration/startup/test_refused_models.py", "-k", "sliding_window"),
+        ("tests/integration/startup/test_refused_models.py", "-k", "windows_are_served_in_one_pool"),
     ),
     Mutant(
         "a compaction that fails is passed over",

@@ -16,7 +16,7 @@ RESTORES = (
         _RESTORE,
         "forward_batch.positions = positions + offsets\n",
         "forward_batch.positions = positions\n",
-        ("tests/integration/runtime/test_restore.py",),
+        _WAITING,
     ),
     Mutant(
         "later tokens of a restored request have the position of resident ones",
@@ -30,7 +30,7 @@ RESTORES = (
         _RESTORE,
         "saved_len = req.kv.kv_allocated_len - num_dropped",
         "saved_len = req.kv.kv_allocated_len",
-        ("tests/integration/runtime/test_restore.py",),
+        _WAITING,
     ),
     Mutant(
         "a copy comes back shifted by what is shared",
@@ -121,14 +121,14 @@ RESTORES = (
         _HOOKS,
         "    if not end_if_hopeless(req):\n        enqueue",
         "    if True:\n        enqueue",
-        ("tests/e2e/test_restore.py", "-k", "fits_neither_way"),
+        _WAITING,
     ),
     Mutant(
         "a token is left out of the penalties of a request that comes back",
         "integration/runtime/penalties.py",
         "for number in range(num_outputs)]",
         "for number in range(num_outputs - 1)]",
-        ("tests/e2e/test_request_state.py",),
+        _STATE,
     ),
     Mutant(
         "min_new_tokens begins anew",

@@ -12,6 +12,7 @@ from rkv_sglang.cache.host_copy import HostCopy
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.hooks import restore as hooks
 from rkv_sglang.integration.runtime import prefill_adder, restore
+from rkv_sglang.integration.runtime.stats import PolicyStats
 from rkv_sglang.sizes.lengths import RequestState
 
 PROMPT_LEN, RESIDENT_LEN = 20, 50
@@ -55,6 +56,7 @@ def saved(monkeypatch, rowless):
         parts=SimpleNamespace(
             scheduler=SimpleNamespace(max_total_num_tokens=90, page_size=1),
         ),
+        stats=PolicyStats(),
     )
     monkeypatch.setattr(restore, "get_runtime", lambda: runtime)
     monkeypatch.setattr(restore, "_save", save)
@@ -77,6 +79,22 @@ def test_a_request_that_waits_for_its_copy_has_no_query_row(saved, rowless):
     for one in (req, fits):
         hooks.copy_before_release(req=one)
     assert rowless == [req]
+
+
+def test_who_fits_neither_way_is_ended_and_not_queued(saved):
+    hopeless, waits = a_request(81), a_request(41)
+    for req in (hopeless, waits):
+        req.return_logprob = False
+    released, told, queued = [], [], []
+    scheduler = restore.get_runtime().parts.scheduler
+    scheduler._release_aborted_request = released.append
+    scheduler.output_streamer = SimpleNamespace(stream_output=lambda reqs, logprob: told.extend(reqs))
+    for req in (hopeless, waits):
+        hooks.end_if_too_long(lambda scheduler, req, is_retracted: queued.append(req), scheduler, req, True)
+    assert (released, told, queued) == ([hopeless], [hopeless], [waits])
+    reason = hopeless.finished_reason.to_json()
+    assert reason["status_code"] == 503 and "does not fit the KV pool of 90 tokens" in reason["message"]
+    assert restore.get_runtime().stats.requests_aborted == 1
 
 
 @pytest.mark.parametrize("is_saved_elsewhere", [True, False])
