@@ -177,7 +177,7 @@ ENTRIES = (
         _RUNTIME,
         "batch.batch_is_full = False",
         "pass",
-        ("tests/e2e/test_memory.py", "-k", "fills_the_pool and 1"),
+        ("tests/integration/runtime/test_streams.py",),
     ),
     Mutant(
         "freed slots are held back",

@@ -79,7 +79,7 @@ RESTORES = (
         _HOOKS,
         "    if host_copy_of(req) is None:\n        refresh(req)\n",
         "    refresh(req)\n",
-        _RESTORED,
+        _WAITING,
     ),
     Mutant(
         "ranks do not agree on whose copy there is",
