@@ -81,7 +81,7 @@ def _minutes_before(out: Path, rows: list[Row]) -> float:
 
 
 def _counts_before(out: Path, rows: list[Row]) -> Counter[str]:
-    return Counter(_settings(out)["counts"]) if rows else Counter()
+    return Counter(_settings(out).get("counts", {})) if rows else Counter()
 
 
 def join(folders: list[Path], out: Path) -> int:
@@ -97,7 +97,7 @@ def join(folders: list[Path], out: Path) -> int:
         ],
         failed_seeds=failed,
         totals=totals(rows),
-        counts=dict(sum((Counter(_settings(folder)["counts"]) for folder in folders), Counter())),
+        counts=dict(sum((Counter(_settings(folder).get("counts", {})) for folder in folders), Counter())),
         shares=shares(rows),
         restores=restores(rows),
     )

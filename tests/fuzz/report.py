@@ -158,7 +158,7 @@ def plot_mutations(folder: Path) -> Path:
     )
     axes.set_title("schedules that the fuzzer needed; t: its test fails, p: the pool machine finds it", fontsize=8)
     path = folder / "mutations.png"
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=90)
     pyplot.close(figure)
     return path
 
