@@ -409,11 +409,14 @@ MUTATIONS = Table(
         Column("fault", str, "", "what is wrong"),
         Column("file", str, "", "below rkv_sglang/"),
         Column("test", str, "", "arguments of pytest: the test named for it"),
-        Column("test_fails", int, "", "1: that test fails, as it should; 0: it passes, or was left out"),
-        Column("schedules", int, "", "schedules that the fuzzer needed; 0: not found within the bound"),
-        Column("problem", str, "", "what the fuzzer said"),
-        Column("pool_machine", int, "", "1: the pool machine found it"),
+        Column("test_fails", int, "", "1: that test fails, as it should; 0: it passes; -1: it was not run"),
+        Column("test_problem", str, "", "what failed in it, and how"),
+        Column("pool_machine", int, "", "1: the pool machine found it; 0: it did not; -1: it was not run"),
         Column("pool_problem", str, "", "what the pool machine said"),
+        Column("schedules", int, "", "that the fuzzer needed; 0: not found within the bound; -1: it was not run"),
+        Column("seed", int, "", "of the schedule that failed; -1: none"),
+        Column("problem", str, "", "what the fuzzer said"),
+        Column("seconds", float, "s", "that all of it took"),
     ),
 )
 

@@ -91,7 +91,12 @@ def _check_request(
         return ["it got no answer"]
     if request.garbage:
         return [] if _is_refused(schedule, request, end) else [f"garbage was answered {end}"]
-    problems = []
+    problems = [
+        f"after {place['outputs']} tokens it was{'' if place['copied'] else ' not'} copied to the host: {place}"
+        for place in retractions
+        if place["copied"] != place["must_copy"]
+    ]
+    counts.update(f"copied at a {place['cause']}" for place in retractions if place["copied"])
     is_cut = end["type"] == "abort"
     if is_cut:
         counts["aborted"] += 1
@@ -170,6 +175,7 @@ def compare_oracle(
     expected = expected_of(server, request, output["prompt"], limit, retractions, guess=tokens)
     counts["compared with the oracle"] += 1
     counts["compared after a preemption"] += bool(retractions)
+    counts["compared after a restore"] += any(place["copied"] for place in retractions)
     counts["compactions compared"] += sum(c.num_outputs < len(tokens) for c in expected.compactions)
     is_fp8 = server.kv_dtype in FP8_DTYPES
     tolerances = {"score_tolerance": SCORE_TOLERANCES.get(server.policy, SCORE_TOLERANCE)}

@@ -26,6 +26,9 @@ CALIBRATION = {"questions": 2, "answer_tokens": 40}
 CALIBRATION_ROOM = 100 + 40
 # A tiny model of both kinds of layers.
 SLIDING_MODEL = "olmo3"
+# Why a request may lose its slots: an event of these kinds, or, without one, somebody of higher priority.
+BY_PRIORITY = "preemption"
+CAUSES = {"retract": "retraction", "pause_retract": "pause"}
 # Of the layers of an fp8 pool, the factors of keys and of values.
 FP8_SCALES = ((0.25, 0.02), (0.03, 0.125))
 
