@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from devtools.tiny_models import EOS_ID, tiny_model_path
+from rkv_sglang.config import PolicyConfig
+from rkv_sglang.sizes.lengths import RequestState
+from rkv_sglang.sizes.reservation import prompt_budget_after
 from tests.e2e.workload import Setting
 from tests.fuzz.runner import policy_parameters
 from tests.fuzz.schedule import FP8_SCALES, FuzzRequest, Schedule, ServerConfig, rid_of
@@ -214,6 +217,21 @@ def expected_of(
     stop_token_ids = {EOS_ID, *request.params.get("stop_token_ids", ())}
     recomputed = {place["outputs"] for place in retractions if not place["copied"]} - {0}
     restored = [place for place in retractions if place["copied"] and place["outputs"] not in recomputed]
+    prompt_budget = server.prompt_budget if request.prompt_budget is None else request.prompt_budget
+    own = PolicyConfig(
+        policy=server.policy,
+        budget=setting.budget,
+        buffer=setting.buffer,
+        window=setting.window,
+        prompt_budget=prompt_budget,
+    )
+    state = RequestState(len(prompt), request.max_new_tokens)
+    # The pool does not hold their prompt and what would stay of it.
+    whole = {
+        num_outputs
+        for num_outputs in {0, *recomputed}
+        if not prompt_budget_after(own, state, len(prompt) + num_outputs, server.pool, server.page_size)
+    }
     may_stagger = server.stagger and request.max_new_tokens - 1 > setting.budget + setting.buffer
     return dense_generate(
         tiny_model_path(server.model),
@@ -232,6 +250,8 @@ def expected_of(
         evicted_at_restore={place["outputs"]: place["evicted"] for place in restored},
         early=setting.early if may_stagger and not request.no_policy else None,
         guessed_output_ids=guess,
+        prompt_budget=None if request.no_policy else prompt_budget or None,
+        whole_prompt_after=whole,
         fp8=Fp8(FP8_DTYPES[server.kv_dtype], FP8_SCALES) if server.kv_dtype in FP8_DTYPES else None,
     )
 

@@ -1,10 +1,11 @@
 """From one integer to a schedule. Seeds of one block share a server, so one scheduler process runs them all."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 from devtools.tiny_models import EOS_ID, IMAGE_MODEL, SLIDING_WINDOW, VOCAB_SIZE
-from rkv_sglang.config import HEAD, REQUEST
+from rkv_sglang.config import HEAD, NUM_FIRST_KEPT, REQUEST
 from rkv_sglang.policies import POLICIES, granularities_of, is_blind
 from rkv_sglang.sizes.compaction_plan import block_of_pages
 from tests.fuzz.schedule import CALIBRATION_ROOM, SLIDING_MODEL, Event, FuzzRequest, Schedule, ServerConfig
@@ -28,7 +29,7 @@ def schedule_of(seed: int) -> Schedule:
     """Return the schedule of a seed."""
     server = server_of(seed // BLOCK)
     rng = random.Random(f"schedule {seed}")
-    requests = _requests(rng, server)
+    requests = _with_prompt_budgets(seed, server, _requests(rng, server))
     return Schedule(seed=seed, server=server, requests=tuple(requests), events=tuple(_events(rng)))
 
 
@@ -91,6 +92,7 @@ def server_of(block: int) -> ServerConfig:
         model=model,
         mixed_chunk=mixes,
         kv_dtype=kv_dtype,
+        prompt_budget=_prompt_budget(f"prompts {block}", granularity, kind, window),
     )
 
 
@@ -100,6 +102,25 @@ def _kind_of(block: int, policy: str) -> str | None:
     kind = rng.choice(KINDS) if rng.random() < 0.5 else None
     is_served = policy not in _ASK_THE_MODEL or kind is None or kind.startswith("fp8")
     return kind if is_served else None
+
+
+def _prompt_budget(seed: str, granularity: str, model: str | None, window: int) -> int:
+    """Return 0 or what is kept of longer prompts; drawn apart, as kinds are."""
+    rng = random.Random(seed)
+    is_served = granularity == HEAD and model != SLIDING_MODEL
+    return NUM_FIRST_KEPT + window + rng.choice([1, 1, 2, 5, 12]) if is_served and rng.random() < 0.5 else 0
+
+
+def _with_prompt_budgets(seed: int, server: ServerConfig, requests: list[FuzzRequest]) -> list[FuzzRequest]:
+    """Give some requests a prompt budget of their own."""
+    rng = random.Random(f"prompts of {seed}")
+    drawn = [
+        _prompt_budget(f"{seed} {number}", server.granularity, server.model, server.window)
+        if rng.random() < 0.3 and not request.no_policy
+        else None
+        for number, request in enumerate(requests)
+    ]
+    return [replace(request, prompt_budget=own) for request, own in zip(requests, drawn, strict=True)]
 
 
 def is_tight(server: ServerConfig) -> bool:

@@ -109,6 +109,10 @@ def model_problems(model_config: Any, server_args: Any) -> Iterator[str]:
             "some of its layers attend to chunks, which are counted in tokens still cached",
         ),
         (kept < sliding, f"some of its layers attend to the latest {sliding} tokens: set {flag} to at least that"),
+        (
+            sliding > 0 and config is not None and config.prompt_budget > 0,
+            "of a sliding window the latest tokens must stay, and of a prompt others may: leave --kv-prompt-budget out",
+        ),
         (bool(other_layers), f"some of its layers are of type {', '.join(other_layers)}"),
         (
             getattr(model_config.hf_config, "dual_chunk_attention_config", None) is not None,
@@ -212,4 +216,6 @@ def _layer_problem(scheduler: Any, config: PolicyConfig) -> str | None:
     attended = attention_window(layers)
     if kept < attended:
         return f"some attention layers see the latest {attended} tokens: set {flag} to at least that"
+    if attended > 0 and config.prompt_budget > 0:
+        return f"some attention layers see the latest {attended} tokens, which must stay: leave --kv-prompt-budget out"
     return None

@@ -33,6 +33,7 @@ _FIELDS_OF_SETTING = {
     "mix_lambda": ("rkv_mix_lambda",),
     "kernel_size": ("rkv_kernel_size",),
     "similarity_threshold": ("rkv_similarity_threshold",),
+    "prompt_budget": ("kv_prompt_budget",),
     "stagger": ("kv_stagger", "rkv_stagger"),
     "trace": ("kv_trace", "rkv_trace"),
 }
@@ -58,6 +59,9 @@ _HELP = {
     "rkv_kernel_size": "Width of the max-pool that spreads importance to neighbouring tokens. Odd; 1 turns it off. "
     "Unit: tokens.",
     "rkv_similarity_threshold": "Cosine similarity, from -1 to 1, above which two keys count as near-duplicates.",
+    "kv_prompt_budget": "Prompt tokens kept per layer and KV head of a longer prompt, once --kv-window generated "
+    "tokens are held; the first 4 and the last --kv-window of them always stay. The prompt itself stays in the radix "
+    "cache, whole, for other requests. 0 keeps every prompt whole. Unit: tokens.",
     "kv_stagger": "Compact each request for the first time up to --kv-buffer tokens early, by a number that its own "
     "tokens decide, so that requests that start together are not all compacted in the same step.",
     "kv_trace": "Let requests ask for a record of their compactions with custom_params {'kv_trace': true}, as "
@@ -81,6 +85,7 @@ class RKVServerArgs(sglang_args.ServerArgs, dict=True):  # type: ignore[misc, ca
     kv_budget: int | None = None
     kv_buffer: int | None = None
     kv_window: int | None = None
+    kv_prompt_budget: int = PolicyConfig.prompt_budget
     rkv_mix_lambda: float = PolicyConfig.mix_lambda
     rkv_kernel_size: int = PolicyConfig.kernel_size
     rkv_similarity_threshold: float = PolicyConfig.similarity_threshold
