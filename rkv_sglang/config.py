@@ -73,8 +73,8 @@ class PolicyConfig:
 
     @property
     def least_prompt_budget(self) -> int:
-        """Smallest prompt budget but 0: the first tokens, the last of a window, and one to choose."""
-        return NUM_FIRST_KEPT + self.window + 1
+        """Smallest prompt budget but 0: the first tokens, the last of a window, and one or a block to choose."""
+        return _least_prompt_budget(self.window, self.block)
 
     @property
     def least_budget(self) -> int:
@@ -123,16 +123,12 @@ def value_problems(settings: Any) -> Iterator[str]:
             f"--kv-window {settings.window}: set --kv-budget {settings.window + settings.block - 1} or more"
         )
     if not bad_counts & {"--kv-window", "--kv-prompt-budget"} and settings.prompt_budget > 0:
-        least = NUM_FIRST_KEPT + settings.window + 1
-        if settings.granularity == REQUEST:
-            yield (
-                f"--kv-prompt-budget {settings.prompt_budget} cannot be combined with --kv-granularity {REQUEST}: "
-                f"prompts are compacted per layer and KV head only; leave one of them out"
-            )
-        elif settings.prompt_budget < least:
+        least = _least_prompt_budget(settings.window, settings.block)
+        if settings.prompt_budget < least:
             yield (
                 f"--kv-prompt-budget {settings.prompt_budget} leaves nothing to choose: the first {NUM_FIRST_KEPT} and "
-                f"the last {settings.window} tokens of a prompt (--kv-window) always stay; set --kv-prompt-budget "
+                f"the last {settings.window} tokens of a prompt (--kv-window) always stay"
+                f"{f', and blocks of {settings.block} go whole' if settings.block > 1 else ''}; set --kv-prompt-budget "
                 f"{least} or more, or 0 to keep prompts whole"
             )
     if "--kv-buffer" not in bad_counts and settings.buffer % settings.block != 0:
@@ -154,6 +150,11 @@ def value_problems(settings: Any) -> Iterator[str]:
         # Not so of NaN either.
         if not is_number or not low <= number <= 1.0:
             yield f"{flag} {_shown(number)} is not a number in [{low:g}, 1]: set {flag} between {low:g} and 1"
+
+
+def _least_prompt_budget(window: int, block: int) -> int:
+    # The first block holds the first tokens; before the window there may be less than a block that cannot go.
+    return window + (NUM_FIRST_KEPT + 1 if block == 1 else 2 * block)
 
 
 def _shown(value: Any) -> str:

@@ -147,3 +147,16 @@ def copy_kept(
         )
     move = move_kept_paged if runs_triton(buffers.keys) else move_kept_torch
     move(buffers.keys, buffers.values, batch, indices)
+
+
+def copy_slots(layers: Sequence[torch.Tensor], slots: torch.Tensor, new_slots: torch.Tensor) -> None:
+    """Copy what some slots hold into others, on the current stream; no sync.
+
+    Mutates ``new_slots`` of the layers; holds no more than one layer's tokens at a time besides.
+
+    Args:
+        layers: First dimension the slot; keys, values, or whatever a token has.
+        slots, new_slots: ``[num_tokens]``, int64; no slot is among both.
+    """
+    for layer in layers:
+        layer.index_copy_(0, new_slots, layer.index_select(0, slots))

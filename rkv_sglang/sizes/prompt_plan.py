@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from rkv_sglang.config import PolicyConfig
-from rkv_sglang.sizes.compaction_plan import CompactionPlan
+from rkv_sglang.config import NUM_FIRST_KEPT, PolicyConfig
+from rkv_sglang.sizes.compaction_plan import CompactionPlan, DropPlan
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class PromptPlan:
     Attributes:
         prompt_len: Tokens of the prompt.
         resident_len: Tokens held before, the prompt and all that was generated since the last prefill.
-        budget: Prompt tokens that stay, per layer and KV head.
+        budget: Prompt tokens that stay, per layer and KV head or of all of them.
     """
 
     prompt_len: int
@@ -40,7 +40,24 @@ class PromptPlan:
         """What the scores are asked for: all tokens compete, as generated ones do elsewhere."""
         return CompactionPlan(prompt_len=0, resident_len=self.resident_len, kept_len=self.budget)
 
+    def of_blocks(self, window: int, block: int) -> DropPlan:
+        """What the choice of blocks is asked for: of those between the first tokens and the window of the prompt."""
+        return DropPlan(
+            prompt_len=0,
+            resident_len=self.resident_len,
+            kept_len=self.kept_len,
+            block=block,
+            first_block=-(-NUM_FIRST_KEPT // block),
+            end_block=(self.prompt_len - window) // block,
+        )
+
+
+def kept_of_prompt(config: PolicyConfig, prompt_len: int) -> int:
+    """Return how many tokens of a prompt stay that is compacted: whole blocks go, so up to a block above the budget."""
+    return prompt_len - (prompt_len - config.prompt_budget) // config.block * config.block
+
 
 def can_compact_prompt(config: PolicyConfig, prompt_len: int, max_new_tokens: int) -> bool:
-    """Return whether a prompt is longer than its budget, and its request may decode on once it was compacted."""
-    return 0 < config.prompt_budget < prompt_len and max_new_tokens - 1 > config.window
+    """Return whether a prompt is a block longer than its budget and its request may decode on afterwards."""
+    is_longer = 0 < config.prompt_budget <= prompt_len - config.block
+    return is_longer and max_new_tokens - 1 > config.window

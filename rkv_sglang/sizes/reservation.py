@@ -11,7 +11,7 @@ comes to hold.
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.sizes.lengths import RequestState, steps_until_due
 from rkv_sglang.sizes.pages import ceil_to_page
-from rkv_sglang.sizes.prompt_plan import can_compact_prompt
+from rkv_sglang.sizes.prompt_plan import can_compact_prompt, kept_of_prompt
 
 
 def decode_growth(
@@ -113,12 +113,13 @@ def prompt_budget_after(
     output_len = prefilled_len - state.prompt_len
     if not can_compact_prompt(config, state.prompt_len, state.max_new_tokens - output_len):
         return 0
+    kept = kept_of_prompt(config, state.prompt_len)
     growth = tokens_to_reserve(
         config,
         output_len=output_len,
         max_new_tokens=state.max_new_tokens,
         prompt_len=state.prompt_len,
-        prompt_budget=config.prompt_budget,
+        prompt_budget=kept,
         page_size=page_size,
     )
-    return config.prompt_budget if growth <= most_growth(prefilled_len, pool_size) else 0
+    return kept if growth <= most_growth(prefilled_len, pool_size) else 0

@@ -9,8 +9,8 @@ import torch
 from rkv_sglang.cache import compact
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import DueRequest
-from rkv_sglang.cache.prompt import choose_from_prompts, compact_prompts
-from rkv_sglang.cache.verify.prompt import compact_prompts_and_verify
+from rkv_sglang.cache.prompt import choose_from_prompts, compact_prompts, copy_slots
+from rkv_sglang.cache.verify.prompt import compact_prompts_and_verify, copy_slots_and_verify
 from rkv_sglang.cache.verify.recomputed import CompactionDiffersError
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.policies import POLICIES, Policy, as_scored, granularities_of, make_policy
@@ -179,3 +179,26 @@ def test_what_is_wrong_with_a_prompts_compaction_is_named_in_one_line(spoil, mes
     with pytest.raises(CompactionDiffersError, match=message) as caught:
         run.verified(wrong)
     assert "\n" not in str(caught.value)
+
+
+def test_a_copy_of_whole_tokens_is_checked_to_the_last_bit(seed, rng):
+    torch.manual_seed(seed)
+    layers = [torch.randn(40, 2, 8), torch.randn(40, 1, 12).bfloat16()]
+    shared, slots, new = torch.randperm(39).add(1).split([9, 12, 18])
+    before = [layer.clone() for layer in layers]
+    copy_slots_and_verify(copy_slots, shared, layers, slots, new[:12])
+    for layer, was in zip(layers, before, strict=True):
+        was[new[:12]] = was[slots]
+        assert torch.equal(layer, was)
+    spoilt = rng.choice([shared[3], slots[0]])
+
+    def writing(layers, slots, new_slots):
+        copy_slots(layers, slots, new_slots)
+        layers[1][spoilt] += 1
+
+    def swapping(layers, slots, new_slots):
+        copy_slots(layers, slots.flip(0), new_slots)
+
+    for wrong, message in ((writing, "wrote slots that were in use"), (swapping, "was not copied as it was")):
+        with pytest.raises(CompactionDiffersError, match=message):
+            copy_slots_and_verify(wrong, shared, layers, slots, new[:12])

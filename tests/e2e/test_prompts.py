@@ -32,8 +32,8 @@ ASKED: list[tuple[dict[str, Any], int]] = [
 ]
 
 
-def setting_of(policy: str, prompt_budget: int = 40) -> Setting:
-    return Setting(budget=24, buffer=16, policy=policy, prompt_budget=prompt_budget)
+def setting_of(policy: str, prompt_budget: int = 40, block: int | None = None) -> Setting:
+    return Setting(budget=24, buffer=16, policy=policy, prompt_budget=prompt_budget, block=block)
 
 
 def asking(custom: dict[str, Any], prompt: tuple[int, ...], num_tokens: int, **fields: Any) -> Request:
@@ -43,17 +43,18 @@ def asking(custom: dict[str, Any], prompt: tuple[int, ...], num_tokens: int, **f
 
 
 @pytest.mark.parametrize(
-    "policy, page_size, extra, env",
+    "policy, block, page_size, extra, env",
     [
-        ("rkv", 16, ["--chunked-prefill-size", "32"], VERIFYING),
-        ("snapkv", 1, [], {}),
-        ("streaming_llm", 16, ["--disable-overlap-schedule"], {}),
-        ("random_attention", 1, ["--disable-radix-cache"], VERIFYING),
-        ("h2o", 4, [], VERIFYING),
+        ("rkv", None, 16, ["--chunked-prefill-size", "32"], VERIFYING),
+        ("snapkv", None, 1, [], {}),
+        ("streaming_llm", None, 16, ["--disable-overlap-schedule"], {}),
+        ("random_attention", None, 1, ["--disable-radix-cache"], VERIFYING),
+        ("rkv", 16, 1, [], VERIFYING),
+        ("random_attention", 16, 16, ["--chunked-prefill-size", "32"], VERIFYING),
     ],
 )
-def test_requests_that_share_a_prefix_answer_as_the_oracle_says(policy, page_size, extra, env):
-    setting, prompts = setting_of(policy), six_prompts()
+def test_requests_that_share_a_prefix_answer_as_the_oracle_says(policy, block, page_size, extra, env):
+    setting, prompts = setting_of(policy, block=block), six_prompts()
     # Some find the prefix in the cache, some come while others decode, and some come back to a prompt that was cached,
     # whatever its owner kept of it.
     requests = [greedy(prompt, NUM_TOKENS, at_step=7 * i) for i, prompt in enumerate(prompts)]
@@ -65,12 +66,13 @@ def test_requests_that_share_a_prefix_answer_as_the_oracle_says(policy, page_siz
     budgets = [*[40] * 6, *[budget for _, budget in ASKED], 40]
     for i, (request, budget, output) in enumerate(zip(requests, budgets, result.outputs, strict=True)):
         prompt, has_policy = tuple(request.input_ids), i != 8
-        own = setting_of(policy, budget) if has_policy else Setting(budget=1000, buffer=1)
+        own = setting_of(policy, budget, block) if has_policy else Setting(budget=1000, buffer=1)
         expected = oracle(MODEL, prompt, NUM_TOKENS, own)
-        is_compacted = 0 < budget < len(prompt)
+        num_dropped = (len(prompt) - budget) // (block or 1) * (block or 1) if 0 < budget < len(prompt) else 0
+        is_compacted = num_dropped > 0
         assert len(expected.compactions) == (2 + is_compacted) * has_policy
         assert_same_tokens(output.output_ids, expected, f"request {i}")
-        assert output.info["kv_prompt_tokens"] == (budget if is_compacted else len(prompt))
+        assert output.info["kv_prompt_tokens"] == len(prompt) - num_dropped
     if "--disable-radix-cache" not in extra:
         # Whole pages of the whole prompt.
         assert all(output.cached_tokens >= len(prompts[3]) - page_size for output in result.outputs[6:])
@@ -114,7 +116,7 @@ def expected_of(result: RunResult, index: int, request: Request, *, overlap: boo
 def test_a_request_beyond_its_pool_comes_back_with_what_it_kept_of_its_prompt(page_size, extra, rng):
     shared = random_ids(rng, 9)
     requests = [
-        greedy([*shared, *random_ids(rng, PROMPT_LEN - 9)], 180, return_logprob=True, logprob_start_len=start)
+        greedy([*shared, *random_ids(rng, PROMPT_LEN - 9)], 160, return_logprob=True, logprob_start_len=start)
         for start in (0, -1)
     ]
     # Two just run, and after 72 steps either has seen more than the pool holds.

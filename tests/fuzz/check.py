@@ -224,6 +224,8 @@ def expected_of(
         buffer=setting.buffer,
         window=setting.window,
         prompt_budget=prompt_budget,
+        granularity=server.granularity,
+        block=server.block or 1,
     )
     state = RequestState(len(prompt), request.max_new_tokens)
     # The pool does not hold their prompt and what would stay of it.

@@ -92,7 +92,7 @@ def server_of(block: int) -> ServerConfig:
         model=model,
         mixed_chunk=mixes,
         kv_dtype=kv_dtype,
-        prompt_budget=_prompt_budget(f"prompts {block}", granularity, kind, window),
+        prompt_budget=_prompt_budget(f"prompts {block}", kind, window, unit),
     )
 
 
@@ -104,18 +104,20 @@ def _kind_of(block: int, policy: str) -> str | None:
     return kind if is_served else None
 
 
-def _prompt_budget(seed: str, granularity: str, model: str | None, window: int) -> int:
+def _prompt_budget(seed: str, model: str | None, window: int, unit: int) -> int:
     """Return 0 or what is kept of longer prompts; drawn apart, as kinds are."""
     rng = random.Random(seed)
-    is_served = granularity == HEAD and model != SLIDING_MODEL
-    return NUM_FIRST_KEPT + window + rng.choice([1, 1, 2, 5, 12]) if is_served and rng.random() < 0.5 else 0
+    if (model == SLIDING_MODEL and unit == 1) or rng.random() < 0.5:
+        return 0
+    least = window + (NUM_FIRST_KEPT + 1 if unit == 1 else 2 * unit)
+    return least + rng.choice([0, 0, 1, 4, 11])
 
 
 def _with_prompt_budgets(seed: int, server: ServerConfig, requests: list[FuzzRequest]) -> list[FuzzRequest]:
     """Give some requests a prompt budget of their own."""
     rng = random.Random(f"prompts of {seed}")
     drawn = [
-        _prompt_budget(f"{seed} {number}", server.granularity, server.model, server.window)
+        _prompt_budget(f"{seed} {number}", server.model, server.window, server.block or 1)
         if rng.random() < 0.3 and not request.no_policy
         else None
         for number, request in enumerate(requests)

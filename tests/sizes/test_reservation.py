@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.sizes.lengths import RequestState
 from rkv_sglang.sizes.pages import ceil_to_page
-from rkv_sglang.sizes.prompt_plan import PromptPlan, can_compact_prompt
+from rkv_sglang.sizes.prompt_plan import PromptPlan, can_compact_prompt, kept_of_prompt
 from rkv_sglang.sizes.reservation import decode_growth, most_growth, prompt_budget_after, tokens_to_reserve
 
 CONFIGS = st.builds(
@@ -162,3 +162,22 @@ def test_a_prompts_plan_evicts_of_the_prompt_alone(prompt_len, generated_len, da
     assert state.generated_len(plan.kept_len) == generated_len
     state.forget_cache()
     assert state.held_prompt_len == prompt_len
+
+
+@given(st.integers(1, 20), st.sampled_from([16, 32, 48]), st.integers(0, 60), st.integers(0, 300), st.integers(0, 40))
+def test_of_a_prompt_in_blocks_some_may_be_chosen_and_its_ends_may_not(window, block, more, longer, generated_len):
+    least = PolicyConfig(
+        window=window, granularity="request", block=block, buffer=block, budget=500
+    ).least_prompt_budget
+    config = PolicyConfig(
+        window=window, granularity="request", block=block, buffer=block, budget=500, prompt_budget=least + more
+    )
+    prompt_len = config.prompt_budget + longer
+    assert can_compact_prompt(config, prompt_len, 10**6) == (longer >= block)
+    kept = kept_of_prompt(config, prompt_len)
+    assert config.prompt_budget <= kept < config.prompt_budget + block or kept == prompt_len
+    plan = PromptPlan(prompt_len, prompt_len + generated_len, kept).of_blocks(window, block)
+    assert plan.first_block * block >= 4 and plan.end_block * block <= prompt_len - window
+    assert plan.num_dropped * block == plan.evicted_tokens == prompt_len - kept
+    # There is a choice, and not always the same blocks go.
+    assert 0 <= plan.num_dropped < plan.num_droppable

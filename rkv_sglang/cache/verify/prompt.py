@@ -61,6 +61,24 @@ def compact_prompts_and_verify(
     return [kept if request.wants_indices else None for request, kept in zip(requests, results, strict=True)]
 
 
+def copy_slots_and_verify(
+    copy: Callable[..., None], shared_slots: Tensor, layers: Sequence[Tensor], slots: Tensor, new_slots: Tensor
+) -> None:
+    """Call ``copy`` (``prompt.copy_slots``) with the other arguments and check that it did that and nothing else.
+
+    Raises:
+        CompactionDiffersError: At the first difference.
+    """
+    held = torch.cat([shared_slots, slots])
+    before = [layer[held] for layer in layers]
+    copy(layers, slots, new_slots)
+    for layer, was in zip(layers, before, strict=True):
+        if not same_bytes(layer[held], was):
+            raise CompactionDiffersError("a prompt's compaction wrote slots that were in use; please report this")
+        if not same_bytes(layer[new_slots], was[len(shared_slots) :]):
+            raise CompactionDiffersError("what stays of a prompt was not copied as it was; please report this")
+
+
 def _problems(
     buffers: KVBuffers,
     request: DueRequest[PromptPlan],

@@ -44,7 +44,7 @@ SCHEDULER_HOOKS: tuple[Hook, ...] = (
             *names(SCHEDULER, "token_to_kv_pool_allocator tp_group tp_size tree_cache"),
             "sglang.srt.distributed.parallel_state.GroupCoordinator.device_group",
             *names(BATCH, "batch_is_full req_to_token_pool reqs seq_lens seq_lens_cpu seq_lens_sum"),
-            *names(REQ, "decode_batch_idx finished kv last_node lock rid skip_radix_cache_insert"),
+            *names(REQ, "decode_batch_idx finished kv last_node lock multimodal_inputs rid skip_radix_cache_insert"),
             *names(REQ_KV, "cache_protected_len holds_kv kv_allocated_len kv_committed_len req_pool_idx"),
             f"{ROWS}.req_to_token",
             *names(ALLOCATOR, "available_size free_group_begin free_group_end free_page_ids page_size"),

@@ -18,12 +18,14 @@ from rkv_sglang.sizes.reservation import decode_growth, most_growth
 
 def growth_of_waiting(req: Any) -> int | None:
     """Return by how much a waiting request can grow after its prefill; None if it asks for no policy."""
-    if get_runtime().config_of(req) is None:
+    runtime = get_runtime()
+    config = runtime.config_of(req)
+    if config is None:
         return None
     held = len_after_prefill(req)
     is_restored = host_copy_of(req) is not None
     growth = growth_after_prefill(req, held, is_restored=is_restored)
-    is_pending = not is_restored and budget_after_prefill(get_runtime(), req, held) > 0
+    is_pending = not is_restored and budget_after_prefill(runtime.parts, config, req, held) > 0
     return max(growth, _least_growth(req, held, is_pending))
 
 
@@ -167,7 +169,7 @@ def adder_class(base: Any) -> Any:
                 return float(super()._get_running_request_total_token_offset(req))
             held = req.kv.kv_allocated_len
             runtime = get_runtime()
-            prompt_budget = pending_budget(runtime, req)
+            prompt_budget = pending_budget(runtime.parts, config, req)
             growth = decode_growth(
                 config,
                 prompt_len=state_of(req).held_prompt_len,

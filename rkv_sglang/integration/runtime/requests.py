@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from rkv_sglang.config import HEAD, MOST_TOKENS, NO_POLICY, NUM_FIRST_KEPT, POLICY_FIELD, PolicyConfig
+from rkv_sglang.config import MOST_TOKENS, NO_POLICY, NUM_FIRST_KEPT, POLICY_FIELD, PolicyConfig
 from rkv_sglang.messages import shown
 from rkv_sglang.sizes.lengths import RequestState
 from rkv_sglang.sizes.pages import ceil_to_page
@@ -177,11 +177,6 @@ def _prompt_budget_of(custom_params: Mapping[str, Any], server: PolicyConfig, at
         raise ValueError(
             f"{PROMPT_BUDGET_FIELD} {shown(value)} is more than any context has: set it to {MOST_TOKENS} or less, or "
             "to 0 to keep the prompt whole"
-        )
-    if value > 0 and server.granularity != HEAD:
-        raise ValueError(
-            f"{PROMPT_BUDGET_FIELD} {shown(value)} is not what this server can do: it chooses once for a whole "
-            f"request, and prompts are compacted per layer and KV head only; leave {PROMPT_BUDGET_FIELD} out"
         )
     if value > 0 and attention_window > 0:
         raise ValueError(

@@ -7,7 +7,6 @@ put back right before the prefill that SGLang would give it: only the last outpu
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from rkv_sglang.cache.host_copy import HostCopy, load_slots, save_slots
 from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.prompts.pending import budget_after_prefill
-from rkv_sglang.integration.runtime.prompts.slots import alloc_slots
+from rkv_sglang.integration.runtime.prompts.slots import alloc_slots, sides_of
 from rkv_sglang.integration.runtime.requests import (
     end_request,
     known_state_of,
@@ -62,7 +61,7 @@ def growth_after_prefill(req: Any, resident_len: int, *, is_restored: bool) -> i
         max_new_tokens=req.sampling_params.max_new_tokens,
         held_len=resident_len - prompt_len,
         prompt_len=prompt_len,
-        prompt_budget=0 if is_restored else budget_after_prefill(runtime, req, resident_len),
+        prompt_budget=0 if is_restored else budget_after_prefill(runtime.parts, config, req, resident_len),
         page_size=runtime.page_size,
     )
 
@@ -109,7 +108,7 @@ def _save(runtime: Runtime, req: Any, saved_len: int) -> HostCopy | None:
     with runtime.on_forward_stream() as stream:
         if stream is not None and slots.is_cuda:
             slots.record_stream(stream)
-        copy = save_slots(*_sides(pool), slots)
+        copy = save_slots(*sides_of(pool), slots)
     if scheduler.tp_size > 1:
         # Ranks must agree on which requests go on.
         is_saved = torch.tensor(int(copy is not None))
@@ -118,11 +117,6 @@ def _save(runtime: Runtime, req: Any, saved_len: int) -> HostCopy | None:
     if copy is None:
         logger.warning("No memory is left for a copy of the %d cached tokens of request %s.", saved_len, req.rid)
     return copy
-
-
-def _sides(pool: Any) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-    """Return each layer's keys and values; with MLA its latents, and nothing beside them."""
-    return (pool.kv_buffer, ()) if hasattr(pool, "kv_buffer") else (pool.k_buffer, pool.v_buffer)
 
 
 def forget_what_was_cached(req: Any) -> None:
@@ -214,7 +208,7 @@ def _restore(runtime: Runtime, batch: Any, req: Any) -> None:
     with runtime.on_forward_stream() as stream:
         if stream is not None and own.is_cuda:
             own.record_stream(stream)
-        load_slots(copy, *_sides(pool), own, first=matched_len)
+        load_slots(copy, *sides_of(pool), own, first=matched_len)
     req.prefix_len = kv.kv_allocated_len = kv.kv_committed_len = saved_len
     state.host_copy = None
     runtime.stats.requests_restored += 1

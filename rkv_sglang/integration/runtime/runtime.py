@@ -163,7 +163,7 @@ class Runtime:
             if (state := known_state_of(req)) is None or state.next_check <= forward_ct
         ]
         if due:
-            with_prompts = [i for i in due if pending.is_due(self, batch.reqs[i])]
+            with_prompts = [i for i in due if pending.is_due(self.parts, self.config_of(batch.reqs[i]), batch.reqs[i])]
             if with_prompts:
                 self._compact_prompts(batch, with_prompts)
             due = [i for i in due if self._is_due(batch.reqs[i], forward_ct)]
@@ -191,7 +191,7 @@ class Runtime:
             if head_start is None:
                 due_in = max(due_in, 1)
         remaining = due_in
-        if pending.pending_budget(self, req) > 0:
+        if pending.pending_budget(self.parts, config, req) > 0:
             remaining = min(due_in, max(config.window - req.decode_batch_idx, 0))
         if remaining > self.config.window:
             state.next_check = forward_ct + remaining - self.config.window

@@ -127,6 +127,7 @@ def dense_generate(
         prompt_budget: A prompt of more tokens keeps so many of them in every layer and head, as soon as ``window``
             tokens were decoded since the last prefill and before anything else is compacted: the first 4, the last
             ``window``, and those of the best scores between, where all resident tokens are scored as generated ones.
+            With ``block`` whole blocks of the lowest mean scores go, until less than one is above this.
         whole_prompt_after: After the prefills at these numbers of output tokens the prompt stays whole.
 
     Raises:
@@ -150,7 +151,8 @@ def dense_generate(
     scores_of = partial(_scores, budget=budget, logit_scale=decoder.logit_scale, score=score, windows=decoder.windows)
     result = DenseResult()
     held_prompt_len = prompt_len
-    may_compact_prompt = prompt_budget is not None and prompt_budget < prompt_len and max_new_tokens - 1 > window
+    may_compact_prompt = prompt_budget is not None and prompt_budget <= prompt_len - (block or 1)
+    may_compact_prompt = may_compact_prompt and max_new_tokens - 1 > window
     is_prompt_due = may_compact_prompt and 0 not in whole_prompt_after
     num_decoded_since_prefill = 0
     is_whole = True
@@ -183,8 +185,13 @@ def dense_generate(
                 if is_prompt_due and num_decoded_since_prefill >= window:
                     assert prompt_budget is not None
                     sizes = (num_seen, prompt_len, prompt_budget, window)
-                    result.compactions.append(_compact_prompt(caches, *sizes, decoder.logit_scale, score))
-                    held_prompt_len, is_prompt_due = prompt_budget, False
+                    result.compactions.append(
+                        _compact_prompt(caches, *sizes, decoder.logit_scale, score)
+                        if block is None
+                        else _drop_of_prompt(caches, *sizes, scores_of, block)
+                    )
+                    is_prompt_due = False
+                    held_prompt_len = prompt_len - (prompt_len - prompt_budget) // (block or 1) * (block or 1)
                 num_resident_generated = caches[0].length - held_prompt_len
                 due_len = budget + buffer
                 if early is not None and max_new_tokens - 1 <= budget + buffer:
@@ -343,16 +350,47 @@ def _drop(
     """Drop whole blocks for all layers and heads at once; what is recorded is of blocks, as of one layer and head."""
     resident_len = caches[0].length
     scored = [scores_of(own, layer, prompt_len) for layer, own in enumerate(caches)]
-    of_layers = torch.stack([scores for scores in scored if scores is not None])
-    of_tokens = of_layers.double().mean(dim=(0, 1))
     starts = [
         start
         for start in range(0, resident_len, block)
         if start >= prompt_len and start + block <= resident_len - window
     ]
+    return _drop_lowest(caches, num_outputs, scored, starts, block, (resident_len - prompt_len - budget) // block)
+
+
+def _drop_of_prompt(
+    caches: list[LayerCache],
+    num_outputs: int,
+    prompt_len: int,
+    prompt_budget: int,
+    window: int,
+    scores_of: Callable[[LayerCache, int, int], torch.Tensor | None],
+    block: int,
+) -> Compaction:
+    """Drop blocks of the prompt, but for the first and those in which its window is; the generated tokens stay."""
+    scored = [scores_of(own, layer, 0) for layer, own in enumerate(caches)]
+    starts = [start for start in range(block, prompt_len, block) if start + block <= prompt_len - window]
+    for layer_cache in caches:
+        # What a policy remembers is of generated tokens.
+        layer_cache.memory.zero_()
+        layer_cache.beacons.clear()
+    return _drop_lowest(caches, num_outputs, scored, starts, block, (prompt_len - prompt_budget) // block)
+
+
+def _drop_lowest(
+    caches: list[LayerCache],
+    num_outputs: int,
+    scored: Sequence[torch.Tensor | None],
+    starts: Sequence[int],
+    block: int,
+    num_dropped: int,
+) -> Compaction:
+    """Drop the blocks of the lowest mean score, the older of equal ones, of those that start there."""
+    resident_len = caches[0].length
+    of_layers = torch.stack([scores for scores in scored if scores is not None])
+    of_tokens = of_layers.double().mean(dim=(0, 1))
     of_blocks = {start: float(of_tokens[start : start + block].mean()) for start in starts}
     ranked = sorted(starts, key=lambda start: (of_blocks[start], start))
-    num_dropped = (resident_len - prompt_len - budget) // block
     dropped = {start + offset for start in ranked[:num_dropped] for offset in range(block)}
     kept = torch.tensor([index for index in range(resident_len) if index not in dropped])
     before = caches[0].positions[0].clone()

@@ -87,11 +87,11 @@ def _after_reset_for_retract(result: object, *args: object, **kwargs: object) ->
 class _Held:
     """What the probe last saw of a request that holds KV."""
 
-    def __init__(self, serial: int, req: Any, first_slot: int) -> None:
+    def __init__(self, serial: int, req: Any, first_slot: int, restored_prompt_len: int | None) -> None:
         self.serial = serial
         self.num_compactions = 0
         # First positions that the request may not rewrite.
-        self.prompt_len = _prompt_len(req)
+        self.prompt_len = _prompt_len(req) if restored_prompt_len is None else restored_prompt_len
         self.update(req, first_slot)
 
     def update(self, req: Any, first_slot: int, num_fresh: int = 0) -> None:
@@ -126,6 +126,7 @@ class Probe:
         # id(req) -> the request itself too, so that the id stays its own.
         self._held: dict[int, tuple[Any, _Held]] = {}
         self._last_serial = 0
+        self._kept_prompt_len: dict[str, int] = {}
         self._step = 0
         self._is_idle = False
         self.num_retractions = 0
@@ -269,7 +270,10 @@ class Probe:
         for req in reqs:
             if id(req) not in self._held:
                 self._last_serial += 1
-                held_now[id(req)] = (req, _Held(self._last_serial, req, self._first_slot(req)))
+                # One that comes back with what it had kept has no more of its prompt than then.
+                is_restored = getattr(getattr(req, "rkv_state", None), "evicted_tokens", 0) > 0
+                kept = self._kept_prompt_len.get(req.rid) if is_restored else None
+                held_now[id(req)] = (req, _Held(self._last_serial, req, self._first_slot(req), kept))
                 continue
             held = self._held[id(req)][1]
             held_now[id(req)] = (req, held)
@@ -290,6 +294,7 @@ class Probe:
         # Only a prompt's compaction gives a running request another first slot. From then on it may not be written.
         is_of_prompt = self._first_slot(req) != held.first_slot
         held.prompt_len -= (held.allocated_len - to_len) * is_of_prompt
+        self._kept_prompt_len[req.rid] = held.prompt_len
         line = {"rid": req.rid, "prompt_len": prompt_len, "output_len": len(req.output_ids)}
         line |= {"from_len": held.allocated_len, "to_len": to_len, "of_prompt": is_of_prompt}
         self._write(event="compaction", step=self._step, forward_ct=self._scheduler.forward_ct, **line)

@@ -1,4 +1,4 @@
-"""Compaction of prompts, per layer and KV head: a request goes on in slots of its own, and the tree keeps its prompt.
+"""Compaction of prompts: a request goes on in slots of its own, and the tree keeps its prompt.
 
 It happens once since the last prefill, before anything else of the request is compacted, when ``window`` tokens were
 decoded: their queries are there whatever the prefix cache held. All that the request keeps is copied to fresh slots;
@@ -8,22 +8,21 @@ then on it owns its whole row, and nothing of it is ever cached: the tree keys t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rkv_sglang.cache.prompt import compact_prompts
-from rkv_sglang.config import PolicyConfig
-from rkv_sglang.integration.runtime.jobs import Job, refuse_odd_lengths, scoring
+from rkv_sglang.config import HEAD, PolicyConfig
+from rkv_sglang.integration.runtime.jobs import Job, refuse_odd_lengths
 from rkv_sglang.integration.runtime.parts import Parts
+from rkv_sglang.integration.runtime.prompts.blocks import copy_blocks
+from rkv_sglang.integration.runtime.prompts.heads import copy_heads
 from rkv_sglang.integration.runtime.prompts.slots import alloc_slots
 from rkv_sglang.integration.runtime.requests import state_of
-from rkv_sglang.integration.startup.verify_switch import is_verifying
 from rkv_sglang.policies import Policy
 from rkv_sglang.sizes.pages import ceil_to_page
-from rkv_sglang.sizes.prompt_plan import PromptPlan
+from rkv_sglang.sizes.prompt_plan import PromptPlan, kept_of_prompt
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -49,7 +48,7 @@ def jobs_with_room(
         state = state_of(req)
         assert config is not None, "a request without a policy is never due"
         refuse_odd_lengths(req, state)
-        plan = PromptPlan(state.prompt_len, req.kv.kv_allocated_len, config.prompt_budget)
+        plan = PromptPlan(state.prompt_len, req.kv.kv_allocated_len, kept_of_prompt(config, state.prompt_len))
         needed = ceil_to_page(plan.kept_len, allocator.page_size)
         if needed <= room:
             jobs[place] = Job(req=req, state=state, config=config, plan=plan)
@@ -60,32 +59,17 @@ def jobs_with_room(
 def compact(parts: Parts, policy: Policy, window: int, batch: ScheduleBatch, jobs: Sequence[Job[PromptPlan]]) -> None:
     """Copy what these requests of a batch keep into slots of their own, and let go of those they had.
 
+    All of them choose in the way of the server: per layer and head, or in blocks.
+
     Mutates new slots of the pool, ``req_to_token``, the allocator, the tree's locks and who owns what of the rows; no
     length of a request yet. Rows are rewritten on the scheduler's stream, which SGLang has made wait until the forward
     pass in flight has read what it needs of them, as in ``drop.compact``.
     """
-    scored, scheduler = parts.scored, parts.scheduler
-    assert scored is not None, "what every head keeps is chosen by scores"
+    scheduler = parts.scheduler
     # All before anything is unlocked: what is evicted for them is not of these requests.
     new_slots = [alloc_slots(batch, None, job.plan.kept_len) for job in jobs]
-    with scoring(parts, scored, batch, jobs, of_prompts=True) as due:
-        if due.stream is not None:
-            for slots in new_slots:
-                if slots.is_cuda:
-                    slots.record_stream(due.stream)
-        kept = _compacting(scheduler.tree_cache)(
-            scored.buffers,
-            due.requests,
-            new_slots,
-            due.read_queries,
-            policy,
-            window,
-            query_bytes=scored.request_bytes,
-            model=scored.attention,
-        )
-        for job, indices in zip(jobs, kept, strict=True):
-            if indices is not None:
-                job.record_prompt_trace(indices)
+    copy = copy_heads if jobs[0].config.granularity == HEAD else copy_blocks
+    copy(parts, policy, window, batch, jobs, new_slots)
     allocator: Any = scheduler.token_to_kv_pool_allocator
     tree_cache: Any = scheduler.tree_cache
     allocator.free_group_begin()
@@ -100,13 +84,3 @@ def compact(parts: Parts, policy: Policy, window: int, batch: ScheduleBatch, job
         tree_cache.unlock(req.lock)
         req.lock = req.last_node = None
         req.kv.cache_protected_len = 0
-
-
-def _compacting(tree_cache: Any) -> Callable[..., list[torch.Tensor | None]]:
-    """Return what compacts, with all that it does checked if a server was started so, the radix tree's slots too."""
-    if not is_verifying():
-        return compact_prompts
-    # Here, so that other servers do not load it.
-    from rkv_sglang.cache.verify.prompt import compact_prompts_and_verify
-
-    return partial(compact_prompts_and_verify, compact_prompts, tree_cache.all_values_flatten().long())

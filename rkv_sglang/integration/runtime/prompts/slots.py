@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,3 +34,8 @@ def alloc_slots(batch: Any, shared: torch.Tensor | None, total_len: int) -> torc
         extend_num_tokens=total_len - matched_len,
     )
     return slots
+
+
+def sides_of(pool: Any) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    """Return each layer's keys and values; with MLA its latents, and nothing beside them."""
+    return (pool.kv_buffer, ()) if hasattr(pool, "kv_buffer") else (pool.k_buffer, pool.v_buffer)
