@@ -29,6 +29,9 @@ LAUNCHER = Path(__file__).parent / "launcher" / "record.py"
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     flags = ["--model-path", str(MODEL), "--tokenizer-worker-num", "2", "--dp-size", "2"]
+    # Each worker would warm up by requests of its own, and the server is ready when the first has: the counters below
+    # would take those of the other in.
+    flags += ["--skip-server-warmup"]
     env = {"RKV_SGLANG_ARGS": shlex.join(SETTING.flags), "SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
     with Server(flags, command=[sys.executable, str(LAUNCHER)], env=env, with_probe=False) as running:
         yield running
