@@ -27,6 +27,7 @@ ENDED_AFTER_PREEMPTION = (
     "Out of memory even after retracting all other requests",
 )
 ENDED_IN_THE_QUEUE = "Abort in waiting queue"
+ENDED_AS_ITS_TURN_CAME = "Aborted"
 # Said of a request that was ended while its grammar was made; SGLang then has it generate a token after another prompt.
 ENDED_BEFORE_ITS_GRAMMAR = "Aborted by AbortReq."
 LOGPROB_TOLERANCE = 1e-3
@@ -118,8 +119,9 @@ def _check_request(
 
 def _is_refused(schedule: Schedule, request: FuzzRequest, end: dict[str, Any]) -> bool:
     """Return whether garbage was answered as it should be: it is refused when its turn comes, unless it was ended."""
-    is_ended = request.abort_at is not None or any(event.kind == "abort_all" for event in schedule.events)
-    is_ended = is_ended and end.get("message") == ENDED_IN_THE_QUEUE
+    is_ended = request.abort_at is not None or request.abort_after is not None
+    is_ended = is_ended or any(event.kind == "abort_all" for event in schedule.events)
+    is_ended = is_ended and end.get("message") in (ENDED_IN_THE_QUEUE, ENDED_AS_ITS_TURN_CAME)
     return bool(end["type"] == "abort" and (end.get("status_code") == 400 or is_ended))
 
 
@@ -227,13 +229,9 @@ def expected_of(
         granularity=server.granularity,
         block=server.block or 1,
     )
-    state = RequestState(len(prompt), request.max_new_tokens)
+    fits = partial(prompt_budget_after, own, RequestState(len(prompt), request.max_new_tokens))
     # The pool does not hold their prompt and what would stay of it.
-    whole = {
-        num_outputs
-        for num_outputs in {0, *recomputed}
-        if not prompt_budget_after(own, state, len(prompt) + num_outputs, server.pool, server.page_size)
-    }
+    whole = {after for after in {0, *recomputed} if not fits(len(prompt) + after, server.pool, server.page_size)}
     may_stagger = server.stagger and request.max_new_tokens - 1 > setting.budget + setting.buffer
     return dense_generate(
         tiny_model_path(server.model),

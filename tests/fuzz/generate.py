@@ -118,7 +118,7 @@ def _with_prompt_budgets(seed: int, server: ServerConfig, requests: list[FuzzReq
     rng = random.Random(f"prompts of {seed}")
     drawn = [
         _prompt_budget(f"{seed} {number}", server.model, server.window, server.block or 1)
-        if rng.random() < 0.3 and not request.no_policy
+        if rng.random() < 0.45 and not request.no_policy
         else None
         for number, request in enumerate(requests)
     ]
