@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from devtools.tiny_models import EOS_ID, tiny_model_path
+from rkv_sglang.config import PolicyConfig
+from rkv_sglang.sizes.lengths import RequestState
+from rkv_sglang.sizes.reservation import prompt_budget_after
 from tests.e2e.workload import Setting
 from tests.fuzz.runner import policy_parameters
 from tests.fuzz.schedule import FP8_SCALES, FuzzRequest, Schedule, ServerConfig, rid_of
@@ -24,6 +27,7 @@ ENDED_AFTER_PREEMPTION = (
     "Out of memory even after retracting all other requests",
 )
 ENDED_IN_THE_QUEUE = "Abort in waiting queue"
+ENDED_AS_ITS_TURN_CAME = "Aborted"
 # Said of a request that was ended while its grammar was made; SGLang then has it generate a token after another prompt.
 ENDED_BEFORE_ITS_GRAMMAR = "Aborted by AbortReq."
 LOGPROB_TOLERANCE = 1e-3
@@ -120,8 +124,9 @@ def _check_request(
 
 def _is_refused(schedule: Schedule, request: FuzzRequest, end: dict[str, Any]) -> bool:
     """Return whether garbage was answered as it should be: it is refused when its turn comes, unless it was ended."""
-    is_ended = request.abort_at is not None or any(event.kind == "abort_all" for event in schedule.events)
-    is_ended = is_ended and end.get("message") == ENDED_IN_THE_QUEUE
+    is_ended = request.abort_at is not None or request.abort_after is not None
+    is_ended = is_ended or any(event.kind == "abort_all" for event in schedule.events)
+    is_ended = is_ended and end.get("message") in (ENDED_IN_THE_QUEUE, ENDED_AS_ITS_TURN_CAME)
     return bool(end["type"] == "abort" and (end.get("status_code") == 400 or is_ended))
 
 
@@ -220,6 +225,19 @@ def expected_of(
     stop_token_ids = {EOS_ID, *request.params.get("stop_token_ids", ())}
     recomputed = {place["outputs"] for place in retractions if not place["copied"]} - {0}
     restored = [place for place in retractions if place["copied"] and place["outputs"] not in recomputed]
+    prompt_budget = server.prompt_budget if request.prompt_budget is None else request.prompt_budget
+    own = PolicyConfig(
+        policy=server.policy,
+        budget=setting.budget,
+        buffer=setting.buffer,
+        window=setting.window,
+        prompt_budget=prompt_budget,
+        granularity=server.granularity,
+        block=server.block or 1,
+    )
+    fits = partial(prompt_budget_after, own, RequestState(len(prompt), request.max_new_tokens))
+    # The pool does not hold their prompt and what would stay of it.
+    whole = {after for after in {0, *recomputed} if not fits(len(prompt) + after, server.pool, server.page_size)}
     may_stagger = server.stagger and request.max_new_tokens - 1 > setting.budget + setting.buffer
     return dense_generate(
         tiny_model_path(server.model),
@@ -238,6 +256,8 @@ def expected_of(
         evicted_at_restore={place["outputs"]: place["evicted"] for place in restored},
         early=setting.early if may_stagger and not request.no_policy else None,
         guessed_output_ids=guess,
+        prompt_budget=None if request.no_policy else prompt_budget or None,
+        whole_prompt_after=whole,
         fp8=Fp8(FP8_DTYPES[server.kv_dtype], FP8_SCALES) if server.kv_dtype in FP8_DTYPES else None,
     )
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from rkv_sglang.config import NO_POLICY, PolicyConfig
+from rkv_sglang.config import HEAD, NO_POLICY, PolicyConfig
 from rkv_sglang.integration.startup.errors import RefusedError
 from rkv_sglang.integration.startup.refused_settings import REFUSED_SETTINGS, RefusedSetting
 from rkv_sglang.integration.startup.server_args import config_from_args, policy_name, read_config
@@ -109,6 +109,11 @@ def model_problems(model_config: Any, server_args: Any) -> Iterator[str]:
             "some of its layers attend to chunks, which are counted in tokens still cached",
         ),
         (kept < sliding, f"some of its layers attend to the latest {sliding} tokens: set {flag} to at least that"),
+        (
+            sliding > 0 and config is not None and config.prompt_budget > 0 and config.granularity == HEAD,
+            "of a sliding window the latest tokens must stay, and of a prompt every head chooses others: leave "
+            "--kv-prompt-budget out or set --kv-granularity request",
+        ),
         (bool(other_layers), f"some of its layers are of type {', '.join(other_layers)}"),
         (
             getattr(model_config.hf_config, "dual_chunk_attention_config", None) is not None,
@@ -212,4 +217,9 @@ def _layer_problem(scheduler: Any, config: PolicyConfig) -> str | None:
     attended = attention_window(layers)
     if kept < attended:
         return f"some attention layers see the latest {attended} tokens: set {flag} to at least that"
+    if attended > 0 and config.prompt_budget > 0 and config.granularity == HEAD:
+        return (
+            f"some attention layers see the latest {attended} tokens, which must stay: leave --kv-prompt-budget out or "
+            "set --kv-granularity request"
+        )
     return None

@@ -2,6 +2,7 @@
 
 import random
 
+from tests.fuzz.draw.prompts import with_prompt_budgets
 from tests.fuzz.draw.requests import draw_requests
 from tests.fuzz.draw.restores import with_restores
 from tests.fuzz.draw.servers import server_of
@@ -15,7 +16,7 @@ def schedule_of(seed: int) -> Schedule:
     """Return the schedule of a seed."""
     server = server_of(seed // BLOCK)
     rng = random.Random(f"schedule {seed}")
-    requests = draw_requests(rng, server)
+    requests = with_prompt_budgets(seed, server, draw_requests(rng, server))
     schedule = Schedule(seed=seed, server=server, requests=tuple(requests), events=tuple(_events(rng)))
     # Drawn apart, so that other seeds stay what they were.
     return with_restores(random.Random(f"restores {seed}"), schedule)

@@ -6,6 +6,7 @@ from devtools.tiny_models import IMAGE_MODEL, SLIDING_WINDOW
 from rkv_sglang.config import HEAD, REQUEST
 from rkv_sglang.policies import POLICIES, granularities_of, is_blind
 from rkv_sglang.sizes.compaction_plan import block_of_pages
+from tests.fuzz.draw.prompts import draw_prompt_budget
 from tests.fuzz.schedule import CALIBRATION_ROOM, SLIDING_MODEL, ServerConfig
 
 # Every policy in every way that it can choose.
@@ -79,6 +80,7 @@ def server_of(block: int) -> ServerConfig:
         model=model,
         mixed_chunk=mixes,
         kv_dtype=kv_dtype,
+        prompt_budget=draw_prompt_budget(random.Random(f"prompts {block}"), kind, window, unit),
     )
 
 

@@ -159,6 +159,7 @@ OWN_MEMBERS = {
         "kv_buffer",
         "kv_granularity",
         "kv_window",
+        "kv_prompt_budget",
         "kv_stagger",
         "kv_trace",
         "rkv_",

@@ -53,6 +53,7 @@ def saved(monkeypatch, rowless):
         config_of=lambda req: PolicyConfig(budget=24, buffer=16),
         looks_at_nothing=False,
         forget_queries=rowless.append,
+        page_size=1,
         parts=SimpleNamespace(
             scheduler=SimpleNamespace(max_total_num_tokens=90, page_size=1),
         ),
@@ -142,8 +143,8 @@ def test_a_request_that_waits_for_its_copy_counts_by_what_it_kept(saved, monkeyp
     ]
     assert restore.len_after_prefill(req) == RESIDENT_LEN + 1
     # From 31 generated tokens up to its capacity of 40; computed again, it would need its window of 8.
-    assert restore.growth_after_prefill(req, RESIDENT_LEN + 1) == 9
-    assert restore.growth_after_prefill(req, PROMPT_LEN + 81) == 8
+    assert restore.growth_after_prefill(req, RESIDENT_LEN + 1, is_restored=True) == 9
+    assert restore.growth_after_prefill(req, PROMPT_LEN + 81, is_restored=False) == 8
     monkeypatch.setattr(prefill_adder, "get_runtime", restore.get_runtime)
     assert prefill_adder.growth_of_waiting(req) == 9
 

@@ -184,6 +184,15 @@ def test_a_scheduler_looks_at_flags_and_model_again(model_config: Any, tmp_path:
     assert "latest 4096 tokens" in message_of(refuse_runtime, scheduler_with(server_args=args, model_config=other))
 
 
+def test_prompts_of_models_with_windows_are_compacted_in_blocks_alone(tmp_path: Path) -> None:
+    path = tiny_config_dir(tmp_path, transformers.GptOssConfig(**TINY, sliding_window=64), "GptOssForCausalLM")
+    flags: dict[str, Any] = {"kv_window": 64, "kv_budget": 512, "kv_prompt_budget": 200}
+    args = RKVServerArgs(model_path=path, kv_policy="rkv", disable_hybrid_swa_memory=True, **flags)
+    assert "leave --kv-prompt-budget out" in message_of(refuse_model, model_config_of(args), args)
+    args.kv_granularity = "request"
+    refuse_model(model_config_of(args), args)
+
+
 def test_windows_are_served_in_one_pool_by_what_keeps_as_many(tmp_path: Path) -> None:
     path = tiny_config_dir(tmp_path, transformers.GptOssConfig(**TINY, sliding_window=64), "GptOssForCausalLM")
     for granularity, kept in (("head", "rkv_budget"), ("request", "rkv_window")):
