@@ -7,9 +7,10 @@ import pytest
 
 from tests.e2e.workload import random_ids
 from tests.fuzz.campaign import run_and_check
-from tests.fuzz.check import ENDED_IN_THE_QUEUE, check, compare_oracle, expected_of
+from tests.fuzz.check import ENDED_IN_THE_QUEUE, check, compare_oracle
 from tests.fuzz.draw.schedules import BLOCK, schedule_of
 from tests.fuzz.draw.servers import server_of
+from tests.fuzz.expected import expected_of
 from tests.fuzz.pool_machine import STEPS, run_search, run_steps
 from tests.fuzz.runner import run_schedules
 from tests.fuzz.schedule import CALIBRATION_ROOM, Event, FuzzRequest, Schedule, ServerConfig, rid_of

@@ -42,8 +42,8 @@ ENTRIES = (
     Mutant(
         "what the tree does not hold of a prompt may be dropped",
         _RUNTIME,
-        "prompt_len=state.prompt_len,\n            resident_len=kv.kv_allocated_len,",
-        "prompt_len=kv.cache_protected_len,\n            resident_len=kv.kv_allocated_len,",
+        "prompt_len=state.held_prompt_len,\n            resident_len=req.kv.kv_allocated_len,",
+        "prompt_len=req.kv.cache_protected_len,\n            resident_len=req.kv.kv_allocated_len,",
         ("tests/e2e/test_memory.py", "-k", "more_than_the_pool_holds"),
     ),
     Mutant(

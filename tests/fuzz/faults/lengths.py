@@ -80,15 +80,15 @@ LENGTHS = (
     Mutant(
         "a head start comes with every compaction",
         "integration/runtime/requests.py",
-        "if not config.stagger or state.evicted_tokens > 0:",
+        "if not config.stagger or state.evicted_generated_tokens > 0:",
         "if not config.stagger:",
         ("tests/e2e/test_stagger.py", "-k", "full_pool or crowd"),
     ),
     Mutant(
         "admission reserves a token too little",
         "sizes/reservation.py",
-        "return min(max(tokens_left, 0), steps_until_due(",
-        "return -1 + min(max(tokens_left, 0), steps_until_due(",
+        "return min(tokens_left, steps_until_due(",
+        "return -1 + min(tokens_left, steps_until_due(",
         ("tests/sizes/test_reservation.py",),
     ),
 )

@@ -26,8 +26,8 @@ REQUESTS = (
     Mutant(
         "a recomputed request shares a finished twin's answer",
         "integration/hooks/restore.py",
-        "get_runtime().may_compact(req):\n        return min(",
-        "False:\n        return min(",
+        "get_runtime().may_compact(req):\n        # A copy",
+        "False:\n        # A copy",
         _TWINS,
     ),
     Mutant(

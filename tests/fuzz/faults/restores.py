@@ -55,7 +55,7 @@ RESTORES = (
     ),
     Mutant(
         "of latent vectors only the first layer's come back",
-        _RESTORE,
+        "integration/runtime/prompts/slots.py",
         "return (pool.kv_buffer, ()) if",
         "return (pool.kv_buffer[:1], ()) if",
         ("tests/e2e/test_latent_attention.py", "-k", "random_attention"),
