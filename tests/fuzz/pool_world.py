@@ -154,7 +154,7 @@ class World:
             page_size=self.page_size,
             req_to_token_pool=self.rows,
             token_to_kv_pool_allocator=self.allocator,
-            tp_size=1,
+            attn_tp_group=SimpleNamespace(world_size=1),
             tree_cache=self.tree,
         )
         self.runtime = Runtime(self.config)

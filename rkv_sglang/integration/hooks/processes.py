@@ -42,13 +42,15 @@ def start_scheduler(init: Callable[..., None], scheduler: Any, server_args: Any,
     """
     if policy_name(server_args) == NO_POLICY:
         return init(scheduler, server_args, *args, **kwargs)
-    if not has_settings(server_args):
-        # The plugin in a launcher gives every record that leaves it the settings.
+    # Here, so that a scheduler without a policy loads none of it.
+    from rkv_sglang.integration.startup.environment import CARRIED_ATTRIBUTE
+
+    if not (has_settings(server_args) or getattr(server_args, CARRIED_ATTRIBUTE, False)):
+        # The plugin in a launcher marks every record that leaves it, and gives all but a program's own the settings.
         raise RuntimeError(
             f"{ARGS_VARIABLE} is set, but the process that started this scheduler runs without the plugin: load "
             "SGLang's plugins there, and check that SGLANG_PLUGINS, if set, names rkv_sglang"
         )
-    # Here, so that a scheduler without a policy loads none of it.
     from sglang.srt.arg_groups.overrides import resolving_view
 
     from rkv_sglang.integration.hooking.releases import require_contract

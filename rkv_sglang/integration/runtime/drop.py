@@ -115,7 +115,7 @@ def _by_scores(
             window,
             query_bytes=scored.request_bytes,
             model=scored.attention,
-            sum_over_ranks=_sum_over_ranks(scheduler) if scheduler.tp_size > 1 else None,
+            sum_over_ranks=_sum_over_ranks(scheduler) if scheduler.attn_tp_group.world_size > 1 else None,
         )
         _record(jobs, choices)
     if due.stream is not None:
@@ -129,8 +129,8 @@ def _by_scores(
 
 
 def _sum_over_ranks(scheduler: Scheduler) -> Callable[[torch.Tensor], None]:
-    """Return what adds up, in place, a tensor of every tensor-parallel rank; the same on all of them afterwards."""
-    return lambda totals: torch.distributed.all_reduce(totals, group=scheduler.tp_group.device_group)
+    """Return what adds up, in place, a tensor of every rank that has heads of these requests; the same on all then."""
+    return lambda totals: torch.distributed.all_reduce(totals, group=scheduler.attn_tp_group.device_group)
 
 
 def _record(jobs: Sequence[Job[DropPlan]], choices: Sequence[BlockChoice]) -> None:

@@ -53,7 +53,7 @@ OWNERS = {
     "decode": f"{GRAPH_CONFIG}.PhaseConfig",
     "embedding": "sglang.srt.layers.rotary_embedding.base.RotaryEmbedding",
     "forward_batch": FORWARD_BATCH,
-    "tp_group": "sglang.srt.distributed.parallel_state.GroupCoordinator",
+    "attn_tp_group": "sglang.srt.distributed.parallel_state.GroupCoordinator",
     "forward_mode": FORWARD_MODE,
     "get_kvcache": KV_POOL,
     # The part of the arguments that SGLang publishes under this name.
