@@ -71,6 +71,9 @@ def _padded_to_prefills(args: ArgsView) -> Any:
 
 _NOT_ONE_POOL = "compaction moves entries inside one ordinary KV pool of this process, and this keeps them elsewhere"
 _OWN_CACHE = "it copies or tracks cached tokens by slot, and compaction changes what a slot holds"
+_ON_THE_HOST = (
+    "part of a prompt may be on the host alone, which neither admission nor a preempted request that comes back counts"
+)
 _SPLIT = "every rank must hold all tokens of its requests to choose which to keep"
 _OWN_STEPS = "it runs decode steps of its own, which neither record queries nor compact"
 _BACKEND_WHY = "this attention backend has not been shown right on a compacted cache"
@@ -172,8 +175,8 @@ REFUSED_SETTINGS: tuple[RefusedSetting, ...] = (
         why="the embedded Rust front end has not been shown right with it",
     ),
     # Where the cache lives.
-    RefusedSetting(setting="--enable-hierarchical-cache", found=_is_on("enable_hierarchical_cache"), why=_OWN_CACHE),
-    RefusedSetting(setting="--hicache-storage-backend", found=_is_given("hicache_storage_backend"), why=_OWN_CACHE),
+    RefusedSetting(setting="--enable-hierarchical-cache", found=_is_on("enable_hierarchical_cache"), why=_ON_THE_HOST),
+    RefusedSetting(setting="--hicache-storage-backend", found=_is_given("hicache_storage_backend"), why=_ON_THE_HOST),
     RefusedSetting(setting="--enable-lmcache", found=_is_on("enable_lmcache"), why=_OWN_CACHE),
     RefusedSetting(setting="--enable-flexkv", found=_is_on("enable_flexkv"), why=_OWN_CACHE),
     RefusedSetting(
