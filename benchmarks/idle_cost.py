@@ -29,7 +29,7 @@ from benchmarks.common.schema import Row, Value, hardware_folder, read_table, ru
 from benchmarks.common.settings import STOCK_ENVIRONMENT, Setting, policy_setting
 from benchmarks.common.tables import FIRST_TOKEN, IDLE_COST
 from devtools.launch import Server, ServerError, exit_on_sigterm, launched_server
-from devtools.tiny_models import VOCAB_SIZE, tiny_model_path
+from devtools.tiny_models import BENCHMARK_MODEL, VOCAB_SIZE, tiny_model_path
 from rkv_sglang.config import PolicyConfig
 
 SMOKE = {"rounds": 4, "batch_size": 2, "num_tokens": 16, "starts": 1}
@@ -66,7 +66,7 @@ def decode_step_time(server: Server, prompts: list[list[int]], num_tokens: int) 
 
 def measure_starts(starts: int, log_dir: Path) -> list[Row]:
     """Return one row per start of a server without a policy, with and without the package."""
-    model = str(tiny_model_path("llama-gqa"))
+    model = str(tiny_model_path(BENCHMARK_MODEL))
     rng = random.Random(0)
     rows: list[Row] = []
     for i in tqdm(range(starts), desc="starts", unit="round"):
@@ -95,7 +95,7 @@ def measure_starts(starts: int, log_dir: Path) -> list[Row]:
 
 def measure(rounds: int, batch_size: int, num_tokens: int, log_dir: Path) -> list[Row]:
     """Return one row per round and server."""
-    model = str(tiny_model_path("llama-gqa"))
+    model = str(tiny_model_path(BENCHMARK_MODEL))
     rng = random.Random(0)
     rows: list[Row] = []
     with contextlib.ExitStack() as stack:

@@ -27,7 +27,7 @@ from benchmarks.common.schema import Row, hardware_folder, read_table, run_info,
 from benchmarks.common.settings import as_file_name, parse_setting
 from benchmarks.common.tables import MEMORY
 from devtools.launch import Server, ServerError, exit_on_sigterm, launched_server
-from devtools.tiny_models import VOCAB_SIZE, tiny_model_path
+from devtools.tiny_models import BENCHMARK_MODEL, VOCAB_SIZE, tiny_model_path
 from rkv_sglang.config import NO_POLICY
 
 STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "2", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}
@@ -60,7 +60,7 @@ def _show_progress(done: threading.Event, label: str) -> None:
 
 def measure(options: argparse.Namespace, log_dir: Path) -> list[Row]:
     """Return one row per round and server."""
-    model = str(tiny_model_path("llama-gqa"))
+    model = str(tiny_model_path(BENCHMARK_MODEL))
     pool = ("--max-total-tokens", str(options.pool), "--decode-log-interval", "1", "--sleep-on-idle")
     environment = {"OMP_NUM_THREADS": "1", **({} if options.no_strict else STRICT)}
     rng = random.Random(0)

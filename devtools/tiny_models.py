@@ -51,7 +51,7 @@ _SHARED: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 128,
     "intermediate_size": 256,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "max_position_embeddings": 32768,
     # The usual 0.02 makes all logits alike at this size, and greedy output collapses into a loop of one token.
     "initializer_range": 0.2,
@@ -62,6 +62,8 @@ _SHARED: dict[str, Any] = {
     "eos_token_id": EOS_ID,
 }
 MLA_MODEL = "deepseek-v2"
+# The model of the benchmarks, as it was in all that they measured: the Llama of the tests with a layer more.
+BENCHMARK_MODEL = "llama-gqa-3"
 # Positions of three numbers, and images in prompts.
 IMAGE_MODEL = "qwen2.5-vl"
 IMAGE_TOKEN_ID = VOCAB_SIZE - 1
@@ -72,20 +74,18 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 _ROPE_OF_EACH = {**_ROPE, SLIDING: _ROPE, FULL: _ROPE}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _OLMO3: dict[str, Any] = {
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "sliding_window": SLIDING_WINDOW,
     "rope_parameters": _ROPE_OF_EACH,
 }
+_GQA: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 # name: (config class, model class, own settings, seed)
 _RECIPES: dict[str, tuple[type, type, dict[str, Any], int]] = {
-    "llama-gqa": (
-        LlamaConfig,
-        LlamaForCausalLM,
-        {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
-        0,
-    ),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}, 0),
+    "llama-gqa": (LlamaConfig, LlamaForCausalLM, _GQA, 0),
+    BENCHMARK_MODEL: (LlamaConfig, LlamaForCausalLM, _GQA | {"num_hidden_layers": 3}, 0),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, _GQA, 0),
     "llama-mqa": (
         LlamaConfig,
         LlamaForCausalLM,
@@ -134,6 +134,7 @@ _RECIPES: dict[str, tuple[type, type, dict[str, Any], int]] = {
         Gemma3TextConfig,
         Gemma3ForCausalLM,
         {
+            "num_hidden_layers": 3,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "head_dim": 32,
@@ -155,6 +156,7 @@ _RECIPES: dict[str, tuple[type, type, dict[str, Any], int]] = {
         MellumConfig,
         MellumForCausalLM,
         {
+            "num_hidden_layers": 3,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "head_dim": 32,
@@ -192,17 +194,7 @@ _RECIPES: dict[str, tuple[type, type, dict[str, Any], int]] = {
         },
         0,
     ),
-    "qwen3-moe": (
-        Qwen3MoeConfig,
-        Qwen3MoeForCausalLM,
-        {
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            **_EXPERTS,
-        },
-        0,
-    ),
+    "qwen3-moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, _GQA | _EXPERTS, 0),
     # A head_dim of 32, and logits a third of what that makes of them elsewhere.
     "granite-scaled": (
         GraniteConfig,
@@ -229,7 +221,7 @@ def small_model_path() -> Path:
 
 @cache
 def tiny_model_path(name: str) -> Path:
-    """Return the folder of a tiny random model, one of ``TINY_MODELS`` or ``MLA_MODEL``; made when it is not there yet.
+    """Return the folder of a tiny random model, such as one of ``TINY_MODELS``; made when it is not there yet.
 
     A folder is complete or absent, whatever other processes do at the same time: it is written under another name and
     renamed at the end; who comes second uses the folder of who came first.

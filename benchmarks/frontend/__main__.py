@@ -57,9 +57,11 @@ def main() -> int:
     parser.add_argument("--buffer", type=int, default=16, help="--kv-buffer, default %(default)s")
     options = parser.parse_args()
     if options.smoke:
-        from devtools.tiny_models import tiny_model_path
+        from devtools.tiny_models import BENCHMARK_MODEL, tiny_model_path
 
-        vars(options).update(SMOKE, model=str(tiny_model_path("llama-gqa")), out=options.out or Path(".cache/frontend"))
+        vars(options).update(
+            SMOKE, model=str(tiny_model_path(BENCHMARK_MODEL)), out=options.out or Path(".cache/frontend")
+        )
     exit_on_sigterm()
     programs = all_programs(options.budget, options.buffer)
     try:

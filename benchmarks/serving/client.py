@@ -62,7 +62,9 @@ async def _converse(
     session: aiohttp.ClientSession, conversation: Conversation, start_s: float, ignore_eos: bool, progress: tqdm | None
 ) -> list[RequestRecord]:
     """Return the records of a conversation; it ends with the first request that fails."""
-    await asyncio.sleep(max(0.0, start_s + conversation.arrival_s - time.perf_counter()))
+    # A loop's timer may end some microseconds early, and a request must not be sent before it arrived.
+    while (wait_s := start_s + conversation.arrival_s - time.perf_counter()) > 0:
+        await asyncio.sleep(wait_s)
     records: list[RequestRecord] = []
     prompt: list[int] = []
     answer: list[int] = []

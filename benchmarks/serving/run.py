@@ -90,9 +90,9 @@ def make_bench(options: argparse.Namespace) -> Bench:
 
     if options.model is None:
         # It imports every model class it can make, which a run with another model does not need.
-        from devtools.tiny_models import tiny_model_path
+        from devtools.tiny_models import BENCHMARK_MODEL, tiny_model_path
 
-        options.model = str(tiny_model_path("llama-gqa"))
+        options.model = str(tiny_model_path(BENCHMARK_MODEL))
     if Path(options.model).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     tokenizer = AutoTokenizer.from_pretrained(options.model)

@@ -34,7 +34,7 @@ from benchmarks.soak.load import WAYS, Load, ask_alone, make_cases
 from benchmarks.soak.report import IDLE, LOAD, leaked_tokens, plot, summary
 from benchmarks.soak.watch import memory_mib, metrics
 from devtools.launch import Server, ServerError, exit_on_sigterm, launched_server
-from devtools.tiny_models import tiny_model_path
+from devtools.tiny_models import BENCHMARK_MODEL, tiny_model_path
 
 SMOKE = {"minutes": 0.3, "clients": 6, "cases": 7, "interval": 2.0, "cycle": 6.0}
 IDLE_TIMEOUT_S = 60
@@ -122,7 +122,7 @@ def main() -> int:
     log_path = Path(".cache/logs/soak.log")
     try:
         with launched_server(
-            str(tiny_model_path("llama-gqa")), *flags, log_path=log_path, environment=STRICT
+            str(tiny_model_path(BENCHMARK_MODEL)), *flags, log_path=log_path, environment=STRICT
         ) as server:
             load = Load(server, cases, ask_alone(server, cases), options.seed)
             rows = soak(server, load, options)

@@ -1,7 +1,6 @@
 """Every way to start SGLang brings the policy, and none serves silently without it."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,8 @@ import torch
 from devtools.tiny_models import tiny_model_path
 from tests.docs.pages import fences, page
 from tests.e2e.workload import Setting, assert_same_tokens, greedy, oracle, six_prompts
-from tests.support.harness.environment import PROBE_DIR, PROJECT_ROOT, child_environment, device_flags
+from tests.integration.children import Child
+from tests.support.harness.environment import PROBE_DIR, PROJECT_ROOT, device_flags
 from tests.support.harness.scheduler import run_scheduler
 from tests.support.harness.server import Server
 from tests.support.once import served_once
@@ -58,7 +58,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     env = {"PYTHONPATH": f"{THIRD_PARTY_DIR}:{PROBE_DIR}:{PROJECT_ROOT}"}
     with (
         served_once(parameters, b'\xef\xbb\xbf{"stride": 3}'),
-        Server(["--model-path", str(MODEL), "--config", str(config)], command=command, env=env) as server,
+        Server(["--model-path", str(MODEL), "--config", str(config)], command=command, env=env, fresh=True) as server,
     ):
         yield server
 
@@ -72,10 +72,12 @@ def assert_every_third_stays(server: Server, prompt: tuple[int, ...], num_tokens
     answer = server.generate(list(prompt), {"max_new_tokens": num_tokens, "ignore_eos": True})
     server.assert_clean()
     budget, buffer = SETTING.budget, SETTING.buffer
-    expected = dense_generate(MODEL, prompt, num_tokens, budget=budget, buffer=buffer, score=every_third)
-    assert_same_tokens(answer["output_ids"], expected, "served")
+    found = answer["output_ids"]
+    sizes = {"budget": budget, "buffer": buffer}
+    expected = dense_generate(MODEL, prompt, num_tokens, **sizes, score=every_third, guessed_output_ids=found)
+    assert_same_tokens(found, expected, "served")
     # With another policy it would have answered otherwise.
-    assert answer["output_ids"] != oracle(MODEL, prompt, num_tokens, SETTING).output_ids
+    assert found != oracle(MODEL, prompt, num_tokens, SETTING).output_ids
 
 
 @pytest.mark.server
@@ -101,19 +103,11 @@ def test_engine_with_keyword_arguments_and_server_args_as_documented(tmp_path):
     }
     (documented,) = [code for code in fences(page("docs/configuration.md"), "python") if "load_plugins" in code]
     argument = json.dumps([str(MODEL), list(PROMPT), options, documented])
-    run = subprocess.run(
-        [sys.executable, str(script), argument],
-        env=child_environment(),
-        cwd=PROJECT_ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    result = next(line for line in run.stdout.splitlines() if line.startswith("RESULT"))
+    status, out, err = Child(tmp_path / "engine", [str(script), argument]).finish()
+    assert status == 0, err[-4000:]
+    result = next(line for line in out.splitlines() if line.startswith("RESULT"))
     output_ids, stats, settings = json.loads(result.removeprefix("RESULT"))
-    expected = oracle(MODEL, PROMPT, NUM_TOKENS, SETTING)
+    expected = oracle(MODEL, PROMPT, NUM_TOKENS, SETTING, output_ids)
     assert_same_tokens(output_ids, expected, "engine")
     assert stats["compactions"] == len(expected.compactions)
     assert settings == ["rkv", 1024]
@@ -144,4 +138,5 @@ def test_tensor_parallel_ranks_compact_alike():
     )
     result.assert_clean()
     for prompt, output in zip(prompts, result.outputs, strict=True):
-        assert_same_tokens(output.output_ids, oracle(MODEL, prompt, NUM_TOKENS, SETTING), "two ranks")
+        expected = oracle(MODEL, prompt, NUM_TOKENS, SETTING, output.output_ids)
+        assert_same_tokens(output.output_ids, expected, "two ranks")

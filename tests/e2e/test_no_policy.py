@@ -29,7 +29,7 @@ def census_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(census_folder: Path) -> Iterator[Server]:
     env = {"PYTHONPATH": f"{CENSUS_DIR}:{PROBE_DIR}:{PROJECT_ROOT}", "RKV_CENSUS_DIR": str(census_folder)}
-    with Server(["--model-path", str(MODEL), "--page-size", "16"], env=env) as server:
+    with Server(["--model-path", str(MODEL), "--page-size", "16"], env=env, fresh=True) as server:
         yield server
 
 

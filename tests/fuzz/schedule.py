@@ -27,7 +27,7 @@ CALIBRATION_ROOM = 100 + 40
 # A tiny model of both kinds of layers.
 SLIDING_MODEL = "olmo3"
 # Of the layers of an fp8 pool, the factors of keys and of values.
-FP8_SCALES = ((0.25, 0.02), (0.5, 0.01), (0.03, 0.125))
+FP8_SCALES = ((0.25, 0.02), (0.03, 0.125))
 
 
 @dataclass(frozen=True, kw_only=True)

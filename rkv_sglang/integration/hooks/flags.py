@@ -21,12 +21,13 @@ def carry_records() -> None:
         # Pickle asks for the very class, so each is named.
         copyreg.pickle(kind, _reduce_record)
         kinds += kind.__subclasses__()
-    RKVServerArgs.__reduce__ = _reduce_record
+    setattr(RKVServerArgs, "__reduce__", _reduce_record)  # noqa: B010  # mypy takes it for a method
 
 
 def _reduce_record(server_args: Any) -> tuple[Any, ...]:
-    _, (kind, fields, bookkeeping) = _stock_class().__reduce__(server_args)
-    return rebuild_record, (None if kind in (_stock_class(), RKVServerArgs) else kind, fields, bookkeeping)
+    stock_class = _stock_class()
+    _, (kind, fields, bookkeeping) = stock_class.__reduce__(server_args)
+    return rebuild_record, (None if kind in (stock_class, RKVServerArgs) else kind, fields, bookkeeping)
 
 
 def _stock_class() -> Any:

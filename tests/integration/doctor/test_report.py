@@ -53,7 +53,8 @@ def test_this_installation_is_ready(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_without_a_writable_home_the_last_line_names_it_and_nothing_traces_back(tmp_path: Path) -> None:
-    child = Child(tmp_path, ["-m", "rkv_sglang.cli", "doctor"], {"HOME": "/dev/null", **dict.fromkeys(_caches(), "")})
+    env = {"HOME": "/dev/null", **dict.fromkeys(_caches(), "")}
+    child = Child(tmp_path, ["-m", "rkv_sglang.cli", "doctor"], env, fresh=True)
     status, out, err = child.finish()
     assert (status, err) == (1, "")
     lines = out.splitlines()

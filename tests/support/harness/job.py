@@ -16,6 +16,7 @@ from typing import Any
 
 import zmq
 
+from tests.support.harness import forked_python
 from tests.support.harness.environment import end_with_parent
 from tests.support.harness.messages import empty_output, generate_message, take
 from tests.support.harness.processes import input_of, launcher_process, num_dp_ranks_of, scheduler_process
@@ -37,6 +38,9 @@ def main(connection: Connection) -> None:
     try:
         job = connection.recv()
         connection.send(os.getpid())
+        if "argv" in job:
+            forked_python.run(job, connection)
+            os._exit(0)
         _enter(job)
         # A job may be a function, which runs here, or a scheduler that is started and spoken to.
         answer = pkgutil.resolve_name(job["call"])(job) if "call" in job else _Run(job, connection).answer()

@@ -14,9 +14,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Client
+from multiprocessing.connection import Client, Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 
@@ -205,6 +205,9 @@ class _Zygote:
     """The helper process with SGLang imported. It ends when this process does: it watches its standard input."""
 
     _instance: "_Zygote | None" = None
+    _imports = "sglang"
+    # SGLang compiles the repetition penalty at its first use, which takes longer than most runs.
+    _env: ClassVar[dict[str, str]] = {"TORCHDYNAMO_DISABLE": "1"}
 
     def __init__(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="rkv-zygote-")
@@ -212,13 +215,12 @@ class _Zygote:
         self._log_path = Path(self._folder, "log")
         with self._log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.harness.zygote", self._address],
+                [sys.executable, "-m", "tests.support.harness.zygote", self._address, self._imports],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=PROJECT_ROOT,
-                # SGLang compiles the repetition penalty at its first use, which takes longer than most runs.
-                env=child_environment(env={"TORCHDYNAMO_DISABLE": "1"}),
+                env=child_environment(env=self._env),
                 # Ctrl-C reaches the test process, which then ends this one in order.
                 start_new_session=True,
             )
@@ -236,10 +238,15 @@ class _Zygote:
             cls._instance = cls()
         return cls._instance
 
+    def start(self, job: dict[str, Any]) -> tuple[int, Connection]:
+        """Fork a process for a job; return its id, and where its answer will come from."""
+        connection = Client(self._address, family="AF_UNIX")
+        connection.send(job)
+        return connection.recv(), connection
+
     def run(self, job: dict[str, Any], timeout: float) -> dict[str, Any]:
-        with Client(self._address, family="AF_UNIX") as connection:
-            connection.send(job)
-            job_pid = connection.recv()
+        job_pid, connection = self.start(job)
+        with connection:
             try:
                 # The job ends itself at its timeout; this is for one that cannot.
                 if not connection.poll(timeout + 30):
@@ -258,6 +265,14 @@ class _Zygote:
         except subprocess.TimeoutExpired:
             _end_tree(self._process.pid)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class LibraryZygote(_Zygote):
+    """Another one, which has imported what SGLang imports of others, and nothing of SGLang."""
+
+    _instance = None
+    _imports = "libraries"
+    _env: ClassVar[dict[str, str]] = {}
 
 
 def _end_tree(pid: int) -> None:

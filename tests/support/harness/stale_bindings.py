@@ -23,6 +23,8 @@ class StaleBindings:
         self._holders: dict[int, list[ModuleType]] = defaultdict(list)
         self._known: dict[int, object] = {}
         self._modules = {id(module): module for module in _modules()}
+        self._loaded: list[object] = []
+        self._new: list[ModuleType] = []
         for module in self._modules.values():
             for value in list(vars(module).values()):
                 if isinstance(value, _HOOKABLE):
@@ -40,8 +42,7 @@ class StaleBindings:
     def propagate(self, original: object, wrapped: object, source_module: object) -> int:
         """Do what SGLang's function of the same arguments does; return the number of bindings replaced."""
         if id(original) in self._known:
-            new = [module for module in _modules() if id(module) not in self._modules]
-            modules = [*self._holders.get(id(original), ()), *new]
+            modules = [*self._holders.get(id(original), ()), *self._new_modules()]
         else:
             modules = _modules()
         num_replaced = 0
@@ -51,6 +52,14 @@ class StaleBindings:
                     setattr(module, name, wrapped)
                     num_replaced += 1
         return num_replaced
+
+    def _new_modules(self) -> list[ModuleType]:
+        loaded = list(sys.modules.values())
+        # Most hooks are applied one after the other, and equal lists of the same objects are compared in no time.
+        if loaded != self._loaded:
+            self._loaded = loaded
+            self._new = [module for module in _modules() if id(module) not in self._modules]
+        return self._new
 
 
 def _modules() -> list[ModuleType]:

@@ -1,5 +1,6 @@
-"""The process that imports SGLang once and forks a job for every run. Started by ``scheduler.py``; one argument, the
-address of its socket. It must stay single-threaded and must not run any torch operation, or forks would hang."""
+"""The process that imports SGLang once and forks a job for every run. Started by ``scheduler.py``; two arguments, the
+address of its socket, and whether it imports ``sglang`` or the ``libraries`` that SGLang imports. It must stay
+single-threaded and must not run any torch operation, or forks would hang."""
 
 import gc
 import importlib
@@ -8,6 +9,8 @@ import select
 import signal
 import sys
 from multiprocessing.connection import Listener
+
+import setproctitle
 
 # What a scheduler of a small Llama or Qwen3 imports on the way to its first token, beyond its own module.
 _PRELOAD = (
@@ -29,17 +32,38 @@ _PRELOAD = (
     "sglang.srt.parser.template_detection",
 )
 
+# Of others, what SGLang imports that takes long, with what that imports. Not the client of Prometheus: it looks for its
+# variable when it is imported.
+_LIBRARIES = (
+    "numpy",
+    "torch",
+    "torch._dynamo.repro.after_dynamo",
+    "torch._inductor.compile_fx",
+    "transformers.activations",
+    "transformers.modeling_gguf_pytorch_utils",
+    "transformers.modeling_layers",
+    "aiohttp.web",
+    "compressed_tensors.config",
+    "fastapi",
+    "gguf",
+    "IPython.display",
+    "openai.types.responses",
+    "uvicorn",
+    "xgrammar",
+)
 
-def main(address: str) -> None:
-    for name in _PRELOAD:
-        importlib.import_module(name)
-    from sglang.srt.models.registry import ModelRegistry
 
-    assert ModelRegistry.models
+def main(address: str, imports: str) -> None:
+    if imports == "libraries":
+        for name in _LIBRARIES:
+            importlib.import_module(name)
+    else:
+        _import_sglang()
     import tests.support.harness.job as job
-    from tests.support.harness import stale_bindings
 
-    stale_bindings.install()
+    assert imports == "sglang" or not {"sglang", "prometheus_client"} & set(sys.modules)
+    # It finds the place of a process's title as long as the environment is that of the start.
+    setproctitle.getproctitle()
     # What is there now stays: no collection in a fork looks at it, nor copies the memory that it lies in.
     gc.collect()
     gc.freeze()
@@ -62,5 +86,16 @@ def main(address: str) -> None:
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
+def _import_sglang() -> None:
+    for name in _PRELOAD:
+        importlib.import_module(name)
+    from sglang.srt.models.registry import ModelRegistry
+
+    assert ModelRegistry.models
+    from tests.support.harness import stale_bindings
+
+    stale_bindings.install()
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
