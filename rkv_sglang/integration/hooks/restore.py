@@ -138,7 +138,9 @@ RESTORE_HOOKS: tuple[Hook, ...] = (
         why="A preempted request loses its compacted KV, and what is longer than the pool cannot be computed again.",
         upstream="Retraction asks the KV policy whether to keep a host copy.",
         uses=(
-            *names(SCHEDULER, "max_total_num_tokens req_to_token_pool token_to_kv_pool_allocator tp_cpu_group tp_size"),
+            *names(SCHEDULER, "max_total_num_tokens req_to_token_pool token_to_kv_pool_allocator"),
+            *names(SCHEDULER, "attn_tp_cpu_group attn_tp_group"),
+            "sglang.srt.distributed.parallel_state.GroupCoordinator.world_size",
             *names(REQ, "finished input_embeds kv origin_input_ids output_ids rid"),
             *names(REQ_KV, "kv_allocated_len req_pool_idx"),
             f"{ALLOCATOR}.get_kvcache",

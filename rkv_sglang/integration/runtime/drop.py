@@ -129,10 +129,13 @@ def _by_scores(
 
 
 def sum_over_ranks(scheduler: Scheduler) -> Callable[[torch.Tensor], None] | None:
-    """Return what adds up, in place, a tensor of every rank, the same on all of them afterwards; None for one rank."""
-    if scheduler.tp_size == 1:
+    """Return what adds up, in place, a tensor of every rank that has heads of these requests, the same on all of them.
+
+    None for one rank.
+    """
+    if scheduler.attn_tp_group.world_size == 1:
         return None
-    return lambda totals: torch.distributed.all_reduce(totals, group=scheduler.tp_group.device_group)
+    return lambda totals: torch.distributed.all_reduce(totals, group=scheduler.attn_tp_group.device_group)
 
 
 def _record(jobs: Sequence[Job[DropPlan]], choices: Sequence[BlockChoice]) -> None:

@@ -109,10 +109,10 @@ def _save(runtime: Runtime, req: Any, saved_len: int) -> HostCopy | None:
         if stream is not None and slots.is_cuda:
             slots.record_stream(stream)
         copy = save_slots(*sides_of(pool), slots)
-    if scheduler.tp_size > 1:
-        # Ranks must agree on which requests go on.
+    if scheduler.attn_tp_group.world_size > 1:
+        # Ranks that have heads of this request must agree on whether it goes on; others know nothing of it.
         is_saved = torch.tensor(int(copy is not None))
-        torch.distributed.all_reduce(is_saved, torch.distributed.ReduceOp.MIN, group=scheduler.tp_cpu_group)
+        torch.distributed.all_reduce(is_saved, torch.distributed.ReduceOp.MIN, group=scheduler.attn_tp_cpu_group)
         copy = copy if is_saved.item() else None
     if copy is None:
         logger.warning("No memory is left for a copy of the %d cached tokens of request %s.", saved_len, req.rid)

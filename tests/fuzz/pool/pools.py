@@ -93,7 +93,7 @@ class Pools:
             page_size=page_size,
             req_to_token_pool=self.rows,
             token_to_kv_pool_allocator=self.allocator,
-            tp_size=1,
+            attn_tp_group=SimpleNamespace(world_size=1),
             tree_cache=self.tree,
         )
         self.runtime = Runtime(config)

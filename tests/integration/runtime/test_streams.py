@@ -56,7 +56,7 @@ def a_step(streams: Streams, config: PolicyConfig) -> tuple[Runtime, Any, Any]:
         forward_stream=streams.forward_stream,
         forward_stream_ctx=streams.forward_stream_ctx,
         schedule_stream=streams.schedule_stream,
-        tp_size=1,
+        attn_tp_group=SimpleNamespace(world_size=1),
         tree_cache=SimpleNamespace(free_kv_row=lambda kv, ranges: None),
         max_total_num_tokens=1000,
         token_to_kv_pool_allocator=SimpleNamespace(
