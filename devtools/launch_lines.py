@@ -68,7 +68,7 @@ LINES = (
     Line("GLM-4.6V", "--tp-size 4 --mm-enable-dp-encoder"),
     Line("GLM-4.6V-Flash", "--tp-size 1"),
     Line("gpt-oss", "--tp-size 2 --reasoning-parser gpt-oss"),
-    Line("gpt-oss", "--tp-size 2 --disable-hybrid-swa-memory"),
+    Line("Mellum", "--tp-size 1"),
     Line("Llama-4-Scout", "--tp-size 8 --context-length 65536"),
     Line("Gemma-4", "--tp-size 2"),
     Line("Step-3.5-Flash", "--tp-size 4"),

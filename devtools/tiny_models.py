@@ -27,6 +27,8 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MellumConfig,
+    MellumForCausalLM,
     Olmo3Config,
     Olmo3ForCausalLM,
     PreTrainedTokenizerFast,
@@ -70,6 +72,14 @@ SLIDING_WINDOW = 24
 SLIDING, FULL = "sliding_attention", "full_attention"
 # Transformers reads those of each kind of layer, SGLang that of all.
 _ROPE_OF_EACH = {**_ROPE, SLIDING: _ROPE, FULL: _ROPE}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_OLMO3: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "sliding_window": SLIDING_WINDOW,
+    "rope_parameters": _ROPE_OF_EACH,
+}
 _GQA: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 # name: (config class, model class, own settings, seed)
 _RECIPES: dict[str, tuple[type, type, dict[str, Any], int]] = {
@@ -118,32 +128,8 @@ _RECIPES: dict[str, tuple[type, type, dict[str, Any], int]] = {
         },
         0,
     ),
-    "olmo3": (
-        Olmo3Config,
-        Olmo3ForCausalLM,
-        {
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "sliding_window": SLIDING_WINDOW,
-            "layer_types": [SLIDING, FULL, SLIDING],
-            "rope_parameters": _ROPE_OF_EACH,
-        },
-        0,
-    ),
-    "olmo3-sliding": (
-        Olmo3Config,
-        Olmo3ForCausalLM,
-        {
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "sliding_window": SLIDING_WINDOW,
-            "layer_types": [SLIDING] * 3,
-            "rope_parameters": _ROPE_OF_EACH,
-        },
-        0,
-    ),
+    "olmo3": (Olmo3Config, Olmo3ForCausalLM, _OLMO3 | {"layer_types": [SLIDING, FULL, SLIDING]}, 0),
+    "olmo3-sliding": (Olmo3Config, Olmo3ForCausalLM, _OLMO3 | {"layer_types": [SLIDING] * 3}, 0),
     "gemma3": (
         Gemma3TextConfig,
         Gemma3ForCausalLM,
@@ -162,6 +148,23 @@ _RECIPES: dict[str, tuple[type, type, dict[str, Any], int]] = {
                 SLIDING: _ROPE,
                 FULL: {"rope_type": "default", "rope_theta": 1000000.0},
             },
+        },
+        0,
+    ),
+    # One for which SGLang makes a second pool by itself.
+    "mellum": (
+        MellumConfig,
+        MellumForCausalLM,
+        {
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            **_EXPERTS,
+            "sliding_window": SLIDING_WINDOW,
+            "layer_types": [SLIDING, FULL, SLIDING],
+            "mlp_layer_types": ["sparse", "dense", "sparse"],
+            "rope_parameters": {SLIDING: _ROPE, FULL: {"rope_type": "default", "rope_theta": 500000.0}},
         },
         0,
     ),
@@ -191,19 +194,7 @@ _RECIPES: dict[str, tuple[type, type, dict[str, Any], int]] = {
         },
         0,
     ),
-    "qwen3-moe": (
-        Qwen3MoeConfig,
-        Qwen3MoeForCausalLM,
-        {
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 64,
-        },
-        0,
-    ),
+    "qwen3-moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, _GQA | _EXPERTS, 0),
     # A head_dim of 32, and logits a third of what that makes of them elsewhere.
     "granite-scaled": (
         GraniteConfig,

@@ -14,6 +14,8 @@ POLICY_FIELD = "kv_policy"
 PARAMETERS_FIELD = "kv_policy_config"
 # Holds the policy's flags for programs that make the record of server arguments themselves and cannot pass them on.
 ARGS_VARIABLE = "RKV_SGLANG_ARGS"
+# First tokens of a prompt that stay when it is compacted, attention sinks (arXiv 2309.17453).
+NUM_FIRST_KEPT = 4
 # Lengths are kept in 32 bits on the device.
 MOST_TOKENS = 2**31 - 1
 
@@ -36,6 +38,8 @@ class PolicyConfig:
         similarity_threshold: Cosine above which two keys count as near-duplicates, in [-1, 1].
         parameters: Further parameters of the policy by name; where the policy is made they are checked, and come before
             the settings above.
+        prompt_budget: Prompt tokens kept per layer and KV head of a longer prompt, once ``window`` generated tokens are
+            held; 0 keeps every prompt whole.
         stagger: Whether a request's first compaction comes early, by a number of tokens of its own.
         trace: Whether requests may ask that their compactions be recorded, which makes the scheduler wait for the
             device at each.
@@ -54,6 +58,7 @@ class PolicyConfig:
     kernel_size: int = 7
     similarity_threshold: float = 0.5
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    prompt_budget: int = 0
     stagger: bool = False
     trace: bool = False
 
@@ -65,6 +70,11 @@ class PolicyConfig:
     def capacity(self) -> int:
         """Most generated tokens a request holds: at this many it is compacted before its next decode step."""
         return self.budget + self.buffer
+
+    @property
+    def least_prompt_budget(self) -> int:
+        """Smallest prompt budget but 0: the first tokens, the last of a window, and one or a block to choose."""
+        return _least_prompt_budget(self.window, self.block)
 
     @property
     def least_budget(self) -> int:
@@ -94,6 +104,7 @@ def value_problems(settings: Any) -> Iterator[str]:
         ("--kv-buffer", settings.buffer, 1),
         ("--kv-budget", settings.budget, 2),
         ("--rkv-kernel-size", settings.kernel_size, 1),
+        ("--kv-prompt-budget", settings.prompt_budget, 0),
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             bad_counts.add(flag)
@@ -111,6 +122,15 @@ def value_problems(settings: Any) -> Iterator[str]:
             f"--kv-budget {settings.budget} leaves no whole block of {settings.block} tokens to choose beside "
             f"--kv-window {settings.window}: set --kv-budget {settings.window + settings.block - 1} or more"
         )
+    if not bad_counts & {"--kv-window", "--kv-prompt-budget"} and settings.prompt_budget > 0:
+        least = _least_prompt_budget(settings.window, settings.block)
+        if settings.prompt_budget < least:
+            yield (
+                f"--kv-prompt-budget {settings.prompt_budget} leaves nothing to choose: the first {NUM_FIRST_KEPT} and "
+                f"the last {settings.window} tokens of a prompt (--kv-window) always stay"
+                f"{f', and blocks of {settings.block} go whole' if settings.block > 1 else ''}; set --kv-prompt-budget "
+                f"{least} or more, or 0 to keep prompts whole"
+            )
     if "--kv-buffer" not in bad_counts and settings.buffer % settings.block != 0:
         more = settings.buffer + settings.block - settings.buffer % settings.block
         yield (
@@ -130,6 +150,11 @@ def value_problems(settings: Any) -> Iterator[str]:
         # Not so of NaN either.
         if not is_number or not low <= number <= 1.0:
             yield f"{flag} {_shown(number)} is not a number in [{low:g}, 1]: set {flag} between {low:g} and 1"
+
+
+def _least_prompt_budget(window: int, block: int) -> int:
+    # The first block holds the first tokens; before the window there may be less than a block that cannot go.
+    return window + (NUM_FIRST_KEPT + 1 if block == 1 else 2 * block)
 
 
 def _shown(value: Any) -> str:

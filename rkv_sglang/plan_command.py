@@ -34,6 +34,9 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--budget", type=int, nargs="+", default=[512, 1024, 2048], help="budgets, in tokens")
     group.add_argument("--buffer", type=int, default=PolicyConfig.buffer, help="buffer, in tokens")
     group.add_argument("--window", type=int, default=PolicyConfig.window, help="window, in tokens")
+    group.add_argument(
+        "--prompt-budget", type=int, default=0, help="as the server's --kv-prompt-budget, 0 to keep prompts whole"
+    )
     group.add_argument("--prompt-len", type=int, default=512, help="tokens of a prompt")
     group.add_argument("--output-len", type=int, default=16384, help="tokens that a request generates")
     group.add_argument("--page-size", type=int, default=1, help="as the server's")
@@ -129,13 +132,14 @@ def print_plan(options: argparse.Namespace, out: TextIO | None = None) -> int:
                 budget=budget,
                 buffer=options.buffer,
                 window=options.window,
+                prompt_budget=options.prompt_budget,
                 block=block_of_pages(options.page_size) if options.granularity == REQUEST else 1,
             )
             for budget in options.budget
         ]
     except ValueError as error:
         # The settings name a server's flags.
-        print(re.sub(r"--kv-(budget|buffer|granularity|window)\b", r"--\1", str(error)), file=sys.stderr)
+        print(re.sub(r"--kv-(budget|buffer|granularity|prompt-budget|window)\b", r"--\1", str(error)), file=sys.stderr)
         return 1
     print(
         f"{shape.kv_bytes / 1024:.0f} KiB of KV per token and rank; requests of {options.prompt_len} prompt tokens and "

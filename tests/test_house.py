@@ -12,6 +12,8 @@ from tests.test_layering import imported_modules
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, TOOLS, BENCHMARKS, TESTS = "rkv_sglang", "devtools", "benchmarks", "tests"
+# A tool among the tests.
+SEARCH = "tests/fuzz"
 # Which of them each may import, itself included; the package's own layers are another test's.
 MAY_IMPORT = {
     PACKAGE: {PACKAGE},
@@ -84,7 +86,7 @@ def test_the_checks_find_what_is_forbidden():
     ]
 
 
-@pytest.mark.parametrize("room", [BENCHMARKS, TOOLS])
+@pytest.mark.parametrize("room", [BENCHMARKS, TOOLS, SEARCH])
 def test_no_folder_is_crowded(room: str):
     folders: dict[str, int] = {}
     for path in (ROOT / room).rglob("*.py"):
@@ -92,8 +94,9 @@ def test_no_folder_is_crowded(room: str):
     assert {folder: count for folder, count in folders.items() if count > MOST_MODULES} == {}
 
 
-def test_modules_of_the_tools_are_small():
-    sizes = {module: len(source.splitlines()) for module, source in sources(TOOLS).items()}
+@pytest.mark.parametrize("room", [TOOLS, SEARCH])
+def test_modules_of_tools_are_small(room: str):
+    sizes = {module: len(source.splitlines()) for module, source in sources(room).items()}
     assert {module: size for module, size in sizes.items() if size > MOST_LINES} == {}
 
 
@@ -113,6 +116,16 @@ def test_names_that_benchmarks_share_are_said_once():
         # The serving benchmark knows two settings more.
         "parse_setting": ["benchmarks.common.settings", "benchmarks.serving.servers"],
     }
+
+
+def test_servers_are_spoken_to_in_one_place_that_needs_no_proxy_for_this_machine():
+    own, clients = "rkv_sglang.view.http", {"urllib.request", "http.client", "requests", "httpx", "urllib3"}
+    for room in (TOOLS, PACKAGE, BENCHMARKS):
+        for module, source in sources(room).items():
+            imported = {target for _, target in imported_modules(module, source)}
+            assert (module == own) == bool(imported & clients), module
+            # An aiohttp session looks at no proxy unless it is told to.
+            assert "trust_env" not in source, module
 
 
 def test_nothing_else_names_another_version_of_sglang():

@@ -2,8 +2,13 @@
 
 import itertools
 import re
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.common.schema import Row
 
 _LINE = re.compile(
     r"Decode batch.*?#running-req: (?P<running>\d+),.*?(?P<backend>\w+) graph: (?P<graph>True|False),"
@@ -55,3 +60,18 @@ def steady(steps: Sequence[Step], batch_size: int) -> Iterator[Step]:
     for before, step in itertools.pairwise(steps):
         if before.running == step.running == batch_size:
             yield step
+
+
+def figures_of(steps: Sequence[Step], batch_size: int) -> Row:
+    """Return the figures of ``serve_check`` of the steps of full batches; NaN where there is no such step."""
+    full = list(steady(steps, batch_size))
+    # Where forward passes overlap with scheduling, the line after the one that tells of a compaction has waited for it.
+    compacting = [max(step.time_ms, after.time_ms) for step, after in itertools.pairwise(full) if step.compacted]
+    row: Row = {"steps": len(full), "graph_steps": sum(step.graph for step in full)}
+    for name, times in (("step", [step.time_ms for step in full]), ("compacting", compacting)):
+        for quantile in (50, 99):
+            value = float(np.percentile(times, quantile)) if times else float("nan")
+            row[f"{name}_p{quantile}_ms"] = round(value, 4)
+    row["compacting_steps"] = len(compacting)
+    row["step_mean_ms"] = round(statistics.fmean(step.time_ms for step in full), 4) if full else float("nan")
+    return row

@@ -1,13 +1,14 @@
 """On a real server: are all decode steps replayed CUDA graphs, are tokens the same under all schedules, and step times.
 
     python -m benchmarks.gpu.serve_check [--out FOLDER] [--batches 1 64] [--prompt-len 512] [--num-tokens 1300]
-        [--budget 1024] [--buffer 128] [--model PATH] [--flags "--attention-backend flashinfer"] [--smoke]
+        [--setting rkv:1024:128] [--model PATH] [--flags "--attention-backend flashinfer"] [--smoke]
 
 Without ``--model`` it serves the shape of Llama-3.1-8B with made-up weights (``weights/``). Servers run one after the
-other with the same flags. Three have rkv: as it is, with SGLang's coarse write-after-read barrier, and without overlap
-scheduling; each gets the same requests at once, with many compactions of small budgets, and all must give the same
-tokens: where they differ, compaction and a forward pass raced for the index map. One without a policy must give others.
-The first and that one then get every batch size. Step times are SGLang's own, from its decode log.
+other with the same flags. Three have the policy (``--setting rkv:1024:128:granularity=request``: in blocks that leave
+the map alone): as it is, with SGLang's coarse write-after-read barrier, and without overlap scheduling; each gets the
+same requests at once, with many compactions of small budgets, and all must give the same tokens: where they differ,
+compaction and a forward pass raced for the index map. One without a policy must give others. The first and that one
+then get every batch size. Step times are SGLang's own, from its decode log.
 
 Ends with status 1 if tokens differ, if a step was not a replayed graph (on a GPU), or if an answer is not as long or
 not as often compacted as it must be. Writes ``races.csv`` and ``serve_check.csv`` after every row, their ``.json``,
@@ -15,46 +16,43 @@ not as often compacted as it must be. Writes ``races.csv`` and ``serve_check.csv
 """
 
 import argparse
-import itertools
 import random
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from benchmarks.common.arguments import benchmark_parser
 from benchmarks.common.drawing import load_pyplot
 from benchmarks.common.schema import Row, Table, hardware_folder, read_table, run_info, write_table
+from benchmarks.common.settings import Setting, no_policy, parse_setting
 from benchmarks.common.statistics import compactions_before
 from benchmarks.common.tables import RACES, SERVE_CHECK
-from benchmarks.gpu.decode_log import Step, read_steps, steady
+from benchmarks.gpu.decode_log import figures_of, read_steps
 from benchmarks.gpu.llama_shape import VOCAB_SIZE, served_model
 from devtools.launch import Server, ServerError, exit_on_sigterm, has_gpu, launched_server
+from rkv_sglang.config import NO_POLICY, REQUEST
+from rkv_sglang.sizes.compaction_plan import LEAST_BLOCK
 
-NONE = "none"
-# How servers with rkv are started: further flags, and variables of their environment.
+# How servers with the policy are started: further flags, and variables of their environment.
 SCHEDULES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
-    "rkv": ((), {}),
-    "rkv, coarse barrier": ((), {"SGLANG_FORCE_COARSE_WAR_BARRIER": "1"}),
-    "rkv, no overlap": (("--disable-overlap-schedule",), {}),
+    "": ((), {}),
+    ", coarse barrier": ((), {"SGLANG_FORCE_COARSE_WAR_BARRIER": "1"}),
+    ", no overlap": (("--disable-overlap-schedule",), {}),
 }
 # Tiny model and sizes, with or without a GPU.
 SMOKE: dict[str, Any] = {
     "batches": [1, 4],
     "prompt_len": 16,
     "num_tokens": 150,
-    "budget": 32,
-    "buffer": 16,
     "race_requests": 6,
     "race_tokens": 120,
 }
-# Of the racing requests.
+SETTING, SMOKE_SETTING = "rkv:1024:128", "rkv:32:16"
+# Of the racing requests; with blocks, buffers are whole ones.
 RACE_BUDGETS, RACE_BUFFERS = (24, 120), (9, 48)
 # The first batch builds what is built lazily, and fills no graph that a later one needs.
 WARM_UP_TOKENS = 16
@@ -85,7 +83,7 @@ class Results:
 
 def race(
     server: Server,
-    setting: str,
+    setting: Setting,
     results: Results,
     expected: list[list[int]] | None,
     num_runs: int,
@@ -97,7 +95,7 @@ def race(
         [rng.randrange(3, options.vocab_size) for _ in range(rng.randint(1, options.prompt_len))]
         for _ in range(options.race_requests)
     ]
-    asked = [{"kv_budget": rng.randint(*RACE_BUDGETS), "kv_buffer": rng.randint(*RACE_BUFFERS)} for _ in prompts]
+    asked = [race_sizes(rng, options.policy) for _ in prompts]
     for run in range(num_runs):
         server.flush_cache()
         answers = server.generate(prompts, options.race_tokens, custom_params=asked)
@@ -111,7 +109,7 @@ def race(
         compactions = [int(answer["meta_info"].get("kv_compactions", 0)) for answer in answers]
         due = [compactions_before(options.race_tokens - 1, own["kv_budget"], own["kv_buffer"]) for own in asked]
         row: Row = {
-            "setting": setting,
+            "setting": setting.name,
             "run": run,
             "requests": len(prompts),
             "num_tokens": options.race_tokens,
@@ -119,18 +117,36 @@ def race(
             "equal_answers": len(prompts) - len(unequal),
             "first_difference": min(unequal, default=-1),
         }
-        wrong = [f"{setting}, run {run}: {len(unequal)} answers differ, first at {min(unequal)}"] if unequal else []
-        if setting == NONE:
+        wrong = (
+            [f"{setting.name}, run {run}: {len(unequal)} answers differ, first at {min(unequal)}"] if unequal else []
+        )
+        if setting.config is None:
+            due = [0] * len(prompts)
+            where = f"{setting.name}, run {run}"
+        wrong = [f"{where}: {len(unequal)} answers differ, first at {min(unequal)}"] if unequal else []
+        if setting.config is None:
             due = [0] * len(prompts)
             wrong = [] if unequal else ["without compaction all answers are the same: equal answers show nothing"]
         if compactions != due:
-            wrong.append(f"{setting}, run {run}: {sum(compactions)} compactions instead of {sum(due)}")
+            wrong.append(f"{where}: {sum(compactions)} compactions instead of {sum(due)}")
         results.add(RACES, row, wrong)
     assert expected is not None
     return expected
 
 
-def measure(server: Server, setting: str, batch_size: int, options: argparse.Namespace) -> tuple[Row, list[str]]:
+def race_sizes(rng: random.Random, policy: Setting) -> dict[str, int]:
+    """Draw the budget and buffer of a racing request."""
+    config = policy.config
+    assert config is not None
+    block = LEAST_BLOCK if config.granularity == REQUEST else 1
+    least, most = RACE_BUDGETS
+    # The window and one more to choose from, at the least.
+    least = max(least, config.window + block)
+    budget, buffer = rng.randint(least, max(least, most)), rng.randint(*RACE_BUFFERS)
+    return {"kv_budget": budget, "kv_buffer": -(-buffer // block) * block}
+
+
+def measure(server: Server, setting: Setting, batch_size: int, options: argparse.Namespace) -> tuple[Row, list[str]]:
     """Return the row of one batch size, and what is wrong with it."""
     rng = random.Random(batch_size)
     prompts = [[rng.randrange(3, options.vocab_size) for _ in range(options.prompt_len)] for _ in range(batch_size)]
@@ -142,30 +158,16 @@ def measure(server: Server, setting: str, batch_size: int, options: argparse.Nam
     # The last lines may be a moment behind the answer.
     time.sleep(1)
     steps = read_steps(server.log_since(offset))
-    row = {"setting": setting, "batch_size": batch_size, **_sizes(options), "seconds": round(seconds, 3)}
-    row |= summary(steps, batch_size)
+    row = {"setting": setting.name, "batch_size": batch_size, **_sizes(options), "seconds": round(seconds, 3)}
+    row |= figures_of(steps, batch_size)
     row["tokens_per_s"] = round(batch_size * options.num_tokens / seconds, 1)
     row["compactions"] = sum(int(answer["meta_info"].get("kv_compactions", 0)) for answer in answers)
     return row, wrong_with(row, answers, options)
 
 
 def _sizes(options: argparse.Namespace) -> Row:
-    return {name: getattr(options, name) for name in ("prompt_len", "num_tokens", "budget", "buffer")}
-
-
-def summary(steps: Sequence[Step], batch_size: int) -> Row:
-    """Return the figures of the steps of full batches; NaN where there is no such step."""
-    full = list(steady(steps, batch_size))
-    # Where forward passes overlap with scheduling, the line after the one that tells of a compaction has waited for it.
-    compacting = [max(step.time_ms, after.time_ms) for step, after in itertools.pairwise(full) if step.compacted]
-    row: Row = {"steps": len(full), "graph_steps": sum(step.graph for step in full)}
-    for name, times in (("step", [step.time_ms for step in full]), ("compacting", compacting)):
-        for quantile in (50, 99):
-            value = float(np.percentile(times, quantile)) if times else float("nan")
-            row[f"{name}_p{quantile}_ms"] = round(value, 4)
-    row["compacting_steps"] = len(compacting)
-    row["step_mean_ms"] = round(statistics.fmean(step.time_ms for step in full), 4) if full else float("nan")
-    return row
+    sizes = {name: getattr(options, name) for name in ("prompt_len", "num_tokens")}
+    return {**sizes, "budget": options.policy.budget, "buffer": options.policy.buffer}
 
 
 def wrong_with(row: Row, answers: Sequence[dict[str, Any]], options: argparse.Namespace) -> list[str]:
@@ -173,8 +175,8 @@ def wrong_with(row: Row, answers: Sequence[dict[str, Any]], options: argparse.Na
     where = f"{row['setting']}, batch {row['batch_size']}"
     problems = []
     expected = 0
-    if row["setting"] != NONE:
-        expected = len(answers) * compactions_before(options.num_tokens - 1, options.budget, options.buffer)
+    if row["setting"] != NO_POLICY:
+        expected = len(answers) * compactions_before(options.num_tokens - 1, int(row["budget"]), int(row["buffer"]))
     if row["compactions"] != expected:
         problems.append(f"{where}: {row['compactions']} compactions instead of {expected}")
     if has_gpu() and row["graph_steps"] != row["steps"]:
@@ -188,27 +190,30 @@ def run_all(options: argparse.Namespace, results: Results) -> None:
     """Run all servers, one after the other."""
     model, made_up, environment = served_model(options.model, options.work, tiny=options.smoke)
     flags = [*(GPU_FLAGS if has_gpu() else ()), "--decode-log-interval", "1", *made_up, *shlex.split(options.flags)]
-    policy = ("--kv-policy", "rkv", "--kv-budget", str(options.budget), "--kv-buffer", str(options.buffer))
-    settings = {name: ((*policy, *own), variables) for name, (own, variables) in SCHEDULES.items()}
-    settings[NONE] = ((), {})
+    policy = options.policy
+    settings = [
+        replace(policy, name=policy.name + name, own_flags=own, environment=variables)
+        for name, (own, variables) in SCHEDULES.items()
+    ]
+    settings.append(no_policy())
     expected: list[list[int]] | None = None
-    for number, (setting, (own, variables)) in enumerate(settings.items()):
-        print(f"{setting}: starting a server ...", flush=True)
+    for number, setting in enumerate(settings):
+        print(f"{setting.name}: starting a server ...", flush=True)
         start = time.perf_counter()
         log_path = results.folder / f"server_{number}.log"
         with launched_server(
-            model, *flags, *own, log_path=log_path, environment={**environment, **variables}
+            model, *flags, *setting.flags, log_path=log_path, environment={**environment, **setting.environment}
         ) as server:
-            print(f"{setting}: ready after {time.perf_counter() - start:.0f} s", flush=True)
+            print(f"{setting.name}: ready after {time.perf_counter() - start:.0f} s", flush=True)
             # The first server twice: what differs there is no matter of the schedule. The one without a policy must
             # differ: a model that says the same whatever is in the cache would hide any race.
             expected = race(server, setting, results, expected, 2 if expected is None else 1, options)
-            for batch_size in options.batches if setting in (NONE, next(iter(SCHEDULES))) else ():
+            for batch_size in options.batches if setting in (settings[0], settings[-1]) else ():
                 results.add(SERVE_CHECK, *measure(server, setting, batch_size, options))
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Return the rows, rkv beside none, as a Markdown table."""
+    """Return the rows, the policy beside none, as a Markdown table."""
     lines = [
         "| batch | setting | tokens/s | step p50 ms | p99 | compacting p50 | p99 | graph steps |",
         "|---" * 8 + "|",
@@ -249,7 +254,8 @@ def main() -> int:
     parser.add_argument("--model", help="folder or hub name; default: the shape of Llama-3.1-8B, dummy weights")
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help="prompts are random ids below it")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64], help="requests at once")
-    for flag, default in (("--prompt-len", 512), ("--num-tokens", 1300), ("--budget", 1024), ("--buffer", 128)):
+    parser.add_argument("--setting", help=f"the policy, default {SETTING}")
+    for flag, default in (("--prompt-len", 512), ("--num-tokens", 1300)):
         parser.add_argument(flag, type=int, default=default, help="tokens, default %(default)s")
     parser.add_argument("--race-requests", type=int, default=64, help="default %(default)s")
     parser.add_argument("--race-tokens", type=int, default=400, help="of each of them, default %(default)s")
@@ -261,8 +267,14 @@ def main() -> int:
             parser.error("--smoke must not overwrite results: name another folder with --out")
         vars(options).update(SMOKE, work=options.out / "work")
     exit_on_sigterm()
+    try:
+        options.policy = parse_setting(options.setting or (SMOKE_SETTING if options.smoke else SETTING))
+    except ValueError as error:
+        parser.error(str(error))
+    if options.policy.config is None:
+        parser.error("--setting none leaves nothing to compare: name a policy")
     folder = options.out or hardware_folder()
-    results = Results(folder, run_info(**{name: str(value) for name, value in vars(options).items()}))
+    results = Results(folder, run_info(**{k: str(v) for k, v in vars(options).items() if k != "policy"}))
     try:
         run_all(options, results)
     except ServerError as error:

@@ -14,13 +14,15 @@ from rkv_sglang.kernels.paged_batch import PagedBatch
 from rkv_sglang.kernels.score.scorers import History
 from rkv_sglang.policies import Policy
 from rkv_sglang.sizes.compaction_plan import CompactionPlan
+from rkv_sglang.sizes.prompt_plan import PromptPlan
 
 # Requests are taken together up to this much working memory, and one that needs more is taken some layers at a time.
 # Long before it is full, a GPU is busy enough. It comes out of what SGLang leaves free for activations.
 WORKING_BYTES = 256 * 2**20
 
 
-PlanT = TypeVar("PlanT", bound=CompactionPlan)
+PlanT = TypeVar("PlanT", bound=CompactionPlan | PromptPlan)
+ScoredPlanT = TypeVar("ScoredPlanT", bound=CompactionPlan)
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def _join(of_layers: Sequence[Compacted]) -> Compacted:
 
 
 def split_work(
-    buffers: KVBuffers, requests: Sequence[DueRequest[PlanT]], window: int, query_bytes: int
+    buffers: KVBuffers, requests: Sequence[DueRequest[ScoredPlanT]], window: int, query_bytes: int
 ) -> Iterator[tuple[slice, PagedBatch, list[slice]]]:
     """Yield parts of the work that fit into the working memory: which requests, as a batch, and which layers at a time.
 

@@ -39,7 +39,7 @@ class PromptHitsRoom:
             None if none are kept, or if there is no room.
         """
         hits: PromptHits | None = state.prompt_hits
-        prompt_len = state.prompt_len
+        prompt_len = state.held_prompt_len
         if hits is not None or not self._is_used or prompt_len <= capacity:
             return hits
         if self.num_tokens + prompt_len <= most_tokens:

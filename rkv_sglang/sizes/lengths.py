@@ -10,6 +10,7 @@ from typing import Any
 
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.sizes.compaction_plan import CompactionPlan
+from rkv_sglang.sizes.prompt_plan import PromptPlan
 
 NEVER = math.inf
 
@@ -19,9 +20,10 @@ class RequestState:
     """Memory that the policy keeps of one request. Nothing else changes its logical length.
 
     Attributes:
-        prompt_len: Tokens of the prompt; never compacted.
+        prompt_len: Tokens of the prompt.
         max_new_tokens: Most tokens the request may generate.
-        evicted_tokens: Tokens evicted since the last prefill.
+        evicted_tokens: Tokens evicted since the last prefill, those of the prompt among them.
+        evicted_prompt_tokens: Those of the prompt.
         compactions: Compactions over the whole life of the request.
         evicted_in_all: Tokens evicted over the whole life; those computed again after a retraction may count twice.
         discarded_compactions: Compactions of an answer that was discarded, which it no longer counts.
@@ -36,6 +38,7 @@ class RequestState:
     prompt_len: int
     max_new_tokens: int
     evicted_tokens: int = 0
+    evicted_prompt_tokens: int = 0
     compactions: int = 0
     evicted_in_all: int = 0
     discarded_compactions: int = 0
@@ -46,6 +49,16 @@ class RequestState:
     prompt_hits: Any = None
     host_copy: Any = None
 
+    @property
+    def held_prompt_len(self) -> int:
+        """Prompt tokens that attention sees: the first of those held; all of them before any prefill."""
+        return self.prompt_len - self.evicted_prompt_tokens
+
+    @property
+    def evicted_generated_tokens(self) -> int:
+        """Generated tokens evicted since the last prefill."""
+        return self.evicted_tokens - self.evicted_prompt_tokens
+
     def generated_len(self, resident_len: int) -> int:
         """Return how many generated tokens have had their KV written since the last prefill, kept or not."""
         return resident_len - self.prompt_len + self.evicted_tokens
@@ -54,15 +67,17 @@ class RequestState:
         """Return the length that RoPE positions count by."""
         return resident_len + self.evicted_tokens
 
-    def record(self, plan: CompactionPlan) -> None:
+    def record(self, plan: CompactionPlan | PromptPlan) -> None:
         """Count one compaction: its evicted tokens stay part of the logical length, on which RoPE depends."""
         self.compactions += 1
         self.evicted_tokens += plan.evicted_tokens
         self.evicted_in_all += plan.evicted_tokens
+        if isinstance(plan, PromptPlan):
+            self.evicted_prompt_tokens += plan.evicted_tokens
 
     def forget_cache(self) -> None:
         """Return to the state before any prefill, as after a retraction: nothing is resident, so nothing is evicted."""
-        self.evicted_tokens = 0
+        self.evicted_tokens = self.evicted_prompt_tokens = 0
         self.next_check = 0
         self.drop_tensors()
 
@@ -106,7 +121,7 @@ def steps_until_due(
     since its last prefill.
 
     Args:
-        prompt_len: Tokens of the prompt.
+        prompt_len: Tokens of the prompt that are held.
         resident_len: Slots the request holds, in tokens, prompt included.
         decode_steps: Decode steps since the last prefill.
         head_start: How early the compaction comes, in tokens; for the first one since the last prefill only.

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 from rkv_sglang.config import PolicyConfig
+from rkv_sglang.sizes.lengths import RequestState
 from rkv_sglang.sizes.pages import ceil_to_page
 from rkv_sglang.sizes.query_rows import query_bytes_per_slot
+from rkv_sglang.sizes.reservation import prompt_budget_after, tokens_to_reserve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +83,24 @@ def requests_at_once(
 ) -> int:
     """Return how many equal requests, none sharing a prefix, the pool of ``pool_size`` tokens holds to their end.
 
-    Without ``config`` every token stays; with it, at most the prompt and ``config.capacity`` tokens.
+    Without ``config`` every token stays; with it, at most the prompt, or what stays of it, and ``config.capacity``
+    tokens.
     """
     growth = output_len if config is None else min(output_len, config.capacity)
+    kept = 0
+    if config is not None:
+        kept = prompt_budget_after(config, RequestState(prompt_len, output_len), prompt_len, pool_size, page_size)
+    if config is not None and kept > 0:
+        more = tokens_to_reserve(
+            config,
+            output_len=0,
+            max_new_tokens=output_len,
+            prompt_len=prompt_len,
+            prompt_budget=kept,
+            page_size=page_size,
+        )
+        # The last one to come needs its whole prompt and what stays of it beside the others, which have let go of it.
+        return 1 + (pool_size - ceil_to_page(prompt_len + more, page_size)) // ceil_to_page(kept + growth, page_size)
     each = ceil_to_page(prompt_len + growth, page_size)
     count = pool_size // each
     if config is None:

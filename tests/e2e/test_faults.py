@@ -26,7 +26,7 @@ POOL = 160
 PROMPT = six_prompts()[4]
 SOON, ENDLESS = 170, 8000
 STREAMED = {"stream_interval": 10}
-KEYS = ("kv_policy", "kv_compactions", "kv_resident_tokens", "kv_evicted_tokens")
+KEYS = ("kv_policy", "kv_compactions", "kv_resident_tokens", "kv_evicted_tokens", "kv_prompt_tokens")
 
 
 @pytest.fixture(scope="module")

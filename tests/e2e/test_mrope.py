@@ -99,6 +99,8 @@ def test_tokens_equal_those_of_a_model_with_the_positions_of_all_tokens(granular
         request_of(prompt, num_tokens, embeddings, when_idle=granularity == "gather" or i == 1)
         for i, prompt in enumerate(prompts)
     ]
+    # Prompts with images stay whole, whatever is asked.
+    flags += ["--kv-prompt-budget", "40"]
     result = run_scheduler([*flags, *setting.flags], requests, controls=controls)
     result.assert_clean()
     assert result.outputs[1].cached_tokens >= 64
@@ -108,3 +110,4 @@ def test_tokens_equal_those_of_a_model_with_the_positions_of_all_tokens(granular
         expected = masked_oracle(Model(prompt, embeddings), prompt, setting, output.output_ids)
         assert len(output.output_ids) == num_tokens and len(expected.compactions) == 3
         assert_same_tokens(output.output_ids, expected, f"request {i}")
+        assert output.info["kv_prompt_tokens"] == len(prompt)

@@ -127,6 +127,17 @@ BAD = [
     ),
     ({"kv_prompt_len": True}, "kv_prompt_len True is not an integer from 1 to the "),
     ({"kv_policy": "none", "kv_prompt_len": 5}, "kv_policy 'none' has no kv_prompt_len: leave one of them out"),
+    (
+        {"kv_prompt_budget": -1},
+        "kv_prompt_budget -1 is neither 0 nor an integer of at least 13 (the first 4 and the last 8",
+    ),
+    ({"kv_prompt_budget": 12}, "kv_prompt_budget 12 is neither 0 nor an integer of at least 13"),
+    ({"kv_prompt_budget": 40.0}, "kv_prompt_budget 40.0 is neither 0 nor an integer"),
+    ({"kv_prompt_budget": False}, "kv_prompt_budget False is neither 0 nor an integer"),
+    ({"kv_prompt_budget": "40"}, "kv_prompt_budget '40' is neither 0 nor an integer"),
+    ({"kv_prompt_budget": None}, "kv_prompt_budget None is neither 0 nor an integer"),
+    ({"kv_prompt_budget": 2**31}, "kv_prompt_budget 2147483648 is more than any context has: set it to 2147483647 or "),
+    ({"kv_policy": "none", "kv_prompt_budget": 0}, "kv_policy 'none' has no kv_prompt_budget: leave one of them out"),
     ({"kv_bugdet": 64}, "custom_params has no 'kv_bugdet': it takes kv_policy, kv_budget, kv_buffer, kv_trace"),
     ({"kv": {"budget": 64}}, "custom_params has no 'kv': it takes"),
     ({"rkv_budget": 64}, "custom_params has no 'rkv_budget': it takes"),
@@ -176,6 +187,7 @@ GARBAGE = {
     "kv_buffer": 16,
     "kv_trace": True,
     "kv_prompt_len": 1,
+    "kv_prompt_budget": 40,
     "of_others": {"a": [1]},
 }
 IN_PARAMS = {"max_new_tokens": 2, "temperature": 0}
@@ -275,7 +287,7 @@ def test_a_request_that_sglang_refuses_before_its_length_is_known_ends_no_server
     server.assert_clean()
 
 
-KEYS = ("kv_policy", "kv_compactions", "kv_resident_tokens", "kv_evicted_tokens")
+KEYS = ("kv_policy", "kv_compactions", "kv_resident_tokens", "kv_evicted_tokens", "kv_prompt_tokens")
 
 
 def expected_info(prompt_len: int, num_tokens: int, budget: int = 32, buffer: int = 16) -> dict[str, object]:
@@ -290,6 +302,7 @@ def expected_info(prompt_len: int, num_tokens: int, budget: int = 32, buffer: in
         "kv_compactions": compactions,
         "kv_resident_tokens": prompt_len + generated - evicted,
         "kv_evicted_tokens": evicted,
+        "kv_prompt_tokens": prompt_len,
     }
 
 
@@ -407,6 +420,7 @@ def test_meta_info_says_what_was_compressed_and_the_sum_is_the_servers(server):
         "kv_compactions": 0,
         "kv_resident_tokens": len(prompts[1]) + 149,
         "kv_evicted_tokens": 0,
+        "kv_prompt_tokens": len(prompts[1]),
     }
     several = server.generate(prompts[2], {**params, "n": 3})
     assert [said(answer["meta_info"]) for answer in several] == [expected_info(len(prompts[2]), 150)] * 3

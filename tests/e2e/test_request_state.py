@@ -120,6 +120,7 @@ def test_an_answer_that_was_discarded_counts_no_more(rng):
         "kv_compactions": compactions,
         "kv_resident_tokens": PROMPT_LEN + generated - SETTING.buffer * compactions,
         "kv_evicted_tokens": SETTING.buffer * compactions,
+        "kv_prompt_tokens": PROMPT_LEN,
     }
 
 

@@ -248,6 +248,27 @@ def test_old_kv_does_not_come_back_after_a_flush_or_new_weights(controls, why):
     assert "Restored" not in result.log
 
 
+def test_who_meets_a_full_queue_when_it_is_preempted_is_ended_with_what_it_says_of_its_cache():
+    prompts = some_prompts(20, 20, 20)
+    requests = [greedy(prompt, 90, at_step=4 * i) for i, prompt in enumerate(prompts)]
+    controls = [
+        Control(70, "PauseGenerationReqInput", {"mode": "retract"}),
+        Control(75, "ContinueGenerationReqInput", {"torch_empty_cache": False}),
+    ]
+    flags = [*FLAGS, *SETTING.flags, "--max-queued-requests", "1"]
+    result = run_scheduler(flags, requests, controls=controls)
+    result.assert_clean()
+    assert result.probe.retractions == 3
+    ended = [output for output in result.outputs if output.finish_reason["type"] == "abort"]
+    assert len(ended) == 2
+    for output in ended:
+        assert output.finish_reason["status_code"] == 503
+        assert output.finish_reason["message"] == "The request queue is full."
+        assert output.info["kv_policy"] == "rkv" and output.info["kv_compactions"] >= 1
+    (whole,) = [i for i in range(3) if result.outputs[i] not in ended]
+    assert_same_tokens(result.outputs[whole].output_ids, expected_of(result, whole, prompts[whole], 90), "the other")
+
+
 def test_two_ranks_restore_the_same_requests():
     prompts = some_prompts(30, 20, 12)
     num_slots, interval = POOLS[1]

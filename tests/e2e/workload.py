@@ -30,6 +30,7 @@ class Setting:
     stagger: bool = False
     policy: str = "rkv"
     block: int | None = None
+    prompt_budget: int = 0
 
     @property
     def flags(self) -> list[str]:
@@ -38,6 +39,7 @@ class Setting:
             *("--rkv-budget", str(self.budget)),
             *("--rkv-buffer", str(self.buffer), "--rkv-window", str(self.window)),
             *["--rkv-stagger"] * self.stagger,
+            *["--kv-prompt-budget", str(self.prompt_budget)] * (self.prompt_budget > 0),
         ]
 
     @property
@@ -92,6 +94,7 @@ def oracle(
             guessed_output_ids=guess,
             score=setting.score,
             block=setting.block,
+            prompt_budget=setting.prompt_budget or None,
         )
     return _answers[asked]
 

@@ -1,29 +1,21 @@
 """What must hold after a schedule: every request's tokens, what is said of its cache, and what is counted."""
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import pytest
-import torch
 
-from devtools.tiny_models import EOS_ID, tiny_model_path
-from tests.e2e.workload import Setting
-from tests.fuzz.runner import policy_parameters
-from tests.fuzz.schedule import FP8_SCALES, FuzzRequest, Schedule, ServerConfig, rid_of
-from tests.support.oracle.decoder import Fp8
-from tests.support.oracle.dense import DenseResult, dense_generate
-from tests.support.oracle.penalties import adjustment
+from tests.fuzz.expected import FP8_DTYPES, expected_of
+from tests.fuzz.schedule import FuzzRequest, Schedule, ServerConfig, rid_of
 
-NEVER = 10**6
 # What an answer may be ended for once its request was preempted; the request can be sent again.
 ENDED_AFTER_PREEMPTION = (
     "does not fit the KV pool",
     "Out of memory even after retracting all other requests",
 )
 ENDED_IN_THE_QUEUE = "Abort in waiting queue"
+ENDED_AS_ITS_TURN_CAME = "Aborted"
 # Said of a request that was ended while its grammar was made; SGLang then has it generate a token after another prompt.
 ENDED_BEFORE_ITS_GRAMMAR = "Aborted by AbortReq."
 LOGPROB_TOLERANCE = 1e-3
@@ -32,7 +24,6 @@ LOGPROB_TOLERANCE = 1e-3
 SCORE_TOLERANCE = 3e-8
 SCORE_TOLERANCES = {"beaconkv": 3e-7}
 # In fp8 the last bit of fp32 may round a number to its neighbour, up to a quarter away, here and there one of a key.
-FP8_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 FP8_TOLERANCES = {"logit_tolerance": 0.05, "score_tolerance": 3e-4}
 FP8_LOGPROB_TOLERANCE = 0.1
 
@@ -91,7 +82,12 @@ def _check_request(
         return ["it got no answer"]
     if request.garbage:
         return [] if _is_refused(schedule, request, end) else [f"garbage was answered {end}"]
-    problems = []
+    problems = [
+        f"after {place['outputs']} tokens it was{'' if place['copied'] else ' not'} copied to the host: {place}"
+        for place in retractions
+        if place["copied"] != place["must_copy"]
+    ]
+    counts.update(f"copied at a {place['cause']}" for place in retractions if place["copied"])
     is_cut = end["type"] == "abort"
     if is_cut:
         counts["aborted"] += 1
@@ -115,8 +111,9 @@ def _check_request(
 
 def _is_refused(schedule: Schedule, request: FuzzRequest, end: dict[str, Any]) -> bool:
     """Return whether garbage was answered as it should be: it is refused when its turn comes, unless it was ended."""
-    is_ended = request.abort_at is not None or any(event.kind == "abort_all" for event in schedule.events)
-    is_ended = is_ended and end.get("message") == ENDED_IN_THE_QUEUE
+    is_ended = request.abort_at is not None or request.abort_after is not None
+    is_ended = is_ended or any(event.kind == "abort_all" for event in schedule.events)
+    is_ended = is_ended and end.get("message") in (ENDED_IN_THE_QUEUE, ENDED_AS_ITS_TURN_CAME)
     return bool(end["type"] == "abort" and (end.get("status_code") == 400 or is_ended))
 
 
@@ -170,6 +167,7 @@ def compare_oracle(
     expected = expected_of(server, request, output["prompt"], limit, retractions, guess=tokens)
     counts["compared with the oracle"] += 1
     counts["compared after a preemption"] += bool(retractions)
+    counts["compared after a restore"] += any(place["copied"] for place in retractions)
     counts["compactions compared"] += sum(c.num_outputs < len(tokens) for c in expected.compactions)
     is_fp8 = server.kv_dtype in FP8_DTYPES
     tolerances = {"score_tolerance": SCORE_TOLERANCES.get(server.policy, SCORE_TOLERANCE)}
@@ -191,49 +189,6 @@ def compare_oracle(
     if is_whole and info["kv_compactions"] != len(expected.compactions):
         return [f"it was compacted {info['kv_compactions']} times instead of {len(expected.compactions)}"]
     return []
-
-
-def expected_of(
-    server: ServerConfig,
-    request: FuzzRequest,
-    prompt: list[int],
-    limit: int,
-    retractions: list[Any],
-    *,
-    guess: Sequence[int] = (),
-) -> DenseResult:
-    """Return what the dense oracle answers that is preempted where the request was; a right ``guess`` saves time."""
-    setting = Setting(
-        budget=request.budget or server.budget,
-        buffer=request.buffer or server.buffer,
-        window=server.window,
-        policy=server.policy,
-        block=server.block,
-    )
-    # SGLang takes either as an end, or neither.
-    stop_token_ids = {EOS_ID, *request.params.get("stop_token_ids", ())}
-    recomputed = {place["outputs"] for place in retractions if not place["copied"]} - {0}
-    restored = [place for place in retractions if place["copied"] and place["outputs"] not in recomputed]
-    may_stagger = server.stagger and request.max_new_tokens - 1 > setting.budget + setting.buffer
-    return dense_generate(
-        tiny_model_path(server.model),
-        prompt,
-        limit,
-        budget=NEVER if request.no_policy else setting.budget,
-        buffer=setting.buffer,
-        window=setting.window,
-        score=partial(setting.score, **policy_parameters(server)),
-        block=setting.block,
-        adjust=adjustment(request.params, prompt, stop_token_ids, lag=int(server.overlap)),
-        eos_token_ids=set() if request.ignore_eos else stop_token_ids,
-        recompute_at=recomputed,
-        restore_at={place["outputs"] for place in restored},
-        restored_in_flight={place["outputs"] for place in restored if place["in_flight"]},
-        evicted_at_restore={place["outputs"]: place["evicted"] for place in restored},
-        early=setting.early if may_stagger and not request.no_policy else None,
-        guessed_output_ids=guess,
-        fp8=Fp8(FP8_DTYPES[server.kv_dtype], FP8_SCALES) if server.kv_dtype in FP8_DTYPES else None,
-    )
 
 
 def _check_info(

@@ -1,157 +1,73 @@
 """Plant faults in a copy of the package, one at a time, and see what finds them.
 
-    python -m tests.fuzz.mutations [--only WORDS] [--schedules 32] [--steps 2000] [--no-tests] [--first-catch]
-        [--go-on] [--out FOLDER]
+    python -m tests.fuzz.mutations [--only WORDS] [--parts test pool fuzz] [--schedules 32] [--steps 2000]
+        [--first-catch] [--go-on] [--out FOLDER]
 
-For each fault of ``mutants.py``: does the pool machine find it, after how many schedules does the fuzzer, and does the
-test named for it fail? ``--first-catch`` asks the next only where the one before found nothing. Everything runs in a
+For each fault of ``faults/``: does the test named for it fail, does the pool machine find it, and after how many
+schedules does the fuzzer? ``--first-catch`` asks the next only where those before found nothing. Everything runs in a
 copy of the checkout; the checkout itself is never changed. Writes ``mutations.csv``, ``mutations.json`` and
-``mutations.png`` as it goes; ``--go-on`` goes on after the faults that they have. Status 1 if a fault is found by
-nothing.
+``mutations.png`` as it goes; ``--go-on`` asks only what they do not say yet. Status 1 if a fault is found by nothing.
 """
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.arguments import benchmark_parser
 from benchmarks.common.schema import Row, hardware_folder, read_table, run_info, write_table
 from benchmarks.common.tables import MUTATIONS
-from tests.fuzz.mutants import MUTANTS, Mutant
+from tests.fuzz.faults.catalogue import MUTANTS
+from tests.fuzz.faults.judge import (
+    ANSWERS,
+    NOT_ASKED,
+    NOTHING,
+    PARTS,
+    TEST,
+    ask,
+    copied_checkout,
+    is_found,
+    is_judged,
+    planted,
+)
 from tests.fuzz.report import plot_mutations
 from tests.support.harness.environment import PROJECT_ROOT
 
-COPIED = ("rkv_sglang", "tests", "devtools", "benchmarks", "docs", "pyproject.toml", "README.md", "CHANGELOG.md")
-# Says that a checkout is a copy, in which faults may be planted.
-MARK = "a-copy-for-planted-faults"
-# So many schedules of one server, then the next: most faults need some one setting.
-OF_ONE_SERVER = 4
-STRIDE = 7
-TEST_TIMEOUT_S = 900
-NOT_FOUND = 0
 FOLDER = Path(".cache/fuzz")
+SMOKE = "a page is freed that still holds kept tokens"
 
 
-@contextmanager
-def copied_checkout() -> Iterator[Path]:
-    """Make a copy of what runs, with the same environment and models."""
-    with tempfile.TemporaryDirectory(prefix="rkv-mutations-") as name:
-        copy = Path(name)
-        for part in COPIED:
-            source = PROJECT_ROOT / part
-            if source.is_dir():
-                shutil.copytree(source, copy / part, ignore=shutil.ignore_patterns("__pycache__", "results"))
-            elif source.exists():
-                shutil.copy(source, copy / part)
-        for shared in (".venv", ".cache"):
-            (copy / shared).symlink_to((PROJECT_ROOT / shared).resolve())
-        (copy / MARK).touch()
-        yield copy
-
-
-@contextmanager
-def planted(root: Path, mutant: Mutant) -> Iterator[None]:
-    """Plant a fault in a copy.
-
-    Raises:
-        RuntimeError: It is no copy, or the text to change does not stand there once.
-    """
-    if not (root / MARK).exists():
-        raise RuntimeError(f"{root} is no copy made for this")
-    path = root / "rkv_sglang" / mutant.file
-    text = path.read_text()
-    if text.count(mutant.old) != 1:
-        raise RuntimeError(
-            f"{mutant.file} has {text.count(mutant.old)} times what {mutant.name!r} changes: bring it up"
-        )
-    path.write_text(text.replace(mutant.old, mutant.new))
-    try:
-        yield
-    finally:
-        path.write_text(text)
-
-
-def find(names: list[str], schedules: int, steps: int, *, first_catch: bool) -> Iterator[dict[str, Any]]:
-    """Plant faults in this checkout, a copy, and yield what the pool machine and the fuzzer needed for each."""
-    from tests.fuzz.pool_machine import run_steps
-
-    for mutant in (mutant for mutant in MUTANTS if mutant.name in names):
+def judge(rows: list[Row], options: Any) -> Iterator[Row]:
+    """Plant the faults of these rows in this checkout, a copy, and yield each row with the answers of all asked."""
+    mutants = {mutant.name: mutant for mutant in MUTANTS}
+    for row in rows:
+        mutant, answers = mutants[str(row["fault"])], dict(row)
+        started = time.monotonic()
         with planted(PROJECT_ROOT, mutant):
-            answer = run_steps(0, steps) if steps else {"status": "ok"}
-            found_by_pool = answer["status"] != "ok"
-            needed, problem = NOT_FOUND, ""
-            if not (found_by_pool and first_catch):
-                needed, problem = _search(schedules)
-            yield {
-                "fault": mutant.name,
-                "schedules": needed,
-                "problem": " ".join(problem.split())[:160],
-                "pool_machine": int(found_by_pool),
-                "pool_problem": " ".join(str(answer.get("message", "")).split())[:160],
-            }
+            for part in options.parts:
+                if answers[ANSWERS[part]] == NOT_ASKED and not (options.first_catch and is_found(answers)):
+                    answers |= ask(part, mutant, schedules=options.schedules, steps=options.steps)
+        yield {**answers, "seconds": round(float(row["seconds"]) + time.monotonic() - started, 1)}
 
 
-def _search(schedules: int) -> tuple[int, str]:
-    """Run schedules until one fails; return how many were needed, ``NOT_FOUND`` if none did, and its problem."""
-    from tests.fuzz.campaign import run_and_check
-    from tests.fuzz.generate import BLOCK, schedule_of
-
-    for first in range(0, schedules, OF_ONE_SERVER):
-        # Servers of every way to choose come early.
-        block = first // OF_ONE_SERVER * STRIDE * BLOCK
-        try:
-            outcomes = list(run_and_check([schedule_of(block + i) for i in range(OF_ONE_SERVER)]))
-        except RuntimeError as error:
-            return first + 1, f"no server starts: {str(error)[-300:]}"
-        bad = next((i for i, outcome in enumerate(outcomes) if outcome.verdict.problems), None)
-        if bad is not None:
-            return first + bad + 1, outcomes[bad].verdict.problems[0]
-    return NOT_FOUND, ""
-
-
-def run_test(copy: Path, mutant: Mutant) -> int:
-    """Return 1 if the test named for the fault fails, as it should, else 0."""
-    with planted(copy, mutant):
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.test]
-        done = subprocess.run(
-            command,
-            cwd=copy,
-            env=_environment(copy),
-            capture_output=True,
-            text=True,
-            timeout=TEST_TIMEOUT_S,
-            check=False,
-        )
-    if done.returncode not in (0, 1):
-        raise RuntimeError(f"{' '.join(mutant.test)} does not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return int(done.returncode == 1)
-
-
-def _environment(copy: Path) -> dict[str, str]:
-    # Python's own copies of modules are told apart by seconds and size, too coarse for a fault.
-    return {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
-
-
-def _in_copy(copy: Path, mutants: list[Mutant], options: Any) -> Iterator[dict[str, Any]]:
-    """Run ``find`` in the copy, in a process of its own that imports nothing from here."""
-    arguments = ["--inside", json.dumps([mutant.name for mutant in mutants])]
-    arguments += ["--schedules", str(options.schedules), "--steps", str(options.steps)]
-    arguments += ["--first-catch"] * options.first_catch
+def _in_copy(copy: Path, rows: list[Row], words: list[str]) -> Iterator[Row]:
+    """Run ``judge`` in the copy, in a process of its own that imports nothing from here."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.fuzz.mutations", *arguments],
+        [sys.executable, "-m", "tests.fuzz.mutations", *words, "--inside"],
         cwd=copy,
-        env=_environment(copy),
+        # Python's own copies of modules are told apart by seconds and size, too coarse for a fault.
+        env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout is not None
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(json.dumps(rows))
+    process.stdin.close()
     for line in process.stdout:
         if line.startswith("FOUND "):
             yield json.loads(line.removeprefix("FOUND "))
@@ -161,42 +77,43 @@ def _in_copy(copy: Path, mutants: list[Mutant], options: Any) -> Iterator[dict[s
 
 def main() -> int:
     """Run from the command line."""
-    parser = benchmark_parser(__doc__, smoke="one fault; into .cache/fuzz unless told otherwise")
+    parser = benchmark_parser(__doc__, smoke="one fault and its test; into .cache/fuzz unless told otherwise")
     parser.add_argument("--only", default="", help="faults whose names have these words")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is asked, in this order")
     parser.add_argument("--schedules", type=int, default=32, help="most for each fault, default %(default)s")
-    parser.add_argument("--steps", type=int, default=2000, help="of the pool machine, default %(default)s; 0: none")
-    parser.add_argument("--no-tests", action="store_true", help="leave the tests named for the faults out")
+    parser.add_argument("--steps", type=int, default=2000, help="of the pool machine, default %(default)s")
     parser.add_argument("--first-catch", action="store_true", help="stop at what finds a fault first")
-    parser.add_argument("--go-on", action="store_true", help="after the faults that the folder's mutations.csv has")
-    parser.add_argument("--inside", help="names of faults, in a copy; used by this script itself")
+    parser.add_argument("--go-on", action="store_true", help="with what the folder's mutations.csv says")
+    parser.add_argument("--inside", action="store_true", help="in a copy; used by this script itself")
     options = parser.parse_args()
     if options.inside:
-        names = json.loads(options.inside)
-        for found in find(names, options.schedules, options.steps, first_catch=options.first_catch):
-            print("FOUND " + json.dumps(found), flush=True)
+        for row in judge(json.load(sys.stdin), options):
+            print("FOUND " + json.dumps(row), flush=True)
         return 0
     mutants = [mutant for mutant in MUTANTS if options.only in mutant.name]
+    words = sys.argv[1:]
     if options.smoke:
-        mutants, options.out = [MUTANTS[4]], options.out or FOLDER
-        options.schedules = options.steps = 0
+        mutants, options.out = [mutant for mutant in MUTANTS if mutant.name == SMOKE], options.out or FOLDER
+        options.parts = [TEST]
+        words = ["--parts", TEST]
     out = options.out or hardware_folder()
-    rows: list[Row] = read_table(out, MUTATIONS) if options.go_on and (out / f"{MUTATIONS.name}.csv").exists() else []
-    done = {row["fault"] for row in rows}
-    mutants = [mutant for mutant in mutants if mutant.name not in done]
+    known = options.go_on and (out / f"{MUTATIONS.name}.csv").exists()
+    answers = {row["fault"]: row for row in (read_table(out, MUTATIONS) if known else [])}
+    rows: list[Row] = []
+    for mutant in mutants:
+        row: Row = {**NOTHING, "seconds": 0.0, **answers.get(mutant.name, {})}
+        rows.append({**row, "fault": mutant.name, "file": mutant.file, "test": " ".join(mutant.test)})
+    place = {row["fault"]: number for number, row in enumerate(rows)}
+    open_rows = [row for row in rows if not is_judged(row, tuple(options.parts), first_catch=options.first_catch)]
     with copied_checkout() as copy:
-        for mutant, found in zip(mutants, _in_copy(copy, mutants, options), strict=True):
-            row: Row = {**found, "file": mutant.file, "test": " ".join(mutant.test), "test_fails": 0}
-            is_found = row["schedules"] or row["pool_machine"]
-            if not options.no_tests and not (is_found and options.first_catch):
-                # Meanwhile the other copy's search goes on to the next fault, so this needs a copy of its own.
-                with copied_checkout() as own:
-                    row["test_fails"] = run_test(own, mutant)
-            rows.append(row)
-            print(f"{mutant.name}: {row}", flush=True)
+        for row in _in_copy(copy, open_rows, words):
+            rows[place[row["fault"]]] = row
+            print(f"{row['fault']}: {row}", flush=True)
             # At once, for the whole takes long.
-            write_table(out, MUTATIONS, rows, run_info(most_schedules=options.schedules, steps=options.steps))
+            info = run_info(most_schedules=options.schedules, steps=options.steps, parts=list(options.parts))
+            write_table(out, MUTATIONS, rows, info)
     plot_mutations(out)
-    missed = [row["fault"] for row in rows if not (row["schedules"] or row["pool_machine"] or row["test_fails"])]
+    missed = [row["fault"] for row in rows if not is_found(row)]
     print(f"{len(rows) - len(missed)} of {len(rows)} faults found; missed: {missed}")
     return min(len(missed), 1)
 

@@ -3,7 +3,7 @@
     python -m tests.fuzz.pool_machine [--steps 1000000] [--first 0] [--out FOLDER] [--smoke]
 
 Plan, move, free, insert, evict, match, copy and restore run on real pools, allocators and radix tree, without a server
-(``pool_world.py``). Writes ``pool_machine.csv``, ``pool_machine.json`` and ``pool_machine.png``; a failing seed is
+(``pool/``). Writes ``pool_machine.csv``, ``pool_machine.json`` and ``pool_machine.png``; a failing seed is
 printed, and ``--replay SEED`` repeats it.
 """
 
@@ -47,7 +47,7 @@ AXES = ("page_size", "radix", "window", "verify")
 
 def make_world(seed: int) -> Any:
     """Return a world of random settings. Only where SGLang is set up: see ``set_up``."""
-    from tests.fuzz.pool_world import World
+    from tests.fuzz.pool.world import World
 
     rng = random.Random(seed)
     window = rng.choice([1, 1, 2, 3, 8])

@@ -9,7 +9,7 @@ from benchmarks.common.drawing import load_pyplot
 from benchmarks.common.schema import Row, Value, read_table
 from benchmarks.common.tables import FUZZ, MUTATIONS, POOL_MACHINE
 from tests.fuzz.campaign import Outcome
-from tests.fuzz.generate import is_tight
+from tests.fuzz.draw.servers import is_tight
 
 # Columns of which the run's JSON says how often each value was tried.
 AXES = (
@@ -87,6 +87,17 @@ def shares(rows: Sequence[Row], axes: Sequence[str] = AXES) -> dict[str, dict[st
     return result
 
 
+def restores(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
+    """Return of every axis how many restores there were with which value."""
+    result: dict[str, dict[str, int]] = {}
+    for axis in AXES:
+        counted: Counter[str] = Counter()
+        for row in rows:
+            counted[str(row[axis])] += int(row["restores"])
+        result[axis] = dict(sorted((+counted).items()))
+    return result
+
+
 def totals(rows: Sequence[Row]) -> dict[str, float]:
     """Return the sums of all columns that count something."""
     first = [column.name for column in FUZZ.columns].index("requests")
@@ -135,10 +146,19 @@ def plot_mutations(folder: Path) -> Path:
     rows = read_table(folder, MUTATIONS)
     pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 1 + 0.22 * len(rows)), layout="constrained")
-    _bars(axes, {f"{row['fault']}{' +' * int(row['pool_machine'])}": int(row["schedules"]) for row in rows})
-    axes.set_title("schedules that the fuzzer needed; +: the pool machine finds it too", fontsize=8)
+    marks = {"test_fails": "t", "pool_machine": "p"}
+    _bars(
+        axes,
+        {
+            f"{row['fault']} {''.join(mark for column, mark in marks.items() if int(row[column]) > 0)}": max(
+                int(row["schedules"]), 0
+            )
+            for row in rows
+        },
+    )
+    axes.set_title("schedules that the fuzzer needed; t: its test fails, p: the pool machine finds it", fontsize=8)
     path = folder / "mutations.png"
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=90)
     pyplot.close(figure)
     return path
 

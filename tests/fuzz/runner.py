@@ -62,7 +62,7 @@ def _run_process(schedules: list[Schedule], env: dict[str, str]) -> list[Record]
         "flags": with_defaults(server.flags, ["--random-seed", "1", *device_flags()]),
         "env": child_environment(folder / "probe.jsonl", {**variables, **binding, **server.env, **env}),
         "folder": str(folder),
-        "driver": "tests.fuzz.driver:register",
+        "driver": "tests.fuzz.inside.driver:register",
         "schedules": schedules,
     }
     try:

@@ -26,6 +26,9 @@ CALIBRATION = {"questions": 2, "answer_tokens": 40}
 CALIBRATION_ROOM = 100 + 40
 # A tiny model of both kinds of layers.
 SLIDING_MODEL = "olmo3"
+# Why a request may lose its slots: an event of these kinds, or, without one, somebody of higher priority.
+BY_PRIORITY = "preemption"
+CAUSES = {"retract": "retraction", "pause_retract": "pause"}
 # Of the layers of an fp8 pool, the factors of keys and of values.
 FP8_SCALES = ((0.25, 0.02), (0.03, 0.125))
 
@@ -42,6 +45,7 @@ class ServerConfig:
         granularity: ``--kv-granularity``.
         mixed_chunk: Whether requests decode inside prefill batches.
         kv_dtype: ``--kv-cache-dtype``.
+        prompt_budget: ``--kv-prompt-budget``.
     """
 
     policy: str
@@ -62,6 +66,7 @@ class ServerConfig:
     granularity: str = HEAD
     mixed_chunk: bool = False
     kv_dtype: str = "auto"
+    prompt_budget: int = 0
 
     @property
     def flags(self) -> list[str]:
@@ -76,6 +81,7 @@ class ServerConfig:
             ("--max-total-tokens", self.pool),
             ("--max-running-requests", self.max_running),
             ("--kv-cache-dtype", self.kv_dtype),
+            ("--kv-prompt-budget", self.prompt_budget),
         ):
             flags += [name, str(value)]
         if self.chunk_size:
@@ -129,7 +135,7 @@ class FuzzRequest:
         at_pass: Pass of the event loop at which it arrives, counted from the end of what it waits for.
         after: Index of the request whose end it waits for; None for none.
         continues: It is the next turn of ``after``: its prompt starts with that one's prompt and answer.
-        budget, buffer: Settings of its own; None for the server's.
+        budget, buffer, prompt_budget: Settings of its own; None for the server's.
         no_policy: It asks for no policy.
         garbage: It asks for what cannot be; the answer is a status 400.
         ignore_eos: Whether tokens that end an answer are generated like others.
@@ -147,6 +153,7 @@ class FuzzRequest:
     continues: bool = False
     budget: int | None = None
     buffer: int | None = None
+    prompt_budget: int | None = None
     no_policy: bool = False
     garbage: bool = False
     ignore_eos: bool = True
@@ -174,6 +181,8 @@ class FuzzRequest:
             custom["kv_budget"] = self.budget
         if self.buffer is not None:
             custom["kv_buffer"] = self.buffer
+        if self.prompt_budget is not None:
+            custom["kv_prompt_budget"] = self.prompt_budget
         if self.no_policy:
             custom["kv_policy"] = "none"
         if self.garbage:

@@ -7,8 +7,10 @@ import pytest
 
 from tests.e2e.workload import random_ids
 from tests.fuzz.campaign import run_and_check
-from tests.fuzz.check import ENDED_IN_THE_QUEUE, check, compare_oracle, expected_of
-from tests.fuzz.generate import BLOCK, schedule_of, server_of
+from tests.fuzz.check import ENDED_IN_THE_QUEUE, check, compare_oracle
+from tests.fuzz.draw.schedules import BLOCK, schedule_of
+from tests.fuzz.draw.servers import server_of
+from tests.fuzz.expected import expected_of
 from tests.fuzz.pool_machine import STEPS, run_search, run_steps
 from tests.fuzz.runner import run_schedules
 from tests.fuzz.schedule import CALIBRATION_ROOM, Event, FuzzRequest, Schedule, ServerConfig, rid_of
@@ -24,7 +26,7 @@ SERVER = ServerConfig(
     window=2,
     page_size=4,
     chunk_size=0,
-    pool=256,
+    pool=128,
     overlap=True,
     radix=True,
     stagger=False,
@@ -80,8 +82,8 @@ def test_a_schedule_is_the_same_each_time_and_survives_its_file(tmp_path, seed):
 
 
 @pytest.fixture(scope="module")
-def one_run():
-    """Return a schedule with all kinds of answers, and its record."""
+def runs():
+    """Return two schedules with their records: one with all kinds of answers, one whose requests outgrow the pool."""
     requests = (
         FuzzRequest(prompt=PROMPT, max_new_tokens=40),
         FuzzRequest(prompt=PROMPT[:7], max_new_tokens=40, budget=9, abort_after=20),
@@ -89,11 +91,20 @@ def one_run():
         FuzzRequest(prompt=PROMPT[5:], max_new_tokens=20, no_policy=True),
         FuzzRequest(prompt=PROMPT[:2], max_new_tokens=9, garbage=True),
     )
-    events = (Event(at_pass=25, kind="retract"),)
-    schedule = Schedule(seed=0, server=SERVER, requests=requests, events=events)
-    (record,) = run_schedules([schedule])
-    assert check(schedule, record).problems == []
-    return schedule, record
+    mixed = Schedule(seed=0, server=SERVER, requests=requests, events=(Event(at_pass=25, kind="retract"),))
+    long = tuple(FuzzRequest(prompt=PROMPT[:length], max_new_tokens=170) for length in (7, 9))
+    kinds = {130: "retract", 145: "pause_retract", 148: "continue"}
+    events = tuple(Event(at_pass=at_pass, kind=kind) for at_pass, kind in kinds.items())
+    schedules = [mixed, Schedule(seed=1, server=SERVER, requests=long, events=events)]
+    records = run_schedules(schedules)
+    for schedule, record in zip(schedules, records, strict=True):
+        assert check(schedule, record).problems == []
+    return list(zip(schedules, records, strict=True))
+
+
+@pytest.fixture
+def one_run(runs):
+    return runs[0]
 
 
 def spoiled(record, **changes):
@@ -134,6 +145,17 @@ def test_a_record_that_differs_in_one_thing_is_not_passed(one_run):
     assert not check(all_ended, ended).problems and not check(one_ended, ended).problems
     without_events = dataclasses.replace(schedule, events=(), requests=schedule.requests[:3])
     assert any("ran out of memory" in problem for problem in check(without_events, record).problems)
+
+
+def test_who_outgrew_the_pool_comes_back_from_a_copy_and_is_compared(runs):
+    schedule, record = runs[1]
+    counts = check(schedule, record).counts
+    assert (counts["copied at a retraction"], counts["copied at a pause"]) == (1, 2)
+    assert counts["compared after a restore"] == record["stats"]["requests_restored"] - 1 == 2
+    rid = rid_of(record["number"], 0)
+    for field in ("copied", "must_copy"):
+        places = [{**place, field: not place[field]} for place in record["retractions"][rid]]
+        assert check(schedule, spoiled(record, retractions={**record["retractions"], rid: places})).problems, field
 
 
 def test_a_failing_schedule_is_made_as_small_as_it_can_be(rng):

@@ -11,7 +11,7 @@ import pytest
 from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
 
 from rkv_sglang import policy_names
-from rkv_sglang.config import PolicyConfig
+from rkv_sglang.config import MOST_TOKENS, PolicyConfig
 from rkv_sglang.integration.doctor.arguments import read_arguments, server_parser
 from rkv_sglang.integration.doctor.command_line import read_launch
 from rkv_sglang.integration.runtime.requests import config_for, marked_prompt_len, wants_trace
@@ -27,6 +27,7 @@ REQUEST = {
     "kv_buffer": 16,
     "kv_trace": True,
     "kv_prompt_len": 9,
+    "kv_prompt_budget": 40,
     "of_others": {"a": [1]},
 }
 # As Python callers may give them, past what JSON holds.
@@ -47,6 +48,8 @@ def assert_settings(config: PolicyConfig | None) -> None:
     if config is not None:
         assert type(config.budget) is int and type(config.buffer) is int
         assert SERVER.window < config.budget and config.buffer >= 1 and config.capacity < POOL
+        assert type(config.prompt_budget) is int
+        assert config.prompt_budget == 0 or config.least_prompt_budget <= config.prompt_budget <= MOST_TOKENS
 
 
 def asked(custom_params: Any) -> None:
@@ -90,6 +93,7 @@ SETTINGS: dict[str, Any] = {
     "rkv_budget": 64,
     "kv_buffer": 16,
     "kv_window": 8,
+    "kv_prompt_budget": 40,
     "rkv_mix_lambda": 0.1,
     "rkv_kernel_size": 7,
     "rkv_similarity_threshold": 0.5,

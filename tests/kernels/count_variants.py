@@ -18,13 +18,16 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from rkv_sglang.cache import prompt
 from rkv_sglang.cache.buffers import KVBuffers
+from rkv_sglang.cache.compact import DueRequest
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.kernels import capture, dispatch, move, select, warmup
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
 from rkv_sglang.kernels.score import key_passes, mean_keys, scan, totals, values
 from rkv_sglang.kernels.score.per_head import beaconkv, block_means, farthest, gkv, half, triattention
 from rkv_sglang.policies import make_policy
+from rkv_sglang.sizes.prompt_plan import PromptPlan
 from tests.policies.cases import model_with_statistics
 
 LLAMA_8B = (128, 8, 8, 4)
@@ -78,7 +81,8 @@ def counts_of(policy_name: str, shape: tuple[int, ...]) -> tuple[dict[str, int],
 
     driver.set_active(AbsentGpu())
     JITFunction.run = compile_only
-    dispatch.runs_triton = warmup.runs_triton = lambda buffers: True
+    dispatch.runs_triton = warmup.runs_triton = prompt.runs_triton = lambda buffers: True
+    prompt._best_torch = prompt._best_paged
     torch.cuda.synchronize = lambda device: None
 
     rng = random.Random(0)
@@ -109,6 +113,17 @@ def counts_of(policy_name: str, shape: tuple[int, ...]) -> tuple[dict[str, int],
         some = slice(1, 4)
         part = KVBuffers(keys=keys, values=values).of_layers(some)
         dispatch.compact_paged(part.keys, part.values, batch, queries[some].clone(), policy, model=model)
+        plans = [PromptPlan(kv_len, kv_len + rng.randint(1, 30), rng.randint(30, 70)) for kv_len in kv_lens]
+        slots = torch.zeros(300, dtype=torch.int64)
+        prompt.compact_prompts(
+            KVBuffers(keys=keys, values=values),
+            [DueRequest(plan, slots[1 : plan.resident_len + 1], plan.resident_len) for plan in plans],
+            [slots[1 : plan.kept_len + 1] for plan in plans],
+            lambda part, layers, queries=queries: queries[layers, part],
+            policy,
+            window,
+            model=model,
+        )
         indices = row_of_request.new_zeros(num_requests + 1)[1:]
         step_queries = rings.new_zeros(num_requests, num_qo_heads * head_dim)
         for some in rings.split(capture.LAYERS_PER_LAUNCH):

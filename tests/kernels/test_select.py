@@ -8,8 +8,10 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from rkv_sglang.algorithm.selection import select_kept
+from rkv_sglang.cache import prompt
 from rkv_sglang.kernels.paged_batch import PagedBatch
 from rkv_sglang.kernels.select import select_kept_paged
+from rkv_sglang.sizes.prompt_plan import PromptPlan
 from tests.kernels.paged import columns_of, make_batch
 
 SMALLEST, LARGEST = 1e-45, torch.finfo(torch.float32).max
@@ -97,6 +99,18 @@ def test_layers_and_heads_choose_by_their_own_scores_in_one_launch(rng, seed, mo
     monkeypatch.setattr(JITFunction, "run", recorded_run)
     check_exact(batch, scores, select_kept_paged(scores, batch))
     assert len(launches) == 1
+
+
+def test_of_prompts_the_kernel_chooses_what_torch_chooses(rng, seed):
+    torch.manual_seed(seed)
+    window = rng.randint(1, 5)
+    plans = [PromptPlan(budget + rng.randint(1, 40), 0, budget) for budget in (5 + window, 9 + window, 30 + window)]
+    scores = [
+        torch.tensor(numbers(rng, kind, 6 * plan.prompt_len)).view(2, 3, -1)
+        for kind, plan in zip(["few values", "odd", "any"], plans, strict=True)
+    ]
+    found, right = (choose(scores, plans, window) for choose in (prompt._best_paged, prompt._best_torch))
+    assert all(torch.equal(one, other) for one, other in zip(found, right, strict=True))
 
 
 def test_what_does_not_fit_is_refused_by_name(rng):

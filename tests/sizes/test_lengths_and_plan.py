@@ -62,6 +62,8 @@ def simulate(config: PolicyConfig, prompt_len: int, max_new_tokens: int, retract
         peak = max(peak, resident - prompt_len)
         assert state.generated_len(resident) == outputs - 1
         assert state.logical_len(resident) == prompt_len + outputs - 1
+    # Under overlap scheduling it is looked at once more, with its last token in flight.
+    assert not decodes_again(state, resident)
     return compactions, peak
 
 

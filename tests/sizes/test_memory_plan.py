@@ -1,11 +1,15 @@
 """The plan's arithmetic: bytes add up, and its counts are the largest that fit."""
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rkv_sglang.config import PolicyConfig
+from rkv_sglang.sizes.lengths import RequestState
 from rkv_sglang.sizes.memory_plan import ModelShape, pool_tokens, requests_at_once
 from rkv_sglang.sizes.pages import ceil_to_page
+from rkv_sglang.sizes.reservation import prompt_budget_after, tokens_to_reserve
 
 LLAMA_8B = ModelShape(
     num_layers=32, num_qo_heads=32, num_kv_heads=8, head_dim=128, v_head_dim=128, kv_itemsize=2, query_itemsize=2
@@ -45,3 +49,21 @@ def test_the_count_is_the_largest_that_fits(num_pages, prompt_len, output_len, p
     # Without a policy one more may fit by its tokens, if it fills the pool to its last page.
     spare = 2 * page_size if config is None else -1
     assert (count + 1) * ceil_to_page(held, page_size) + spare >= pool
+
+
+@given(st.integers(1, 400), st.integers(30, 300), st.integers(12, 900), st.sampled_from([1, 16]))
+def test_with_prompts_compacted_the_last_one_to_come_still_finds_room_for_its_own(
+    num_pages, prompt_len, output_len, page_size
+):
+    pool, config = num_pages * page_size, PolicyConfig(budget=20, buffer=16, prompt_budget=14)
+    sizes = {"prompt_len": prompt_len, "output_len": output_len, "page_size": page_size}
+    count = requests_at_once(pool, **sizes, config=config)
+    whole = requests_at_once(pool, **sizes, config=replace(config, prompt_budget=0))
+    if not prompt_budget_after(config, RequestState(prompt_len, output_len), prompt_len, pool, page_size):
+        assert count == whole
+        return
+    growth = tokens_to_reserve(
+        config, output_len=0, max_new_tokens=output_len, prompt_len=prompt_len, prompt_budget=14, page_size=page_size
+    )
+    most, afterwards = (ceil_to_page(n, page_size) for n in (prompt_len + growth, 14 + min(output_len, 36)))
+    assert most + (count - 1) * afterwards <= pool < most + count * afterwards

@@ -57,6 +57,16 @@ def test_a_recording_is_shown_and_kept(folder, server, trace, capsys):
     assert (shown["tokens"], shown["totals"]) == (trace.tokens, trace.totals)
 
 
+@pytest.mark.parametrize("flags", [[], ["--api-key", "given"]], ids=["variable", "flag"])
+def test_a_servers_key_is_taken_from_a_variable_that_others_cannot_see_unless_a_flag_has_it(
+    folder, server, monkeypatch, flags
+):
+    monkeypatch.setenv("RKV_SGLANG_API_KEY", "kept secret")
+    server.api_key = "given" if flags else "kept secret"
+    assert main(["view", "--server", server.url, "--prompt", "x", *flags]) == 0
+    assert server.keys == [server.api_key] * 2
+
+
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_a_prompt_file_is_sent_as_it_is_but_for_a_mark_in_front(folder, server, mark):
     for name in ("file.txt", "fifo"):

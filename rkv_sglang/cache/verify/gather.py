@@ -6,15 +6,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rkv_sglang.algorithm import reference
 from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import Compacted, DueRequest
 from rkv_sglang.cache.verify.recomputed import (
     CompactionDiffersError,
     checksums,
+    explains,
     plain_scores,
     rows_of,
+    same_bytes,
     score_tolerance,
 )
 from rkv_sglang.policies import Policy
@@ -90,12 +91,12 @@ def _problems(
         yield f"the newest {window} tokens are not kept"
         return
     for name, was, now in zip(("keys", "values"), before, rows_of(buffers, request.slots), strict=True):
-        if not _same_bytes(was[:, : plan.prompt_len], now[:, : plan.prompt_len]):
+        if not same_bytes(was[:, : plan.prompt_len], now[:, : plan.prompt_len]):
             yield f"the {name} of the prompt changed"
         # [num_layers, budget, num_kv_heads, 1]
         sources = plan.prompt_len + kept.transpose(1, 2).unsqueeze(3)
         moved = was.take_along_dim(sources, dim=1)
-        if not _same_bytes(moved, now[:, plan.prompt_len : plan.kept_len]):
+        if not same_bytes(moved, now[:, plan.prompt_len : plan.kept_len]):
             yield f"the {name} moved are not those kept"
     sliding = model.sliding_among(buffers.keys.first_layer, len(kept))
     latest = torch.arange(plan.generated_len - plan.budget, plan.generated_len, device=kept.device)
@@ -106,28 +107,5 @@ def _problems(
             continue
         ways = plain_scores(buffers, request, layer, before, queries, policy, model)
         tolerance = score_tolerance(policy)
-        if not any(_explains(scores, kept[layer], plan.prompt_len, window, tolerance) for scores in ways):
+        if not any(explains(scores, kept[layer], plan.prompt_len, window, tolerance) for scores in ways):
             yield f"layer {layer} kept other tokens than the policy's score says"
-
-
-def _explains(scores: Tensor, kept: Tensor, prompt_len: int, window: int, tolerance: float) -> bool:
-    """Return whether those kept are the best, or as good as the best but for a rounding error.
-
-    Args:
-        scores: ``[num_kv_heads, L - window]``.
-        kept: Indices of generated tokens, ``[num_kv_heads, budget]``, ascending, the window at the end.
-        tolerance: As ``score_tolerance`` says it of the policy.
-    """
-    budget = kept.shape[1]
-    if torch.equal(reference.select_kept(scores, prompt_len, window, budget), kept):
-        return True
-    candidates = scores[:, prompt_len:]
-    is_kept = torch.zeros_like(candidates, dtype=torch.bool).scatter_(1, kept[:, : budget - window], True)
-    worst_kept = candidates.masked_fill(~is_kept, torch.inf).amin(dim=1)
-    best_dropped = candidates.masked_fill(is_kept, -torch.inf).amax(dim=1)
-    spread = candidates.amax(dim=1) - candidates.amin(dim=1)
-    return bool((worst_kept >= best_dropped - tolerance * spread).all())
-
-
-def _same_bytes(first: Tensor, second: Tensor) -> bool:
-    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))

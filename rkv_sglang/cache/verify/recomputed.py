@@ -78,6 +78,25 @@ def plain_scores(
         )
 
 
+def explains(scores: Tensor, kept: Tensor, prompt_len: int, window: int, tolerance: float) -> bool:
+    """Return whether those kept are the best, or as good as the best but for a rounding error.
+
+    Args:
+        scores: ``[num_kv_heads, L - window]``.
+        kept: Indices of generated tokens, ``[num_kv_heads, budget]``, ascending, the window at the end.
+        tolerance: As ``score_tolerance`` says it of the policy.
+    """
+    budget = kept.shape[1]
+    if torch.equal(reference.select_kept(scores, prompt_len, window, budget), kept):
+        return True
+    candidates = scores[:, prompt_len:]
+    is_kept = torch.zeros_like(candidates, dtype=torch.bool).scatter_(1, kept[:, : budget - window], True)
+    worst_kept = candidates.masked_fill(~is_kept, torch.inf).amin(dim=1)
+    best_dropped = candidates.masked_fill(is_kept, -torch.inf).amax(dim=1)
+    spread = candidates.amax(dim=1) - candidates.amin(dim=1)
+    return bool((worst_kept >= best_dropped - tolerance * spread).all())
+
+
 def rows_of(buffers: KVBuffers, slots: Tensor) -> tuple[Tensor, Tensor]:
     """Copy what some slots hold, ``[num_layers, len(slots), num_kv_heads, head_dim]`` of keys and of values."""
     both = (buffers.keys, buffers.values)
@@ -102,3 +121,8 @@ def checksums(buffers: KVBuffers, slots: Tensor) -> list[int]:
             weights = torch.arange(1, numbers.numel() + 1, device=numbers.device) * _LARGE_ODD
             sums.append(int((numbers * (weights ^ (weights >> 31))).sum()))
     return sums
+
+
+def same_bytes(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors of one dtype hold the same bytes; NaN equals itself, and 0 is not -0."""
+    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))

@@ -68,9 +68,11 @@ def _look(launch: Launch, model_config: str | None, hardware: str | None) -> tup
     if plugin.problem is not None:
         problems.append(plugin.problem)
     with as_on(hardware):
-        refusals, unchecked = look_at_server(parser, options, model_config, is_gpu_known=hardware is not None)
-    verdict = f"would start with --kv-policy {policy}, as far as this machine can tell; not checked: " + "; ".join(
-        unchecked
+        refusals, flags, unchecked = look_at_server(parser, options, model_config, is_gpu_known=hardware is not None)
+    added = "".join(f" {flag}, which it sets by itself," for flag in flags)
+    verdict = (
+        f"would start with --kv-policy {policy}{' and' if added else ','}{added} as far as this machine can tell; "
+        f"not checked: {'; '.join(unchecked)}"
     )
     return list(dict.fromkeys(problems + refusals)), verdict
 

@@ -19,6 +19,7 @@ from rkv_sglang.integration.doctor.arguments import MODEL_FLAG, NO_MODEL
 from rkv_sglang.integration.startup.policy_parameters import read_parameters
 from rkv_sglang.integration.startup.refusals import flag_problems, model_problems, refused_values
 from rkv_sglang.integration.startup.server_args import RKVServerArgs
+from rkv_sglang.integration.startup.sliding import ONE_POOL_FLAG, keep_in_one_pool
 from rkv_sglang.messages import one_line
 from rkv_sglang.user_files import read_text, reason
 
@@ -32,7 +33,7 @@ def look_at_server(
     model_config: str | None,
     *,
     is_gpu_known: bool = False,
-) -> tuple[list[str], list[str]]:
+) -> tuple[list[str], list[str], list[str]]:
     """Resolve the arguments of a server with a policy as its launcher does, and collect what it would refuse.
 
     Args:
@@ -42,7 +43,7 @@ def look_at_server(
         is_gpu_known: Whether SGLang is told of a GPU, whatever this machine has.
 
     Returns:
-        One line for every reason to refuse, in the order of a start; and what was not checked.
+        One line for every reason to refuse, in the order of a start; flags that would be set; what was not checked.
     """
     problems: list[str] = []
     options = _with_parameters(options, problems)
@@ -62,9 +63,10 @@ def look_at_server(
         try:
             folder = stack.enter_context(_folder_of(model_config)) if model_config else options.model_path
         except ValueError as error:
-            return [*problems, str(error)], unchecked
-        problems += _look_at_resolved(mended, folder, options.model_path)
-    return problems, unchecked
+            return [*problems, str(error)], [], unchecked
+        flags: list[str] = []
+        problems += _look_at_resolved(mended, folder, options.model_path, flags)
+    return problems, flags, unchecked
 
 
 def _with_parameters(options: argparse.Namespace, problems: list[str]) -> argparse.Namespace:
@@ -77,8 +79,11 @@ def _with_parameters(options: argparse.Namespace, problems: list[str]) -> argpar
     return argparse.Namespace(**{**vars(options), PARAMETERS_FIELD: parameters})
 
 
-def _look_at_resolved(options: argparse.Namespace, folder: str, model_path: str) -> Iterator[str]:
-    """Yield what is refused once model and defaults are known. ``model_path`` is the name of the model in messages."""
+def _look_at_resolved(options: argparse.Namespace, folder: str, model_path: str, flags: list[str]) -> Iterator[str]:
+    """Yield what is refused once model and defaults are known; add to ``flags`` those that would be set.
+
+    ``model_path`` is the name of the model in messages.
+    """
 
     def told(error: Exception) -> str:
         # A folder that stands for the model is gone when this is read.
@@ -87,8 +92,9 @@ def _look_at_resolved(options: argparse.Namespace, folder: str, model_path: str)
     names = {"model_path": folder, "served_model_name": options.served_model_name or model_path}
     is_dummy = folder.lower() in ("none", NO_MODEL)
     if not is_dummy:
+        looked_at = _args(options, **names)
         try:
-            model = model_config_of(_args(options, **names))
+            model = model_config_of(looked_at)
         # Of transformers, of the Hub, of code that comes with a model.
         except Exception as error:
             yield (
@@ -97,8 +103,9 @@ def _look_at_resolved(options: argparse.Namespace, folder: str, model_path: str)
             )
             names["model_path"], is_dummy = NO_MODEL, True
         else:
+            flags += [ONE_POOL_FLAG] if keep_in_one_pool(looked_at) else []
             model.model_path = model_path
-            yield from model_problems(model, resolving_view(_args(options, **names)))
+            yield from model_problems(model, resolving_view(looked_at))
     args = _args(options, **names)
     problem = None
     try:

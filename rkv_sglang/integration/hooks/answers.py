@@ -10,12 +10,19 @@ from rkv_sglang.config import NO_POLICY, POLICY_FIELD
 from rkv_sglang.integration.hooking.hook import Hook, names
 from rkv_sglang.integration.hooks.owners import MANAGERS, REQ, SCHEDULER
 from rkv_sglang.integration.runtime.current import get_runtime
-from rkv_sglang.integration.runtime.requests import end_request, known_state_of, trace_of
+from rkv_sglang.integration.runtime.requests import (
+    end_request,
+    known_state_of,
+    prompt_len_of,
+    prompt_trace_of,
+    trace_of,
+)
 from rkv_sglang.sizes.lengths import RequestState
 
 COMPACTIONS_KEY = "kv_compactions"
 RESIDENT_KEY, EVICTED_KEY = "kv_resident_tokens", "kv_evicted_tokens"
-KEYS = (POLICY_FIELD, COMPACTIONS_KEY, RESIDENT_KEY, EVICTED_KEY)
+PROMPT_KEY = "kv_prompt_tokens"
+KEYS = (POLICY_FIELD, COMPACTIONS_KEY, RESIDENT_KEY, EVICTED_KEY, PROMPT_KEY)
 # Only for requests that asked for it.
 TRACE_KEY = "kv_trace"
 # What SGLang's tokenizer manager says of a request that was aborted without a reason while it waited.
@@ -27,24 +34,27 @@ def answer_info(req: Any) -> dict[str, Any]:
 
     ``kv_resident_tokens`` are those held at the end, the last token not among them (its KV is never computed), and 0 of
     one that ended while it waited; ``kv_evicted_tokens`` are counted over the whole life, so a token evicted again
-    after a retraction counts twice.
-    ``kv_trace`` is there if the request asked for it; with tensor parallelism it knows the first rank's heads, and
-    where all heads keep the same it has one row for all.
+    after a retraction counts twice. ``kv_prompt_tokens`` are those that attention sees of the prompt.
+    ``kv_trace`` is there if the request asked for it, and has ``prompt`` if that was compacted; with tensor parallelism
+    it knows the first rank's heads, and where all heads keep the same it has one row for all.
     """
     runtime = get_runtime()
     config = runtime.config_of(req)
     # Scheduler.handle_generate_request may refuse a request before it knows how many tokens that one may generate.
-    state = known_state_of(req) or RequestState(len(req.origin_input_ids), max_new_tokens=0)
+    state = known_state_of(req) or RequestState(prompt_len_of(req), max_new_tokens=0)
     info = {
         POLICY_FIELD: NO_POLICY if config is None else config.policy,
         COMPACTIONS_KEY: state.compactions,
         RESIDENT_KEY: _held_at_the_end(req, state),
         EVICTED_KEY: state.evicted_in_all,
+        PROMPT_KEY: state.held_prompt_len,
     }
     trace = trace_of(req)
     if trace is not None:
         num_layers, num_kv_heads = runtime.trace_shape
-        info[TRACE_KEY] = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "compactions": trace}
+        # That of an earlier prefill says nothing of a prompt that is whole again.
+        extra = {"prompt": prompt_trace_of(req)} if state.evicted_prompt_tokens > 0 else {}
+        info[TRACE_KEY] = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "compactions": trace, **extra}
     return info
 
 

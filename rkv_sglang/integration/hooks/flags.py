@@ -14,31 +14,50 @@ def carry_records() -> None:
     """See that records of server arguments reach other processes with the policy's settings and with the plugin.
 
     A record of SGLang's own class, made before the plugin took that class's place, could not be pickled by its name
-    any more.
+    any more. A program's subclasses of that class are carried, too; those that it makes later are of the plugin's.
     """
-    for kind in (RKVServerArgs, *RKVServerArgs.__mro__[1:2]):
+    kinds = [_stock_class()]
+    for kind in kinds:
+        # Pickle asks for the very class, so each is named.
         copyreg.pickle(kind, _reduce_record)
+        kinds += kind.__subclasses__()
+    setattr(RKVServerArgs, "__reduce__", _reduce_record)  # noqa: B010  # mypy takes it for a method
 
 
 def _reduce_record(server_args: Any) -> tuple[Any, ...]:
-    _, (_, fields, bookkeeping) = server_args.__reduce__()
-    return rebuild_record, (fields, bookkeeping)
+    stock_class = _stock_class()
+    _, (kind, fields, bookkeeping) = stock_class.__reduce__(server_args)
+    return rebuild_record, (None if kind in (stock_class, RKVServerArgs) else kind, fields, bookkeeping)
 
 
-def rebuild_record(fields: dict[str, Any], bookkeeping: dict[str, Any]) -> Any:
+def _stock_class() -> Any:
+    # Not kept in this module: the plugin loader puts the plugin's class wherever it finds this one.
+    return RKVServerArgs.__mro__[1]
+
+
+def rebuild_record(kind: type[Any] | None, fields: dict[str, Any], bookkeeping: dict[str, Any]) -> Any:
     """Rebuild a record in another process; with a policy, install there what a tokenizer worker needs of the plugin.
 
     Such a worker loads no plugins. Processes that get the record as they are spawned do, and other plugins come first
     there.
+
+    Args:
+        kind: A class of the program's own; None for SGLang's and the plugin's.
+        fields: As SGLang's ``__reduce__`` has them.
+        bookkeeping: Likewise.
 
     Raises:
         RuntimeError: This process has another SGLang than the one that sent the record, or a hook did not take.
     """
     from sglang.srt.server_args import _rebuild_server_args
 
-    record = _rebuild_server_args(RKVServerArgs, fields, bookkeeping)
-    is_spawned_with_it = getattr(multiprocessing.current_process(), "_inheriting", False)
-    if policy_name(record) != NO_POLICY and not is_spawned_with_it:
+    record = _rebuild_server_args(kind or RKVServerArgs, fields, bookkeeping)
+    if policy_name(record) == NO_POLICY:
+        return record
+    from rkv_sglang.integration.startup.environment import CARRIED_ATTRIBUTE
+
+    setattr(record, CARRIED_ATTRIBUTE, True)
+    if not getattr(multiprocessing.current_process(), "_inheriting", False):
         from rkv_sglang.integration.hooks.processes import install_answer_hooks
 
         install_answer_hooks()

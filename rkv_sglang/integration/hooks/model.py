@@ -34,7 +34,8 @@ def leave_room_for_side_buffers(profile: Callable[..., int], configurator: Any, 
     runtime = get_runtime()
     if runtime.looks_at_nothing:
         return available_bytes
-    model, tp_size = configurator.model_config, get_parallel().tp_size
+    # Ranks of data-parallel attention have all heads each.
+    model, tp_size = configurator.model_config, get_parallel().attn_tp_size
     shape = ModelShape(
         num_layers=model.num_hidden_layers,
         num_qo_heads=model.num_attention_heads // tp_size,
@@ -98,7 +99,7 @@ MODEL_HOOKS: tuple[Hook, ...] = (
             *names("sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator", "model_config kv_cache_dtype"),
             *names(MODEL_CONFIG, "num_hidden_layers num_attention_heads get_num_kv_heads head_dim v_head_dim dtype"),
             f"{RUNTIME_CONTEXT}.get_parallel",
-            f"{PARALLEL}.tp_size",
+            f"{PARALLEL}.attn_tp_size",
         ),
         surroundings=("sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator.configure",),
     ),
@@ -116,7 +117,7 @@ MODEL_HOOKS: tuple[Hook, ...] = (
             *names(ATTENTION, "layer_id k_scale_float v_scale_float tp_k_head_num tp_q_head_num qk_head_dim"),
             *names(ATTENTION, "scaling logit_cap sliding_window_size"),
             f"{RUNTIME_CONTEXT}.get_parallel",
-            *names(PARALLEL, "tp_rank tp_size"),
+            *names(PARALLEL, "attn_tp_rank attn_tp_size"),
             *names(KV_POOL, "k_buffer v_buffer dtype size start_layer"),
             f"{ROWS}.req_to_token",
         ),

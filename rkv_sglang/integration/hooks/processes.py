@@ -21,6 +21,7 @@ from rkv_sglang.integration.hooks.owners import (
     MANAGERS,
     MEM_CACHE,
     MODEL_RUNNER,
+    PARALLEL,
     REQ,
     ROPE,
     ROWS,
@@ -42,13 +43,15 @@ def start_scheduler(init: Callable[..., None], scheduler: Any, server_args: Any,
     """
     if policy_name(server_args) == NO_POLICY:
         return init(scheduler, server_args, *args, **kwargs)
-    if not has_settings(server_args):
-        # The plugin in a launcher gives every record that leaves it the settings.
+    # Here, so that a scheduler without a policy loads none of it.
+    from rkv_sglang.integration.startup.environment import CARRIED_ATTRIBUTE
+
+    if not (has_settings(server_args) or getattr(server_args, CARRIED_ATTRIBUTE, False)):
+        # The plugin in a launcher marks every record that leaves it, and gives all but a program's own the settings.
         raise RuntimeError(
             f"{ARGS_VARIABLE} is set, but the process that started this scheduler runs without the plugin: load "
             "SGLang's plugins there, and check that SGLANG_PLUGINS, if set, names rkv_sglang"
         )
-    # Here, so that a scheduler without a policy loads none of it.
     from sglang.srt.arg_groups.overrides import resolving_view
 
     from rkv_sglang.integration.hooking.releases import require_contract
@@ -201,6 +204,8 @@ PROCESS_HOOKS: tuple[Hook, ...] = (
             *names(KV_POOL, "dtype is_quantized_kv_cache kv_cache_layout layer_num start_layer"),
             *names(ATTENTION, "attn_type is_cross_attention layer_id logit_cap logit_capping_method scaling"),
             *names(ATTENTION, "sliding_window_size use_irope xai_temperature_len"),
+            *names(ATTENTION, "qk_head_dim tp_k_head_num tp_q_head_num v_head_dim"),
+            f"{PARALLEL}.attn_dp_size",
             "sglang.srt.layers.radix_attention.AttentionType.DECODER",
         ),
         surroundings=(f"{MANAGERS}.scheduler.run_scheduler_process",),

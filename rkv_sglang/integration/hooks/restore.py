@@ -28,14 +28,14 @@ from rkv_sglang.integration.hooks.owners import (
 )
 from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.penalties import count_earlier_tokens, count_next_tokens
-from rkv_sglang.integration.runtime.requests import prompt_len_of
+from rkv_sglang.integration.runtime.requests import prompt_len_of, state_of
 from rkv_sglang.integration.runtime.restore import (
     EVICTED_ATTRIBUTE,
     drop_host_copies,
     end_if_hopeless,
-    evicted_tokens_of,
     forget_what_was_cached,
     host_copy_of,
+    logical_lens_of,
     restore_waiting,
     save_if_too_long,
     use_resident_ids,
@@ -64,7 +64,9 @@ def match_prompt_only(compute: Callable[..., int], req: Any, input_len: int) -> 
     max_prefix_len = compute(req, input_len)
     prompt_len = prompt_len_of(req)
     if (len(req.output_ids) > 0 or prompt_len < len(req.origin_input_ids)) and get_runtime().may_compact(req):
-        return min(max_prefix_len, prompt_len)
+        # A copy that lacks some of its prompt has no place for what the tree has of it.
+        is_prompt_compacted = host_copy_of(req) is not None and state_of(req).evicted_prompt_tokens > 0
+        return 0 if is_prompt_compacted else min(max_prefix_len, prompt_len)
     return max_prefix_len
 
 
@@ -84,8 +86,8 @@ def restore_before_extend(prepare: Callable[[Any], None], batch: Any) -> None:
     prepare(batch)
     count_earlier_tokens(batch)
     if is_any_restored:
-        evicted = evicted_tokens_of(batch, batch.orig_seq_lens.dtype)
-        batch.orig_seq_lens = batch.orig_seq_lens + evicted.to(batch.orig_seq_lens.device, non_blocking=True)
+        logical = logical_lens_of(batch, batch.orig_seq_lens.dtype)
+        batch.orig_seq_lens = logical.to(batch.orig_seq_lens.device, non_blocking=True)
 
 
 def count_tokens_in_turn(batch: Any) -> None:
@@ -136,7 +138,9 @@ RESTORE_HOOKS: tuple[Hook, ...] = (
         why="A preempted request loses its compacted KV, and what is longer than the pool cannot be computed again.",
         upstream="Retraction asks the KV policy whether to keep a host copy.",
         uses=(
-            *names(SCHEDULER, "max_total_num_tokens req_to_token_pool token_to_kv_pool_allocator tp_cpu_group tp_size"),
+            *names(SCHEDULER, "max_total_num_tokens req_to_token_pool token_to_kv_pool_allocator"),
+            *names(SCHEDULER, "attn_tp_cpu_group attn_tp_group"),
+            "sglang.srt.distributed.parallel_state.GroupCoordinator.world_size",
             *names(REQ, "finished input_embeds kv origin_input_ids output_ids rid"),
             *names(REQ_KV, "kv_allocated_len req_pool_idx"),
             f"{ALLOCATOR}.get_kvcache",

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from rkv_sglang.config import POLICY_FIELD
 from rkv_sglang.integration.hooking.hook import Hook, names
-from rkv_sglang.integration.hooks.owners import ALLOCATOR, BATCH, MEM_CACHE, REQ, REQ_KV, ROWS, SCHEDULER, TREE
+from rkv_sglang.integration.hooks.owners import (
+    ALLOCATOR,
+    BATCH,
+    FORWARD_BATCH,
+    FORWARD_MODE,
+    MEM_CACHE,
+    REQ,
+    REQ_KV,
+    ROWS,
+    SCHEDULER,
+    TREE,
+)
 from rkv_sglang.integration.runtime.current import get_runtime
 
 
@@ -18,6 +30,13 @@ def before_admission(scheduler: Any, prefill_delayer_single_pass: Any, running_b
 def before_decode_step(scheduler: Any, batch: Any) -> None:
     """Compact before a decode step whose scheduling skipped admission."""
     get_runtime().before_decode(batch)
+
+
+def keep_decode_steps(vote: Callable[..., bool], *, local_batch: Any, **others: Any) -> bool:
+    """Vote against a step in which decoding requests would run as a prefill, because another rank has one."""
+    if local_batch is not None and local_batch.forward_mode.is_decode():
+        return False
+    return vote(local_batch=local_batch, **others)
 
 
 def add_policy_stats(result: Any, scheduler: Any, recv_req: Any) -> None:
@@ -41,14 +60,14 @@ SCHEDULER_HOOKS: tuple[Hook, ...] = (
         upstream="A call `self.kv_policy.before_decode(running_batch)` after the merge in get_next_batch_to_run.",
         uses=(
             *names(SCHEDULER, "enable_overlap forward_ct forward_stream forward_stream_ctx schedule_stream"),
-            *names(SCHEDULER, "token_to_kv_pool_allocator tp_group tp_size tree_cache"),
-            "sglang.srt.distributed.parallel_state.GroupCoordinator.device_group",
+            *names(SCHEDULER, "attn_tp_group token_to_kv_pool_allocator tree_cache"),
+            *names("sglang.srt.distributed.parallel_state.GroupCoordinator", "device_group world_size"),
             *names(BATCH, "batch_is_full req_to_token_pool reqs seq_lens seq_lens_cpu seq_lens_sum"),
-            *names(REQ, "decode_batch_idx finished kv rid skip_radix_cache_insert"),
+            *names(REQ, "decode_batch_idx finished kv last_node lock multimodal_inputs rid skip_radix_cache_insert"),
             *names(REQ_KV, "cache_protected_len holds_kv kv_allocated_len kv_committed_len req_pool_idx"),
             f"{ROWS}.req_to_token",
-            *names(ALLOCATOR, "free_group_begin free_group_end free_page_ids page_size"),
-            *names(TREE, "all_values_flatten free_kv_row"),
+            *names(ALLOCATOR, "available_size free_group_begin free_group_end free_page_ids page_size"),
+            *names(TREE, "all_values_flatten evictable_size free_kv_row unlock"),
         ),
         surroundings=(
             *names(SCHEDULER, "event_loop_normal event_loop_overlap get_new_batch_prefill get_next_batch_to_run"),
@@ -65,6 +84,30 @@ SCHEDULER_HOOKS: tuple[Hook, ...] = (
         capability="schedule",
         why="Some steps skip admission (deferred prefill), and a due request must not outgrow its capacity there.",
         upstream="The same call as for admission.",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler_components.dp_attn._local_prefill_cuda_graph_vote",
+        kind="AROUND",
+        function=keep_decode_steps,
+        signature=(
+            "(*, local_batch, num_tokens, prefill_graph_runner, coordinated_prefill, breakable_prefill, "
+            "spec_algorithm, model_config)"
+        ),
+        why=(
+            "With data-parallel attention a rank's decode step may run as a prefill of one token each, so that all "
+            "ranks run one graph: its queries would not be recorded, and it would count as no decode step. The vote "
+            "of one rank decides for all."
+        ),
+        upstream="A KV policy has a say in which batches may be run as another kind.",
+        uses=(
+            f"{BATCH}.forward_mode",
+            f"{FORWARD_MODE}.is_decode",
+        ),
+        surroundings=(
+            "sglang.srt.managers.scheduler_components.dp_attn.prepare_mlp_sync_batch_raw",
+            "sglang.srt.managers.scheduler_components.dp_attn.SchedulerDPAttnAdapter.maybe_convert_decode_to_extend",
+            f"{FORWARD_BATCH}.prepare_mlp_sync_batch",
+        ),
     ),
     Hook(
         target="sglang.srt.managers.scheduler.Scheduler.get_internal_state",

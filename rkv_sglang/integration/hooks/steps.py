@@ -44,8 +44,10 @@ def refuse_resolved(server_args: Any, previous: Callable[[Any], None]) -> None:
     from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
 
     from rkv_sglang.integration.startup.refusals import refuse_model
+    from rkv_sglang.integration.startup.sliding import keep_in_one_pool
 
     _refuse_flags(server_args)
+    keep_in_one_pool(server_args)
     _stop_if(lambda: refuse_model(model_config_of(server_args), resolving_view(server_args)))
     if has_settings(server_args):
         # What /server_info shows: with the policy's own defaults, whatever spelling was used.
@@ -53,13 +55,15 @@ def refuse_resolved(server_args: Any, previous: Callable[[Any], None]) -> None:
 
 
 def refuse_late(server_args: Any) -> None:
-    """Refuse another SGLang, flags and the model of a record that was resolved without these steps."""
+    """Do what these steps do with a record that was resolved without them."""
     from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
 
     from rkv_sglang.integration.startup.refusals import refuse_model
+    from rkv_sglang.integration.startup.sliding import keep_in_one_pool
 
     _stop_if(_check_contract)
     _refuse_flags(server_args)
+    keep_in_one_pool(server_args)
     _stop_if(lambda: refuse_model(model_config_of(server_args), resolving_view(server_args)))
 
 
@@ -160,7 +164,7 @@ STEP_HOOKS: tuple[Hook, ...] = (
                 SERVER_ARGS,
                 "prefill_attention_backend prefill_only_disable_kv_cache radix_cache_backend speculative_algorithm",
             ),
-            *names(SERVER_ARGS, "use_ray"),
+            *names(SERVER_ARGS, "moe_a2a_backend use_ray"),
             *names(ENVS, "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING SGLANG_RUST_SERVER SGLANG_USE_HND_KVCACHE"),
             *names(ENVS, "SGLANG_KV_CANARY_ENABLE_TOKEN_ORACLE SGLANG_KV_CANARY_ENABLE_VERIFY_TOKEN_ASSERT"),
         ),
@@ -182,6 +186,10 @@ STEP_HOOKS: tuple[Hook, ...] = (
                 "attention_arch attention_chunk_size hf_config hf_text_config is_encoder_decoder is_generation",
             ),
             *names(MODEL_CONFIG, "is_hybrid_swa model_path use_engram use_ngram_embedding"),
+            *names(MODEL_CONFIG, "_derive_hybrid_model disable_hybrid_swa_memory get_swa_num_kv_heads swa_head_dim"),
+            *names(MODEL_CONFIG, "get_total_num_kv_heads head_dim num_attention_heads swa_v_head_dim v_head_dim"),
+            "sglang.srt.configs.model_config.is_hybrid_swa_model",
+            f"{SERVER_ARGS}.disable_hybrid_swa_memory",
             *names("sglang.srt.configs.model_config.AttentionArch", "MHA MLA SSM"),
             "sglang.srt.configs.hybrid_arch.mambaish_config",
             # Of rkv-sglang doctor --command, which takes the steps of a start.

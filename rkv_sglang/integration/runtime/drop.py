@@ -44,7 +44,7 @@ def compact(parts: Parts, policy: Policy, window: int, batch: ScheduleBatch, job
     later, to free it, cache it or retract it, is on that stream too. A page that is given to another request here is
     written by a later forward pass, after the one in flight.
     """
-    ways = _ways(parts.scheduler.tree_cache)
+    ways = ways_of(parts.scheduler.tree_cache)
     if parts.scored is None:
         with parts.timed():
             due = [(job.plan, job.logical_len, job.state.kept_state) for job in jobs]
@@ -61,7 +61,7 @@ def compact(parts: Parts, policy: Policy, window: int, batch: ScheduleBatch, job
 
 
 @dataclass(frozen=True)
-class _Ways:
+class Ways:
     """What chooses the blocks, and what takes them out of the rows."""
 
     choose_by_place: Callable[..., list[BlockChoice]]
@@ -69,14 +69,14 @@ class _Ways:
     drop_blocks: Callable[..., torch.Tensor]
 
 
-def _ways(tree_cache: Any) -> _Ways:
+def ways_of(tree_cache: Any) -> Ways:
     """Return what compacts, with all that it does checked if a server was started so, the radix tree's slots too."""
     if not is_verifying():
-        return _Ways(choose_by_place, choose_by_scores, drop_blocks)
+        return Ways(choose_by_place, choose_by_scores, drop_blocks)
     # Here, so that other servers do not load it.
     from rkv_sglang.cache.verify.drop import choose_by_place_and_verify, choose_by_scores_and_verify, drop_and_verify
 
-    return _Ways(
+    return Ways(
         partial(choose_by_place_and_verify, choose_by_place),
         partial(choose_by_scores_and_verify, choose_by_scores, tree_cache.all_values_flatten().long()),
         partial(drop_and_verify, drop_blocks),
@@ -84,7 +84,7 @@ def _ways(tree_cache: Any) -> _Ways:
 
 
 def _drop(
-    ways: _Ways, parts: Parts, batch: ScheduleBatch, jobs: Sequence[Job[DropPlan]], choices: Sequence[BlockChoice]
+    ways: Ways, parts: Parts, batch: ScheduleBatch, jobs: Sequence[Job[DropPlan]], choices: Sequence[BlockChoice]
 ) -> torch.Tensor:
     """Rewrite the rows and return the ids of the pages that left them."""
     return ways.drop_blocks(
@@ -97,7 +97,7 @@ def _drop(
 
 
 def _by_scores(
-    ways: _Ways,
+    ways: Ways,
     parts: Parts,
     scored: Scored,
     policy: Policy,
@@ -115,7 +115,7 @@ def _by_scores(
             window,
             query_bytes=scored.request_bytes,
             model=scored.attention,
-            sum_over_ranks=_sum_over_ranks(scheduler) if scheduler.tp_size > 1 else None,
+            sum_over_ranks=sum_over_ranks(scheduler),
         )
         _record(jobs, choices)
     if due.stream is not None:
@@ -128,9 +128,14 @@ def _by_scores(
     return choices
 
 
-def _sum_over_ranks(scheduler: Scheduler) -> Callable[[torch.Tensor], None]:
-    """Return what adds up, in place, a tensor of every tensor-parallel rank; the same on all of them afterwards."""
-    return lambda totals: torch.distributed.all_reduce(totals, group=scheduler.tp_group.device_group)
+def sum_over_ranks(scheduler: Scheduler) -> Callable[[torch.Tensor], None] | None:
+    """Return what adds up, in place, a tensor of every rank that has heads of these requests, the same on all of them.
+
+    None for one rank.
+    """
+    if scheduler.attn_tp_group.world_size == 1:
+        return None
+    return lambda totals: torch.distributed.all_reduce(totals, group=scheduler.attn_tp_group.device_group)
 
 
 def _record(jobs: Sequence[Job[DropPlan]], choices: Sequence[BlockChoice]) -> None:

@@ -14,7 +14,7 @@ from rkv_sglang.cache.step_tensors import read_slots
 from rkv_sglang.cache.trace import pack_compaction
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.runtime.parts import Parts, Scored
-from rkv_sglang.integration.runtime.requests import trace_of
+from rkv_sglang.integration.runtime.requests import PROMPT_TRACE_ATTRIBUTE, trace_of
 from rkv_sglang.sizes.lengths import RequestState
 
 if TYPE_CHECKING:
@@ -54,9 +54,29 @@ class Job(Generic[PlanT]):
                 pack_compaction(
                     kept_indices.cpu(),
                     resident_len=self.plan.generated_len,
-                    evicted_before=self.state.evicted_tokens,
+                    evicted_before=self.state.evicted_generated_tokens,
                 )
             )
+
+    def record_prompt_trace(self, kept_indices: Any) -> None:
+        """Record what was kept of the prompt, as ``record_trace`` does of generated tokens.
+
+        Args:
+            kept_indices: Of the prompt, ascending, ``[num_layers, num_kv_heads, plan.budget]``.
+        """
+        record = pack_compaction(kept_indices.cpu(), resident_len=self.state.prompt_len, evicted_before=0)
+        setattr(self.req, PROMPT_TRACE_ATTRIBUTE, record)
+
+
+def refuse_odd_lengths(req: Any, state: RequestState) -> None:
+    """Raise ``RuntimeError`` if compacting a request would write slots that others share, or lose one of its own."""
+    kv = req.kv
+    if kv.cache_protected_len > state.held_prompt_len or kv.kv_committed_len != kv.kv_allocated_len:
+        raise RuntimeError(
+            f"request {req.rid}: the radix tree owns {kv.cache_protected_len} tokens of a prompt of "
+            f"{state.held_prompt_len}, {kv.kv_committed_len} of {kv.kv_allocated_len} slots are committed; compacting "
+            "would write shared slots. Please report this with the server's flags"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +95,15 @@ class Scoring(Generic[PlanT]):
 
 
 @contextlib.contextmanager
-def scoring(parts: Parts, scored: Scored, batch: ScheduleBatch, jobs: Sequence[Job[PlanT]]) -> Iterator[Scoring[PlanT]]:
+def scoring(
+    parts: Parts, scored: Scored, batch: ScheduleBatch, jobs: Sequence[Job[PlanT]], *, of_prompts: bool = False
+) -> Iterator[Scoring[PlanT]]:
     """Enter the stream on which forward passes run, with all that the scores of these requests of a batch need.
 
     What is done within is observed by the metrics, if there are any.
+
+    Args:
+        of_prompts: The prompts are chosen from, so what they find within themselves is not needed again.
     """
     pool_size = parts.scheduler.max_total_num_tokens
     rows = [job.req.kv.req_pool_idx for job in jobs]
@@ -99,7 +124,9 @@ def scoring(parts: Parts, scored: Scored, batch: ScheduleBatch, jobs: Sequence[J
                 kept_state=job.state.kept_state,
                 memory=job.state.memory,
                 wants_indices=job.wants_trace,
-                prompt_hits=scored.prompt_hits_room.hits_of(
+                prompt_hits=None
+                if of_prompts
+                else scored.prompt_hits_room.hits_of(
                     job.state, scored.buffers, capacity=job.config.capacity, most_tokens=pool_size
                 ),
             )

@@ -14,7 +14,8 @@ PREFIX = "rkv:"
 # Seconds; a compaction on a GPU takes well under a millisecond, one on a CPU tens of them.
 BUCKETS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 COUNTERS = {
-    "compactions": "Compactions of a request's KV cache.",
+    "compactions": "Compactions of a request's KV cache, those of prompts among them.",
+    "prompt_compactions": "Compactions of a request's prompt.",
     "evicted_tokens": "Tokens whose KV was dropped, in every layer and KV head the same number.",
     "requests_compressed": "Requests compacted at least once.",
     "requests_restored": "Times that a preempted request went on from a host copy of its compacted KV.",

@@ -11,13 +11,13 @@ import torch
 
 from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.algorithm.query_statistics import QueryStatistics
+from rkv_sglang.algorithm.rope import Rope
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.prompt_hits import PromptHitsRoom
 from rkv_sglang.cache.query_window import QueryWindow
 from rkv_sglang.cache.step_tensors import warm_up_step
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.runtime.metrics import PolicyMetrics
-from rkv_sglang.integration.startup.calibration import rope_of
 from rkv_sglang.integration.startup.errors import RefusedError
 from rkv_sglang.integration.startup.policy_trial import score_problem
 from rkv_sglang.kernels.dispatch import runs_triton
@@ -112,9 +112,11 @@ def scored_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy
         value_scales=value_scales,
         first_layer=pool.start_layer,
         # Ranks that are more than the heads share them.
-        first_kv_head=parallel.tp_rank * model_runner.model_config.get_total_num_kv_heads() // parallel.tp_size,
+        first_kv_head=(
+            parallel.attn_tp_rank * model_runner.model_config.get_total_num_kv_heads() // parallel.attn_tp_size
+        ),
     )
-    attention = attention_of(layers, model_runner.model, policy)
+    attention = attention_of(layers, model_runner.model, policy, config.policy)
     req_to_token = model_runner.req_to_token_pool.req_to_token
     num_requests = req_to_token.shape[0]
     query_window = QueryWindow(
@@ -159,10 +161,11 @@ def _scales_of(layers: Sequence[Any]) -> tuple[list[float], list[float]]:
     return [layer.k_scale_float or 1.0 for layer in layers], [layer.v_scale_float or 1.0 for layer in layers]
 
 
-def attention_of(layers: Sequence[Any], model: Any, policy: Policy) -> ModelAttention:
+def attention_of(layers: Sequence[Any], model: Any, policy: Policy, name: str) -> ModelAttention:
     """Return how a model attends, from its attention layers; whether they are alike is for ``refuse_runtime`` to say.
 
-    What only some policies need is there for those only; of statistics of the queries, the room for them.
+    What only some policies need is there for those only; of statistics of the queries, the room for them. ``name`` is
+    the policy's.
     """
     attention = ModelAttention(
         logit_scale=float(layers[0].scaling),
@@ -171,7 +174,7 @@ def attention_of(layers: Sequence[Any], model: Any, policy: Policy) -> ModelAtte
     )
     if not needs_rope(policy):
         return attention
-    rope = rope_of(model)
+    rope = rope_of(model, name)
     if not needs_statistics(policy):
         return replace(attention, rope=rope)
     shape = (len(layers), layers[0].tp_q_head_num, rope.num_pairs)
@@ -181,6 +184,43 @@ def attention_of(layers: Sequence[Any], model: Any, policy: Policy) -> ModelAtte
         torch.zeros(shape, dtype=torch.complex64, device=device), torch.zeros(shape, device=device)
     )
     return replace(attention, rope=rope, statistics=nothing)
+
+
+def rope_of(model: Any, policy: str) -> Rope:
+    """Return how positions turn queries and keys; ``policy`` is the name of the one that asks.
+
+    Raises:
+        RefusedError: They do it in a way that is not known here, or in different ways.
+    """
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+    from sglang.srt.layers.rotary_embedding.rope_variant import Llama3RotaryEmbedding
+    from sglang.srt.layers.rotary_embedding.yarn import YaRNScalingRotaryEmbedding
+
+    num_layers = sum(isinstance(module, RadixAttention) for module in model.modules())
+    embeddings = [
+        module.rotary_emb
+        for module in model.modules()
+        if isinstance(getattr(module, "attn", None), RadixAttention) and hasattr(module, "rotary_emb")
+    ]
+    ropes = set()
+    for embedding in embeddings:
+        if type(embedding) in (RotaryEmbedding, Llama3RotaryEmbedding):
+            inv_freqs, factor = embedding._compute_inv_freq(embedding.base), 1.0
+        elif type(embedding) is YaRNScalingRotaryEmbedding:
+            inv_freqs, factor = embedding._compute_inv_freq(embedding.scaling_factor), float(embedding.mscale)
+        else:
+            raise RefusedError(
+                f"--kv-policy {policy} cannot be used with this model: its positions are turned by "
+                f"{type(embedding).__name__}, which is not known here; serve it with another --kv-policy"
+            )
+        ropes.add(Rope(inv_freqs=tuple(inv_freqs.tolist()), factor=factor, is_neox=bool(embedding.is_neox_style)))
+    if len(embeddings) != num_layers or len(ropes) != 1:
+        raise RefusedError(
+            f"--kv-policy {policy} cannot be used with this model: of {num_layers} attention layers "
+            f"{len(embeddings)} turn queries by their position, in {len(ropes)} ways; serve it with another --kv-policy"
+        )
+    return ropes.pop()
 
 
 def _refuse_strange_scores(

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from rkv_sglang.integration.runtime.current import get_runtime
-from rkv_sglang.integration.runtime.requests import prompt_len_of
+from rkv_sglang.integration.runtime.prompts.pending import budget_after_prefill, pending_budget
+from rkv_sglang.integration.runtime.requests import state_of
 from rkv_sglang.integration.runtime.restore import growth_after_prefill, host_copy_of, len_after_prefill
 from rkv_sglang.sizes.pages import ceil_to_page
 from rkv_sglang.sizes.reservation import decode_growth, most_growth
@@ -17,10 +18,15 @@ from rkv_sglang.sizes.reservation import decode_growth, most_growth
 
 def growth_of_waiting(req: Any) -> int | None:
     """Return by how much a waiting request can grow after its prefill; None if it asks for no policy."""
-    if get_runtime().config_of(req) is None:
+    runtime = get_runtime()
+    config = runtime.config_of(req)
+    if config is None:
         return None
     held = len_after_prefill(req)
-    return max(growth_after_prefill(req, held), _least_growth(req, held))
+    is_restored = host_copy_of(req) is not None
+    growth = growth_after_prefill(req, held, is_restored=is_restored)
+    is_pending = not is_restored and budget_after_prefill(runtime.parts, config, req, held) > 0
+    return max(growth, _least_growth(req, held, is_pending))
 
 
 @contextlib.contextmanager
@@ -88,22 +94,25 @@ def _exact_reservation(adder: Any, req: Any) -> Iterator[None]:
                 budget.total_offset += needed
 
 
-def _least_growth(req: Any, resident_len: int) -> int:
+def _least_growth(req: Any, resident_len: int, is_prompt_pending: bool) -> int:
     """Return what must be reserved for a request however little it holds: there is one query row for that many tokens.
 
-    Only a request with a budget of its own, below the server's, holds less. Alone in the pool it needs no more than
-    the pool has: there is always one row.
+    Only a request with a budget of its own, below the server's, holds less, and one with a short answer, of which only
+    the prompt is compacted. Alone in the pool it needs no more than the pool has: there is always one row.
     """
     runtime = get_runtime()
     config = runtime.config_of(req)
     if runtime.looks_at_nothing:
         # No rows.
         return 0
-    if config is None or config.capacity >= runtime.config.capacity or not runtime.may_compact(req):
+    if config is None:
+        return 0
+    is_small = config.capacity < runtime.config.capacity and runtime.may_compact(req)
+    if not is_small and not is_prompt_pending:
         return 0
     scheduler = runtime.parts.scheduler
     most = most_growth(resident_len, scheduler.max_total_num_tokens)
-    return max(min(runtime.config.capacity + prompt_len_of(req) - resident_len, most), 0)
+    return max(min(runtime.config.capacity + state_of(req).held_prompt_len - resident_len, most), 0)
 
 
 @contextlib.contextmanager
@@ -159,14 +168,18 @@ def adder_class(base: Any) -> Any:
             if config is None:
                 return float(super()._get_running_request_total_token_offset(req))
             held = req.kv.kv_allocated_len
+            runtime = get_runtime()
+            prompt_budget = pending_budget(runtime.parts, config, req)
             growth = decode_growth(
                 config,
-                prompt_len=prompt_len_of(req),
+                prompt_len=state_of(req).held_prompt_len,
                 resident_len=held,
                 tokens_left=req.sampling_params.max_new_tokens - len(req.output_ids),
                 decode_steps=req.decode_batch_idx,
+                prompt_budget=prompt_budget,
+                page_size=runtime.page_size,
             )
-            growth = max(growth, _least_growth(req, held))
+            growth = max(growth, _least_growth(req, held, prompt_budget > 0))
             reserved = ceil_to_page(held + growth, self.page_size) - ceil_to_page(held, self.page_size)
             if self._counted_for_preemption is not None and id(req) not in self._counted_for_preemption:
                 # preempt_to_schedule asks first what preempting the request would bring and later what was reserved

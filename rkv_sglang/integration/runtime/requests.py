@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from rkv_sglang.config import NO_POLICY, POLICY_FIELD, PolicyConfig
+from rkv_sglang.config import MOST_TOKENS, NO_POLICY, NUM_FIRST_KEPT, POLICY_FIELD, PolicyConfig
 from rkv_sglang.messages import shown
 from rkv_sglang.sizes.lengths import RequestState
 from rkv_sglang.sizes.pages import ceil_to_page
 from rkv_sglang.sizes.stagger import head_start
 
 BUDGET_FIELD, BUFFER_FIELD = "kv_budget", "kv_buffer"
-TRACE_FIELD, PROMPT_FIELD = "kv_trace", "kv_prompt_len"
-FIELDS = (POLICY_FIELD, BUDGET_FIELD, BUFFER_FIELD, TRACE_FIELD, PROMPT_FIELD)
+PROMPT_FIELD, PROMPT_BUDGET_FIELD = "kv_prompt_len", "kv_prompt_budget"
+TRACE_FIELD = "kv_trace"
+FIELDS = (POLICY_FIELD, BUDGET_FIELD, BUFFER_FIELD, TRACE_FIELD, PROMPT_FIELD, PROMPT_BUDGET_FIELD)
 # Names that can only be meant for the policy: those that start so, and these. All others are somebody else's.
 OWN_PREFIXES = ("kv_", "rkv_")
 OWN_NAMES = ("kv", "rkv")
@@ -24,6 +25,7 @@ STATE_ATTRIBUTE = "rkv_state"
 CONFIG_ATTRIBUTE = "rkv_config"
 TRACE_ATTRIBUTE = "rkv_trace"
 PROMPT_ATTRIBUTE = "rkv_prompt_len"
+PROMPT_TRACE_ATTRIBUTE = "rkv_prompt_trace"
 
 
 def known_state_of(req: Any) -> RequestState | None:
@@ -57,7 +59,7 @@ def head_start_of(req: Any, config: PolicyConfig) -> int | None:
     """Return how early the request's next compaction comes, in tokens; None while its tokens have not decided it."""
     state = state_of(req)
     # After the first one since the last prefill, requests stay as far apart as that has put them.
-    if not config.stagger or state.evicted_tokens > 0:
+    if not config.stagger or state.evicted_generated_tokens > 0:
         return 0
     if state.head_start is None:
         # As the tokens came to be, whichever of them came back as prompt.
@@ -69,6 +71,11 @@ def head_start_of(req: Any, config: PolicyConfig) -> int | None:
 def trace_of(req: Any) -> list[dict[str, Any]] | None:
     """Return the compactions of a request that asked for a trace, as ``pack_compaction`` makes them; else None."""
     return getattr(req, TRACE_ATTRIBUTE, None)
+
+
+def prompt_trace_of(req: Any) -> dict[str, Any] | None:
+    """Return what its prompt's last compaction kept, as ``pack_compaction`` makes it; None if nothing was recorded."""
+    return getattr(req, PROMPT_TRACE_ATTRIBUTE, None)
 
 
 def end_request(scheduler: Any, req: Any, reason: Any) -> None:
@@ -107,7 +114,7 @@ def config_for(
 
     Args:
         custom_params: Of the request's sampling parameters: a mapping, in which names of others are left alone, or
-            None. ``kv_policy`` is ``"none"`` or the server's policy, ``kv_budget`` and ``kv_buffer`` are tokens.
+            None. ``kv_policy`` is ``"none"`` or the server's policy, the others but ``kv_trace`` are tokens.
         server: The server's settings, from which the rest comes.
         pool_size: Tokens of the KV pool.
         attention_window: Tokens that a layer attends to which attends to the latest alone, and which the budget must
@@ -120,7 +127,6 @@ def config_for(
         return server
     _refuse_strange_fields(custom_params)
     asked = {name: custom_params[name] for name in (BUDGET_FIELD, BUFFER_FIELD) if name in custom_params}
-    is_marked = PROMPT_FIELD in custom_params
     policy = custom_params.get(POLICY_FIELD, server.policy)
     if policy not in (NO_POLICY, server.policy):
         raise ValueError(
@@ -128,8 +134,8 @@ def config_for(
             f"{server.policy!r} or {NO_POLICY!r}"
         )
     if policy == NO_POLICY:
-        if asked or is_marked:
-            others = [*asked, *[PROMPT_FIELD] * is_marked]
+        others = [*asked, *[name for name in (PROMPT_FIELD, PROMPT_BUDGET_FIELD) if name in custom_params]]
+        if others:
             raise ValueError(f"{POLICY_FIELD} {NO_POLICY!r} has no {' or '.join(others)}: leave one of them out")
         return None
     for name, value in asked.items():
@@ -152,7 +158,32 @@ def config_for(
             f"{BUDGET_FIELD} {shown(budget)} and {BUFFER_FIELD} {shown(buffer)} together exceed this server's KV pool "
             f"of {pool_size} tokens: set them lower"
         )
-    return replace(server, budget=budget, buffer=buffer)
+    prompt_budget = _prompt_budget_of(custom_params, server, attention_window)
+    return replace(server, budget=budget, buffer=buffer, prompt_budget=prompt_budget)
+
+
+def _prompt_budget_of(custom_params: Mapping[str, Any], server: PolicyConfig, attention_window: int) -> int:
+    """Return what a request keeps of its prompt; 0: all. Raises ``ValueError``, one line, where that cannot be."""
+    if PROMPT_BUDGET_FIELD not in custom_params:
+        return server.prompt_budget
+    value, least = custom_params[PROMPT_BUDGET_FIELD], server.least_prompt_budget
+    if isinstance(value, bool) or not isinstance(value, int) or not (value == 0 or value >= least):
+        raise ValueError(
+            f"{PROMPT_BUDGET_FIELD} {shown(value)} is neither 0 nor an integer of at least {least} (the first "
+            f"{NUM_FIRST_KEPT} and the last {server.window} tokens of a prompt always stay): set it to {least} or "
+            "more, or to 0 to keep the prompt whole"
+        )
+    if value > MOST_TOKENS:
+        raise ValueError(
+            f"{PROMPT_BUDGET_FIELD} {shown(value)} is more than any context has: set it to {MOST_TOKENS} or less, or "
+            "to 0 to keep the prompt whole"
+        )
+    if value > 0 and attention_window > 0:
+        raise ValueError(
+            f"{PROMPT_BUDGET_FIELD} {shown(value)} is not what this server can do: some of the model's layers attend "
+            f"to the latest {attention_window} tokens, which must stay; leave {PROMPT_BUDGET_FIELD} out"
+        )
+    return value
 
 
 def marked_prompt_len(custom_params: Any, input_len: int) -> int:

@@ -7,7 +7,6 @@ put back right before the prefill that SGLang would give it: only the last outpu
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -15,11 +14,12 @@ import torch
 
 from rkv_sglang.cache.host_copy import HostCopy, load_slots, save_slots
 from rkv_sglang.integration.runtime.current import get_runtime
+from rkv_sglang.integration.runtime.prompts.pending import budget_after_prefill
+from rkv_sglang.integration.runtime.prompts.slots import alloc_slots, sides_of
 from rkv_sglang.integration.runtime.requests import (
     end_request,
     known_state_of,
     num_carried_tokens,
-    prompt_len_of,
     state_of,
     trace_of,
 )
@@ -45,22 +45,31 @@ def len_after_prefill(req: Any) -> int:
     return len(req.origin_input_ids) + len(req.output_ids) if copy is None else copy.num_tokens + 1
 
 
-def growth_after_prefill(req: Any, resident_len: int) -> int:
-    """Return by how many tokens a request with a policy can grow after a prefill that leaves it ``resident_len``."""
-    config = get_runtime().config_of(req)
+def growth_after_prefill(req: Any, resident_len: int, *, is_restored: bool) -> int:
+    """Return by how many tokens a request with a policy can grow after a prefill that leaves it ``resident_len``.
+
+    Args:
+        is_restored: It comes back with what it kept, of its prompt too, instead of being computed (again).
+    """
+    runtime, state = get_runtime(), state_of(req)
+    config = runtime.config_of(req)
     assert config is not None, "only requests with a policy have a bound"
+    prompt_len = state.held_prompt_len if is_restored else state.prompt_len
     return tokens_to_reserve(
         config,
         output_len=len(req.output_ids),
         max_new_tokens=req.sampling_params.max_new_tokens,
-        held_len=resident_len - prompt_len_of(req),
+        held_len=resident_len - prompt_len,
+        prompt_len=prompt_len,
+        prompt_budget=0 if is_restored else budget_after_prefill(runtime.parts, config, req, resident_len),
+        page_size=runtime.page_size,
     )
 
 
-def can_be_admitted(req: Any, resident_len: int) -> bool:
+def can_be_admitted(req: Any, resident_len: int, *, is_restored: bool) -> bool:
     """Return whether a request that holds so many tokens after its prefill ever fits the pool."""
-    scheduler = get_runtime().parts.scheduler
-    return growth_after_prefill(req, resident_len) <= most_growth(resident_len, scheduler.max_total_num_tokens)
+    pool_size = get_runtime().parts.scheduler.max_total_num_tokens
+    return growth_after_prefill(req, resident_len, is_restored=is_restored) <= most_growth(resident_len, pool_size)
 
 
 def save_if_too_long(req: Any) -> None:
@@ -83,7 +92,9 @@ def save_if_too_long(req: Any) -> None:
             f"request {req.rid}: {state.logical_len(req.kv.kv_allocated_len)} tokens are cached and {num_seen} were "
             "seen; please report this with the server's flags"
         )
-    if can_be_admitted(req, num_seen) or not can_be_admitted(req, saved_len + 1):
+    if can_be_admitted(req, num_seen, is_restored=False):
+        return
+    if not can_be_admitted(req, saved_len + 1, is_restored=True):
         return
     state.host_copy = _save(runtime, req, saved_len)
     # Else a request that ends while it waits would be kept, with its copy, until its row is needed.
@@ -97,20 +108,15 @@ def _save(runtime: Runtime, req: Any, saved_len: int) -> HostCopy | None:
     with runtime.on_forward_stream() as stream:
         if stream is not None and slots.is_cuda:
             slots.record_stream(stream)
-        copy = save_slots(*_sides(pool), slots)
-    if scheduler.tp_size > 1:
-        # Ranks must agree on which requests go on.
+        copy = save_slots(*sides_of(pool), slots)
+    if scheduler.attn_tp_group.world_size > 1:
+        # Ranks that have heads of this request must agree on whether it goes on; others know nothing of it.
         is_saved = torch.tensor(int(copy is not None))
-        torch.distributed.all_reduce(is_saved, torch.distributed.ReduceOp.MIN, group=scheduler.tp_cpu_group)
+        torch.distributed.all_reduce(is_saved, torch.distributed.ReduceOp.MIN, group=scheduler.attn_tp_cpu_group)
         copy = copy if is_saved.item() else None
     if copy is None:
         logger.warning("No memory is left for a copy of the %d cached tokens of request %s.", saved_len, req.rid)
     return copy
-
-
-def _sides(pool: Any) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-    """Return each layer's keys and values; with MLA its latents, and nothing beside them."""
-    return (pool.kv_buffer, ()) if hasattr(pool, "kv_buffer") else (pool.k_buffer, pool.v_buffer)
 
 
 def forget_what_was_cached(req: Any) -> None:
@@ -134,13 +140,13 @@ def forget_what_was_cached(req: Any) -> None:
 def use_resident_ids(req: Any) -> None:
     """Let SGLang see a retracted request as long as it will be when it is prefilled or restored.
 
-    A restored request's list stands for its resident tokens. Of those only the prompt is ever looked up, and only the
-    last is computed on.
+    A restored request's list stands for its resident tokens. Of those only the prompt is ever looked up, unless it was
+    compacted, and only the last is computed on.
     """
     copy = host_copy_of(req)
     ids = req.origin_input_ids + req.output_ids
     if copy is not None:
-        prompt_len = prompt_len_of(req)
+        prompt_len = state_of(req).held_prompt_len
         ids = ids[:prompt_len] + ids[prompt_len - copy.num_tokens - 1 :]
     req.full_untruncated_fill_ids = ids
 
@@ -163,6 +169,20 @@ def evicted_tokens_of(batch: Any, dtype: torch.dtype = torch.int64) -> torch.Ten
     return torch.tensor(evicted, dtype=dtype, pin_memory=batch.seq_lens.is_cuda)
 
 
+def logical_lens_of(batch: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Return every token seen of each request of a prefill batch, after it, ``[bs]``, on the CPU.
+
+    SGLang takes a request's prompt to be held whole, so it has no fewer than that.
+    """
+    evicted = evicted_tokens_of(batch, dtype)
+    lens = [
+        req.extend_end if gone > 0 else max(req.extend_end, len(req.origin_input_ids))
+        for req, gone in zip(batch.reqs, evicted.tolist(), strict=True)
+    ]
+    logical = torch.tensor(lens, dtype=dtype) + evicted
+    return logical.pin_memory() if batch.seq_lens.is_cuda else logical
+
+
 def _restore(runtime: Runtime, batch: Any, req: Any) -> None:
     """Make a request look as if an earlier chunk of its prefill had computed all but its last token.
 
@@ -181,14 +201,14 @@ def _restore(runtime: Runtime, batch: Any, req: Any) -> None:
     # What of the prompt is in the tree is locked since admission.
     shared = batch.tree_cache.prefix_device_indices(req) if matched_len > 0 else None
     alloc_req_slots(batch.req_to_token_pool, [req], batch.tree_cache)
-    own = _alloc_slots(batch, shared, saved_len)
+    own = alloc_slots(batch, shared, saved_len)
     row = own if shared is None else torch.cat([shared, own])
     batch.req_to_token_pool.write((kv.req_pool_idx, slice(0, saved_len)), row.to(torch.int32))
     pool: Any = scheduler.token_to_kv_pool_allocator.get_kvcache()
     with runtime.on_forward_stream() as stream:
         if stream is not None and own.is_cuda:
             own.record_stream(stream)
-        load_slots(copy, *_sides(pool), own, first=matched_len)
+        load_slots(copy, *sides_of(pool), own, first=matched_len)
     req.prefix_len = kv.kv_allocated_len = kv.kv_committed_len = saved_len
     state.host_copy = None
     runtime.stats.requests_restored += 1
@@ -200,34 +220,6 @@ def _restore(runtime: Runtime, batch: Any, req: Any) -> None:
             "Restored request %s after %d tokens: KV of %d came back from the host, of %d from the prefix cache.",
             *(req.rid, len(req.output_ids), saved_len - matched_len, matched_len),
         )
-
-
-def _alloc_slots(batch: Any, shared: torch.Tensor | None, saved_len: int) -> torch.Tensor:
-    """Take slots for the tokens past the shared ones, ``[saved_len - len(shared)]``, int64.
-
-    Raises:
-        RuntimeError: The pool has not so many; admission saw to it that it has.
-    """
-    from sglang.srt.mem_cache.allocation import alloc_paged_token_slots_extend, alloc_token_slots
-
-    matched_len = 0 if shared is None else len(shared)
-    slots: torch.Tensor
-    if batch.tree_cache.page_size == 1:
-        slots = alloc_token_slots(batch.tree_cache, saved_len - matched_len)
-        return slots
-    before, after = torch.tensor([matched_len]), torch.tensor([saved_len])
-    device = batch.device
-    last = torch.tensor([-1], device=device) if shared is None else shared[-1:]
-    slots = alloc_paged_token_slots_extend(
-        tree_cache=batch.tree_cache,
-        prefix_lens=before.to(device),
-        prefix_lens_cpu=before,
-        seq_lens=after.to(device),
-        seq_lens_cpu=after,
-        last_loc=last,
-        extend_num_tokens=saved_len - matched_len,
-    )
-    return slots
 
 
 def add_evicted_tokens(forward_batch: Any, batch: Any) -> None:
@@ -250,7 +242,7 @@ def end_if_hopeless(req: Any) -> bool:
     runtime = get_runtime()
     if runtime.config_of(req) is None or len(req.output_ids) == 0 or req.finished() or host_copy_of(req) is not None:
         return False
-    if can_be_admitted(req, len(req.origin_input_ids) + len(req.output_ids)):
+    if can_be_admitted(req, len(req.origin_input_ids) + len(req.output_ids), is_restored=False):
         return False
     _abort(runtime.parts.scheduler, req, "no copy of its compressed KV could be kept")
     return True

@@ -11,9 +11,10 @@ import torch
 from rkv_sglang.cache.step_tensors import subtract_evicted
 from rkv_sglang.config import HEAD, REQUEST, PolicyConfig
 from rkv_sglang.integration.runtime import drop, gather
-from rkv_sglang.integration.runtime.jobs import Job, on_forward_stream
+from rkv_sglang.integration.runtime.jobs import Job, on_forward_stream, refuse_odd_lengths
 from rkv_sglang.integration.runtime.metrics import metrics_for
 from rkv_sglang.integration.runtime.parts import Parts, Scored, scored_parts
+from rkv_sglang.integration.runtime.prompts import compaction, pending
 from rkv_sglang.integration.runtime.requests import (
     CONFIG_ATTRIBUTE,
     PROMPT_ATTRIBUTE,
@@ -31,6 +32,7 @@ from rkv_sglang.integration.startup.memory_report import report_memory
 from rkv_sglang.integration.startup.sliding import attention_window
 from rkv_sglang.policies import looks_at_nothing, make_policy
 from rkv_sglang.sizes.lengths import NEVER, can_ever_compact, decodes_again, steps_until_due
+from rkv_sglang.sizes.prompt_plan import PromptPlan, can_compact_prompt
 from rkv_sglang.sizes.stagger import most_head_start
 
 if TYPE_CHECKING:
@@ -135,8 +137,16 @@ class Runtime:
 
     def may_compact(self, req: Req) -> bool:
         """Return whether the request's length limit lets it reach a compaction at all."""
-        config = self.config_of(req)
-        return config is not None and can_ever_compact(config, state_of(req).max_new_tokens)
+        config, state = self.config_of(req), state_of(req)
+        return config is not None and (
+            can_ever_compact(config, state.max_new_tokens)
+            or can_compact_prompt(config, state.prompt_len, state.max_new_tokens)
+        )
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page of the pool."""
+        return int(self.parts.scheduler.token_to_kv_pool_allocator.page_size)
 
     def before_decode(self, batch: ScheduleBatch) -> None:
         """Compact what is due in the running batch. Idempotent between two decode steps.
@@ -153,6 +163,9 @@ class Runtime:
             if (state := known_state_of(req)) is None or state.next_check <= forward_ct
         ]
         if due:
+            with_prompts = [i for i in due if pending.is_due(self.parts, self.config_of(batch.reqs[i]), batch.reqs[i])]
+            if with_prompts:
+                self._compact_prompts(batch, with_prompts)
             due = [i for i in due if self._is_due(batch.reqs[i], forward_ct)]
             if due:
                 self._compact(batch, due)
@@ -168,31 +181,50 @@ class Runtime:
         resident_len = req.kv.kv_allocated_len
         if config is None or not self.may_compact(req) or not decodes_again(state, resident_len):
             state.next_check = NEVER
+            self.forget_queries(req)
             return False
-        head_start = head_start_of(req, config)
-        earliest = most_head_start(config) if head_start is None else head_start
-        remaining = steps_until_due(config, state.prompt_len, resident_len, req.decode_batch_idx, earliest)
-        if head_start is None:
-            remaining = max(remaining, 1)
+        due_in: float = NEVER
+        if can_ever_compact(config, state.max_new_tokens):
+            head_start = head_start_of(req, config)
+            earliest = most_head_start(config) if head_start is None else head_start
+            due_in = steps_until_due(config, state.held_prompt_len, resident_len, req.decode_batch_idx, earliest)
+            if head_start is None:
+                due_in = max(due_in, 1)
+        remaining = due_in
+        if pending.pending_budget(self.parts, config, req) > 0:
+            remaining = min(due_in, max(config.window - req.decode_batch_idx, 0))
         if remaining > self.config.window:
             state.next_check = forward_ct + remaining - self.config.window
+            # It has a row if only its prompt was compacted now.
+            self.forget_queries(req)
             return False
         scored = self.parts.scored
         if scored is not None and not scored.query_window.has_row(req.kv.req_pool_idx, req):
             scored.query_window.acquire(req.kv.req_pool_idx, req, _runs_under)
         state.next_check = forward_ct + remaining
-        return remaining == 0
+        return due_in == 0
+
+    def _compact_prompts(self, batch: ScheduleBatch, due: list[int]) -> None:
+        """Compact the prompts of those of these requests for which there is room, as ``_compact`` does the rest."""
+        configs = [self.config_of(batch.reqs[i]) for i in due]
+        if jobs := compaction.jobs_with_room(self.parts, batch, due, configs):
+            compaction.compact(self.parts, self.policy, self.config.window, batch, list(jobs.values()))
+            self._count(batch, jobs)
 
     def _compact(self, batch: ScheduleBatch, due: list[int]) -> None:
         """Compact the requests of ``batch.reqs`` whose indices are in ``due``, and bring every length up to it."""
-        jobs = [self._job(batch.reqs[i]) for i in due]
-        self._way.compact(self.parts, self.policy, self.config.window, batch, jobs)
-        for job in jobs:
+        jobs = {i: self._job(batch.reqs[i]) for i in due}
+        self._way.compact(self.parts, self.policy, self.config.window, batch, list(jobs.values()))
+        self._count(batch, jobs)
+
+    def _count(self, batch: ScheduleBatch, jobs: dict[int, Job[Any]]) -> None:
+        """Bring every length up to what was compacted: of each request by its place in the batch."""
+        for job in jobs.values():
             self._shorten(job)
         if self.parts.metrics is not None:
             self.parts.metrics.count(self.stats)
         evicted = [0] * len(batch.reqs)
-        for i, job in zip(due, jobs, strict=True):
+        for i, job in jobs.items():
             evicted[i] = job.plan.evicted_tokens
         batch.seq_lens, batch.seq_lens_cpu = subtract_evicted(batch.seq_lens, batch.seq_lens_cpu, evicted)
         batch.seq_lens_sum = None
@@ -202,18 +234,14 @@ class Runtime:
 
     def _job(self, req: Req) -> Job[Any]:
         """Plan one request's compaction by its settings; nothing is changed."""
-        state, config, kv = state_of(req), self.config_of(req), req.kv
-        if config is None or kv.cache_protected_len > state.prompt_len or kv.kv_committed_len != kv.kv_allocated_len:
-            raise RuntimeError(
-                f"request {req.rid}: the radix tree owns {kv.cache_protected_len} tokens of a prompt of "
-                f"{state.prompt_len}, {kv.kv_committed_len} of {kv.kv_allocated_len} slots are committed; compacting "
-                "would write shared slots. Please report this with the server's flags"
-            )
+        state, config = state_of(req), self.config_of(req)
+        assert config is not None, "a request without a policy is never due"
+        refuse_odd_lengths(req, state)
         plan = self._way.plan(
             config,
-            prompt_len=state.prompt_len,
-            resident_len=kv.kv_allocated_len,
-            page_size=self.parts.scheduler.token_to_kv_pool_allocator.page_size,
+            prompt_len=state.held_prompt_len,
+            resident_len=req.kv.kv_allocated_len,
+            page_size=self.page_size,
         )
         return Job(req=req, state=state, config=config, plan=plan)
 
@@ -223,7 +251,8 @@ class Runtime:
         # From here on tokens and slots no longer match, so the tree must not take this request's tail.
         job.req.skip_radix_cache_insert = True
         kv.kv_allocated_len = kv.kv_committed_len = job.plan.kept_len
-        if self.parts.scored is not None and job.config.buffer > self.config.window:
+        is_needed_soon = job.config.buffer <= self.config.window or isinstance(job.plan, PromptPlan)
+        if self.parts.scored is not None and not is_needed_soon:
             self.parts.scored.query_window.release(kv.req_pool_idx)
         job.state.record(job.plan)
         self.stats.count(job.plan, job.state)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from rkv_sglang.sizes.compaction_plan import CompactionPlan
 from rkv_sglang.sizes.lengths import RequestState
+from rkv_sglang.sizes.prompt_plan import PromptPlan
 
 
 @dataclass
@@ -13,7 +14,8 @@ class PolicyStats:
     """Counters since the start of this scheduler process.
 
     Attributes:
-        compactions: Compactions done.
+        compactions: Compactions done, those of prompts among them.
+        prompt_compactions: Compactions of a prompt.
         evicted_tokens: Tokens whose KV was dropped (per layer and head the same count).
         requests_compressed: Requests compacted at least once.
         requests_restored: Times that a preempted request went on from a host copy of its compacted KV.
@@ -24,6 +26,7 @@ class PolicyStats:
     """
 
     compactions: int = 0
+    prompt_compactions: int = 0
     evicted_tokens: int = 0
     requests_compressed: int = 0
     requests_restored: int = 0
@@ -32,9 +35,10 @@ class PolicyStats:
     requests_answered: int = 0
     answers_compressed: int = 0
 
-    def count(self, plan: CompactionPlan, state: RequestState) -> None:
+    def count(self, plan: CompactionPlan | PromptPlan, state: RequestState) -> None:
         """Count one compaction that ``state`` has recorded; only read here."""
         self.compactions += 1
+        self.prompt_compactions += isinstance(plan, PromptPlan)
         self.evicted_tokens += plan.evicted_tokens
         self.requests_compressed += state.compactions + state.discarded_compactions == 1
         self.peak_private_tokens = max(self.peak_private_tokens, plan.generated_len)

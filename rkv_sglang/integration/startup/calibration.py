@@ -61,43 +61,6 @@ class QueryMeter:
         return QueryStatistics((self._sums / counts).to(torch.complex64), (self._lengths / counts).float())
 
 
-def rope_of(model: Any) -> Rope:
-    """Return how positions turn queries and keys.
-
-    Raises:
-        RefusedError: They do it in a way that is not known here, or in different ways.
-    """
-    from sglang.srt.layers.radix_attention import RadixAttention
-    from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
-    from sglang.srt.layers.rotary_embedding.rope_variant import Llama3RotaryEmbedding
-    from sglang.srt.layers.rotary_embedding.yarn import YaRNScalingRotaryEmbedding
-
-    num_layers = sum(isinstance(module, RadixAttention) for module in model.modules())
-    embeddings = [
-        module.rotary_emb
-        for module in model.modules()
-        if isinstance(getattr(module, "attn", None), RadixAttention) and hasattr(module, "rotary_emb")
-    ]
-    ropes = set()
-    for embedding in embeddings:
-        if type(embedding) in (RotaryEmbedding, Llama3RotaryEmbedding):
-            inv_freqs, factor = embedding._compute_inv_freq(embedding.base), 1.0
-        elif type(embedding) is YaRNScalingRotaryEmbedding:
-            inv_freqs, factor = embedding._compute_inv_freq(embedding.scaling_factor), float(embedding.mscale)
-        else:
-            raise RefusedError(
-                f"--kv-policy triattention cannot be used with this model: its positions are turned by "
-                f"{type(embedding).__name__}, which is not known here; {MEND}"
-            )
-        ropes.add(Rope(inv_freqs=tuple(inv_freqs.tolist()), factor=factor, is_neox=bool(embedding.is_neox_style)))
-    if len(embeddings) != num_layers or len(ropes) != 1:
-        raise RefusedError(
-            f"--kv-policy triattention cannot be used with this model: of {num_layers} attention layers "
-            f"{len(embeddings)} turn queries by their position, in {len(ropes)} ways; {MEND}"
-        )
-    return ropes.pop()
-
-
 class Metered(Protocol):
     """Whatever passes queries on to its meter, while it has one."""
 
@@ -174,7 +137,7 @@ def _made_from(scheduler: Scheduler, rope: Rope, policy: Any) -> dict[str, str]:
     return {
         "model": digest.hexdigest(),
         "questions": f"{policy.questions}x{policy.answer_tokens}",
-        "rank": f"{parallel.tp_rank}of{parallel.tp_size}",
+        "rank": f"{parallel.attn_tp_rank}of{parallel.attn_tp_size}",
     }
 
 
@@ -208,6 +171,13 @@ def _tokenizer() -> Any:
 
 @torch.no_grad()
 def _measure(scheduler: Scheduler, meter: QueryMeter, observe: Callable[[bool], None], policy: Any) -> None:
+    from sglang.srt.runtime_context import get_parallel
+
+    if (num_ranks := get_parallel().attn_dp_size) > 1:
+        raise RefusedError(
+            f"--kv-policy triattention cannot measure queries with --attn-dp-size {num_ranks}, where no rank runs "
+            "alone: name a file of an earlier start by --kv-policy-config '{\"statistics\": ...}'"
+        )
     questions = _questions(policy)
     longest = max(map(len, questions))
     num_new = min(policy.answer_tokens, scheduler.model_config.context_len - longest - 1)

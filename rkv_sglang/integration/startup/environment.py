@@ -14,6 +14,8 @@ from rkv_sglang.integration.startup.errors import stop
 from rkv_sglang.integration.startup.policy_parameters import read_parameters
 from rkv_sglang.messages import one_line
 
+# Of a record that came from a process with the plugin.
+CARRIED_ATTRIBUTE = "_rkv_sglang_carried"
 # Adds the policy's flags, and nothing else, to a parser.
 AddFlags = Callable[[Any], None]
 

@@ -3,11 +3,16 @@
 from collections.abc import Iterator
 from typing import Any
 
-from rkv_sglang.config import NO_POLICY, PolicyConfig
+from rkv_sglang.config import HEAD, NO_POLICY, PolicyConfig
 from rkv_sglang.integration.startup.errors import RefusedError
 from rkv_sglang.integration.startup.refused_settings import REFUSED_SETTINGS, RefusedSetting
 from rkv_sglang.integration.startup.server_args import config_from_args, policy_name, read_config
-from rkv_sglang.integration.startup.sliding import attention_window, latest_kept
+from rkv_sglang.integration.startup.sliding import (
+    attention_window,
+    latest_kept,
+    needs_second_pool,
+    uneven_heads,
+)
 from rkv_sglang.integration.startup.verify_switch import verify_problem
 
 _KNOWN_LAYERS = ("full_attention", "attention", "sliding_attention")
@@ -87,6 +92,8 @@ def model_problems(model_config: Any, server_args: Any) -> Iterator[str]:
     layer_types = set(getattr(text_config, "layer_types", None) or ())
     other_layers = sorted(layer_types - set(_KNOWN_LAYERS))
     sliding = (getattr(text_config, "sliding_window", None) or 0) if "sliding_attention" in layer_types else 0
+    # Latent attention has one entry a token in every layer.
+    uneven = uneven_heads(model_config) if model_config.attention_arch == AttentionArch.MHA else None
     # Settings that are no good are refused before.
     flag, kept = latest_kept(config or PolicyConfig())
     problems = (
@@ -101,14 +108,27 @@ def model_problems(model_config: Any, server_args: Any) -> Iterator[str]:
             f"its attention is {model_config.attention_arch.name}, and keys are scored per KV head",
         ),
         (
-            bool(model_config.is_hybrid_swa),
-            "its sliding windows are kept in a second pool, as long as --disable-hybrid-swa-memory is not set",
+            bool(model_config.is_hybrid_swa) or needs_second_pool(model_config),
+            "its sliding windows are kept in a second pool, and have not been shown right in one with all layers",
+        ),
+        (
+            uneven == "KV",
+            "its layers differ in the number or size of their KV heads, which takes a pool for each kind",
+        ),
+        (
+            uneven == "query" and not records_nothing,
+            "its layers differ in the number of their query heads, and queries are recorded for all layers alike",
         ),
         (
             bool(model_config.attention_chunk_size),
             "some of its layers attend to chunks, which are counted in tokens still cached",
         ),
         (kept < sliding, f"some of its layers attend to the latest {sliding} tokens: set {flag} to at least that"),
+        (
+            sliding > 0 and config is not None and config.prompt_budget > 0 and config.granularity == HEAD,
+            "of a sliding window the latest tokens must stay, and of a prompt every head chooses others: leave "
+            "--kv-prompt-budget out or set --kv-granularity request",
+        ),
         (bool(other_layers), f"some of its layers are of type {', '.join(other_layers)}"),
         (
             getattr(model_config.hf_config, "dual_chunk_attention_config", None) is not None,
@@ -184,6 +204,10 @@ def _pool_problem(scheduler: Any) -> str | None:
     return None
 
 
+def _heads(layer: Any) -> tuple[int, ...]:
+    return layer.tp_q_head_num, layer.tp_k_head_num, layer.qk_head_dim, layer.v_head_dim
+
+
 def _layer_problem(scheduler: Any, config: PolicyConfig) -> str | None:
     from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
     from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
@@ -200,6 +224,8 @@ def _layer_problem(scheduler: Any, config: PolicyConfig) -> str | None:
             return f"attention layers 0 and {layer.layer_id} scale or cap their logits in different ways"
         if layer.logit_cap and layer.logit_capping_method != "tanh":
             return f"attention layer {layer.layer_id} caps its logits by {layer.logit_capping_method}, not by tanh"
+        if not isinstance(pool, MLATokenToKVPool) and _heads(layer) != _heads(layers[0]):
+            return f"attention layers 0 and {layer.layer_id} differ in the number or size of their heads"
         if layer.is_cross_attention or layer.attn_type != AttentionType.DECODER:
             return f"attention layer {layer.layer_id} is not causal self-attention"
     ids = [layer.layer_id for layer in layers]
@@ -212,4 +238,9 @@ def _layer_problem(scheduler: Any, config: PolicyConfig) -> str | None:
     attended = attention_window(layers)
     if kept < attended:
         return f"some attention layers see the latest {attended} tokens: set {flag} to at least that"
+    if attended > 0 and config.prompt_budget > 0 and config.granularity == HEAD:
+        return (
+            f"some attention layers see the latest {attended} tokens, which must stay: leave --kv-prompt-budget out or "
+            "set --kv-granularity request"
+        )
     return None

@@ -64,8 +64,16 @@ def _shared_attention_backend(args: ArgsView) -> Any:
     return _is_none_of("attention_backend", ATTENTION_BACKENDS)(args)
 
 
+def _padded_to_prefills(args: ArgsView) -> Any:
+    # All ranks must hand these as many tokens, which takes a batch of the same kind on each.
+    return args.moe_a2a_backend if args.attn_dp_size > 1 and args.moe_a2a_backend in ("pplx", "deepep_v2") else None
+
+
 _NOT_ONE_POOL = "compaction moves entries inside one ordinary KV pool of this process, and this keeps them elsewhere"
 _OWN_CACHE = "it copies or tracks cached tokens by slot, and compaction changes what a slot holds"
+_ON_THE_HOST = (
+    "part of a prompt may be on the host alone, which neither admission nor a preempted request that comes back counts"
+)
 _SPLIT = "every rank must hold all tokens of its requests to choose which to keep"
 _OWN_STEPS = "it runs decode steps of its own, which neither record queries nor compact"
 _BACKEND_WHY = "this attention backend has not been shown right on a compacted cache"
@@ -116,12 +124,12 @@ REFUSED_SETTINGS: tuple[RefusedSetting, ...] = (
         why="pipeline stages keep several batches in flight, and compaction expects one",
         mend="set --pp-size 1 and use --tp-size",
     ),
-    # SGLang turns --enable-dp-attention into this one before anybody looks.
     RefusedSetting(
-        setting="--attn-dp-size",
-        found=_is_above_one("attn_dp_size"),
-        why="data-parallel attention steps its ranks together, and each would compact at another time",
-        mend="set it to 1, leave --enable-dp-attention out, and use --dp-size for replicas",
+        setting="--moe-a2a-backend",
+        found=_padded_to_prefills,
+        why="with --attn-dp-size, decode steps beside another rank's prefill run as one, where no query is recorded",
+        mend="choose another one, or leave --attn-dp-size out",
+        records_only=True,
     ),
     RefusedSetting(
         setting="--elastic-ep-backend",
@@ -167,8 +175,8 @@ REFUSED_SETTINGS: tuple[RefusedSetting, ...] = (
         why="the embedded Rust front end has not been shown right with it",
     ),
     # Where the cache lives.
-    RefusedSetting(setting="--enable-hierarchical-cache", found=_is_on("enable_hierarchical_cache"), why=_OWN_CACHE),
-    RefusedSetting(setting="--hicache-storage-backend", found=_is_given("hicache_storage_backend"), why=_OWN_CACHE),
+    RefusedSetting(setting="--enable-hierarchical-cache", found=_is_on("enable_hierarchical_cache"), why=_ON_THE_HOST),
+    RefusedSetting(setting="--hicache-storage-backend", found=_is_given("hicache_storage_backend"), why=_ON_THE_HOST),
     RefusedSetting(setting="--enable-lmcache", found=_is_on("enable_lmcache"), why=_OWN_CACHE),
     RefusedSetting(setting="--enable-flexkv", found=_is_on("enable_flexkv"), why=_OWN_CACHE),
     RefusedSetting(

@@ -33,6 +33,7 @@ _FIELDS_OF_SETTING = {
     "mix_lambda": ("rkv_mix_lambda",),
     "kernel_size": ("rkv_kernel_size",),
     "similarity_threshold": ("rkv_similarity_threshold",),
+    "prompt_budget": ("kv_prompt_budget",),
     "stagger": ("kv_stagger", "rkv_stagger"),
     "trace": ("kv_trace", "rkv_trace"),
 }
@@ -53,16 +54,15 @@ _HELP = {
     "memory and compact more often. A policy may have a default of its own. Unit: tokens.",
     "kv_window": "Most recent generated tokens: always kept, and their queries judge the others. Must be smaller than "
     "the budget. A policy may have a default of its own. Unit: tokens.",
-    "rkv_mix_lambda": "Weight of importance (attention received) against redundancy (likeness to other keys), from 0, "
-    "redundancy alone, to 1, importance alone.",
-    "rkv_kernel_size": "Width of the max-pool that spreads importance to neighbouring tokens. Odd; 1 turns it off. "
-    "Unit: tokens.",
+    "rkv_mix_lambda": "Weight of importance (attention received) against redundancy (likeness to other keys), 0 to 1.",
+    "rkv_kernel_size": "Odd number over which the max-pool spreads importance; 1 turns it off. Unit: tokens.",
     "rkv_similarity_threshold": "Cosine similarity, from -1 to 1, above which two keys count as near-duplicates.",
+    "kv_prompt_budget": "Tokens kept of a longer prompt, once --kv-window tokens were generated; its first 4 and last "
+    "--kv-window always stay. The radix cache keeps it whole, for others. 0 keeps every prompt whole. Unit: tokens.",
     "kv_stagger": "Compact each request for the first time up to --kv-buffer tokens early, by a number that its own "
     "tokens decide, so that requests that start together are not all compacted in the same step.",
     "kv_trace": "Let requests ask for a record of their compactions with custom_params {'kv_trace': true}, as "
-    "`rkv-sglang view` does. The scheduler then waits for the device at each compaction of such a request; others pay "
-    "nothing.",
+    "`rkv-sglang view` does. Only at a compaction of such a request the scheduler waits for the device.",
     PARAMETERS_FIELD: "Parameters of the policy by name, as JSON such as '{\"mix_lambda\": 0.2}' or as the path of a "
     "JSON file. They come before the flags of the same name.",
 }
@@ -81,6 +81,7 @@ class RKVServerArgs(sglang_args.ServerArgs, dict=True):  # type: ignore[misc, ca
     kv_budget: int | None = None
     kv_buffer: int | None = None
     kv_window: int | None = None
+    kv_prompt_budget: int = PolicyConfig.prompt_budget
     rkv_mix_lambda: float = PolicyConfig.mix_lambda
     rkv_kernel_size: int = PolicyConfig.kernel_size
     rkv_similarity_threshold: float = PolicyConfig.similarity_threshold
@@ -95,8 +96,7 @@ class RKVServerArgs(sglang_args.ServerArgs, dict=True):  # type: ignore[misc, ca
     rkv_stagger: bool = PolicyConfig.stagger
     rkv_trace: bool = PolicyConfig.trace
 
-    # Where SGLang publishes the fields: get_memory().kv_policy and so on.
-    _NS_BY_FIELD = {  # noqa: RUF012
+    _NS_BY_FIELD = {  # noqa: RUF012 - where SGLang publishes the fields: get_memory().kv_policy and so on
         **sglang_args.ServerArgs._NS_BY_FIELD,
         **dict.fromkeys((POLICY_FIELD, *itertools.chain(*_FIELDS_OF_SETTING.values()), PARAMETERS_FIELD), "memory"),
     }
@@ -152,9 +152,9 @@ def _add_flag(group: Any, spellings: tuple[str, ...], shown_default: Any, **opti
 
 
 def unread_config_file(args: argparse.Namespace) -> str | None:
-    """Return one line if parsed arguments still hold a ``--config``: SGLang takes it out only where it reads the file.
+    """Return one line if parsed arguments still hold a ``--config``, as where it is not given by that word alone.
 
-    It looks for the word ``--config`` alone, so ``--config=FILE`` and abbreviations go by without an effect.
+    SGLang takes out only what it reads, so ``--config=FILE`` and abbreviations go by without an effect.
     """
     if not getattr(args, "config", None):
         return None

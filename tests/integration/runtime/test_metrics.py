@@ -52,6 +52,18 @@ def test_counters_follow_the_stats_and_are_never_counted_twice(registry):
     assert value("compaction_seconds_count") == 3
 
 
+def test_a_request_counts_once_however_often_it_is_compacted_and_what_of_it_is_discarded():
+    stats, plan = PolicyStats(), plan_compaction(prompt_len=4, resident_len=20, budget=10, page_size=1)
+    for compactions, discarded in ((1, 0), (2, 3), (0, 2)):
+        state = RequestState(4, 100)
+        for number in range(discarded + compactions):
+            if number == discarded:
+                state.forget_answer()
+            state.record(plan)
+            stats.count(plan, state)
+    assert (stats.compactions, stats.evicted_tokens, stats.requests_compressed) == (8, 48, 3)
+
+
 def test_the_dashboard_shows_series_that_exist():
     dashboard = json.loads(DASHBOARD.read_text())
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]

@@ -1,6 +1,7 @@
 """What a request asks of the policy: strange containers, strange names, and names of others."""
 
 import string
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -50,3 +51,24 @@ def test_a_value_is_taken_or_refused_in_one_short_line(name, value):
         assert len(str(error)) < MOST_SHOWN + 200
     else:
         assert config is None or (config.window < config.budget and config.capacity < POOL)
+
+
+def test_a_prompt_that_this_server_cannot_compact_is_refused_in_one_line():
+    why = "some of the model's layers attend to the latest 17 tokens, which must stay"
+    with pytest.raises(ValueError, match=f"^kv_prompt_budget 40 is not what this server can do: {why}") as caught:
+        config_for({"kv_prompt_budget": 40}, SERVER, POOL, 17)
+    assert "\n" not in str(caught.value) and str(caught.value).endswith("leave kv_prompt_budget out")
+    # Asked to keep it whole, which it does.
+    assert config_for({"kv_prompt_budget": 0}, SERVER, POOL, 17) == SERVER
+
+
+def test_a_request_may_keep_its_prompt_whole_on_a_server_that_compacts_prompts():
+    server = replace(SERVER, prompt_budget=50)
+    assert config_for({}, server, POOL).prompt_budget == config_for(None, server, POOL).prompt_budget == 50
+    assert config_for({"kv_prompt_budget": 0}, server, POOL).prompt_budget == 0
+    assert config_for({"kv_prompt_budget": 13}, server, POOL).prompt_budget == 13
+    # Two whole blocks beside the window.
+    in_blocks = replace(SERVER, granularity="request", block=16)
+    assert config_for({"kv_prompt_budget": 40}, in_blocks, POOL).prompt_budget == 40
+    with pytest.raises(ValueError, match=r"^kv_prompt_budget 39 is neither 0 nor an integer of at least 40 "):
+        config_for({"kv_prompt_budget": 39}, in_blocks, POOL)

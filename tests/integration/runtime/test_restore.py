@@ -1,6 +1,7 @@
 """What a restore does where no real scheduler on a CPU gets to."""
 
 import array
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from rkv_sglang.cache.host_copy import HostCopy
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.hooks import restore as hooks
 from rkv_sglang.integration.runtime import prefill_adder, restore
+from rkv_sglang.integration.runtime.stats import PolicyStats
 from rkv_sglang.sizes.lengths import RequestState
 
 PROMPT_LEN, RESIDENT_LEN = 20, 50
@@ -33,7 +35,13 @@ def a_request(num_outputs: int, **fields: Any) -> SimpleNamespace:
 
 
 @pytest.fixture
-def saved(monkeypatch):
+def rowless():
+    """Return the requests whose query rows were taken back."""
+    return []
+
+
+@pytest.fixture
+def saved(monkeypatch, rowless):
     """Return how many tokens of each request were to be copied; the pool has 90 slots and the host no memory."""
     lengths: list[int] = []
 
@@ -44,10 +52,12 @@ def saved(monkeypatch):
         config=PolicyConfig(budget=24, buffer=16),
         config_of=lambda req: PolicyConfig(budget=24, buffer=16),
         looks_at_nothing=False,
-        forget_queries=lambda req: None,
+        forget_queries=rowless.append,
+        page_size=1,
         parts=SimpleNamespace(
             scheduler=SimpleNamespace(max_total_num_tokens=90, page_size=1),
         ),
+        stats=PolicyStats(),
     )
     monkeypatch.setattr(restore, "get_runtime", lambda: runtime)
     monkeypatch.setattr(restore, "_save", save)
@@ -62,6 +72,50 @@ def test_the_token_in_flight_is_not_copied(saved, num_outputs, saved_len):
     # Nothing to come back to, so the request counts by all it has seen.
     assert restore.host_copy_of(req) is None
     assert restore.len_after_prefill(req) == PROMPT_LEN + num_outputs
+
+
+def test_a_request_that_waits_for_its_copy_has_no_query_row(saved, rowless):
+    req, fits = a_request(81), a_request(41)
+    fits.rkv_state.evicted_tokens = 10
+    for one in (req, fits):
+        hooks.copy_before_release(req=one)
+    assert rowless == [req]
+
+
+def test_who_fits_neither_way_is_ended_and_not_queued(saved):
+    hopeless, waits = a_request(81), a_request(41)
+    for req in (hopeless, waits):
+        req.return_logprob = False
+    released, told, queued = [], [], []
+    scheduler = restore.get_runtime().parts.scheduler
+    scheduler._release_aborted_request = released.append
+    scheduler.output_streamer = SimpleNamespace(stream_output=lambda reqs, logprob: told.extend(reqs))
+    for req in (hopeless, waits):
+        hooks.end_if_too_long(lambda scheduler, req, is_retracted: queued.append(req), scheduler, req, True)
+    assert (released, told, queued) == ([hopeless], [hopeless], [waits])
+    reason = hopeless.finished_reason.to_json()
+    assert reason["status_code"] == 503 and "does not fit the KV pool of 90 tokens" in reason["message"]
+    assert restore.get_runtime().stats.requests_aborted == 1
+
+
+@pytest.mark.parametrize("is_saved_elsewhere", [True, False])
+def test_ranks_keep_a_copy_only_where_all_of_them_have_one(monkeypatch, is_saved_elsewhere):
+    def all_reduce(flag: torch.Tensor, op: object, group: object) -> None:
+        assert (op, group) == (torch.distributed.ReduceOp.MIN, "the ranks")
+        flag.mul_(is_saved_elsewhere)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    pool = SimpleNamespace(k_buffer=[torch.rand(60, 1, 2)], v_buffer=[torch.rand(60, 1, 2)])
+    scheduler = SimpleNamespace(
+        req_to_token_pool=SimpleNamespace(req_to_token=torch.arange(120, dtype=torch.int32).view(2, 60) - 60),
+        token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
+        tp_size=2,
+        tp_cpu_group="the ranks",
+    )
+    runtime = SimpleNamespace(parts=SimpleNamespace(scheduler=scheduler), on_forward_stream=contextlib.nullcontext)
+    copy = restore._save(runtime, a_request(81), RESIDENT_LEN)
+    assert (copy is not None) == is_saved_elsewhere
+    assert copy is None or torch.equal(copy.keys[0], pool.k_buffer[0][:RESIDENT_LEN])
 
 
 def test_what_is_left_as_it_was(saved):
@@ -89,8 +143,8 @@ def test_a_request_that_waits_for_its_copy_counts_by_what_it_kept(saved, monkeyp
     ]
     assert restore.len_after_prefill(req) == RESIDENT_LEN + 1
     # From 31 generated tokens up to its capacity of 40; computed again, it would need its window of 8.
-    assert restore.growth_after_prefill(req, RESIDENT_LEN + 1) == 9
-    assert restore.growth_after_prefill(req, PROMPT_LEN + 81) == 8
+    assert restore.growth_after_prefill(req, RESIDENT_LEN + 1, is_restored=True) == 9
+    assert restore.growth_after_prefill(req, PROMPT_LEN + 81, is_restored=False) == 8
     monkeypatch.setattr(prefill_adder, "get_runtime", restore.get_runtime)
     assert prefill_adder.growth_of_waiting(req) == 9
 

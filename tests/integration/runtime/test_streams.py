@@ -56,7 +56,7 @@ def a_step(streams: Streams, config: PolicyConfig) -> tuple[Runtime, Any, Any]:
         forward_stream=streams.forward_stream,
         forward_stream_ctx=streams.forward_stream_ctx,
         schedule_stream=streams.schedule_stream,
-        tp_size=1,
+        attn_tp_group=SimpleNamespace(world_size=1),
         tree_cache=SimpleNamespace(free_kv_row=lambda kv, ranges: None),
         max_total_num_tokens=1000,
         token_to_kv_pool_allocator=SimpleNamespace(
@@ -79,6 +79,7 @@ def a_step(streams: Streams, config: PolicyConfig) -> tuple[Runtime, Any, Any]:
         req_to_token_pool=SimpleNamespace(req_to_token=torch.arange(64, dtype=torch.int32).view(1, 64)),
         seq_lens=torch.tensor([45]),
         seq_lens_cpu=torch.tensor([45]),
+        batch_is_full=True,
     )
     return policy, req, batch
 
@@ -162,6 +163,8 @@ def test_a_choice_by_places_runs_no_kernel_and_touches_nothing_but_the_map():
             sys.setprofile(None)
         counts[granularity] = called
         assert req.kv.kv_allocated_len == 29
+        # Else nobody is admitted to what became free until somebody ends.
+        assert not batch.batch_is_full
     assert counts["request"] == set()
     assert {"compact_paged", "move_kept_torch"} <= counts["head"]
 

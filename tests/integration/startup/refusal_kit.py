@@ -36,7 +36,7 @@ REFUSED_VALUES: dict[str, list[str]] = {
     "--enable-mis": [""],
     "--is-embedding": [""],
     "--pp-size": ["2", "8"],
-    "--attn-dp-size": ["2"],
+    "--moe-a2a-backend": ["pplx", "deepep_v2"],
     "--elastic-ep-backend": ["mooncake", "nixl"],
     "--elastic-ep-join-mode": ["scale", "recover"],
     "--dcp-size": ["2"],
@@ -76,6 +76,8 @@ REFUSED_VALUES: dict[str, list[str]] = {
     "--prefill-attention-backend": ["aiter", "flex_attention"],
     "--decode-attention-backend": ["aiter", "flex_attention"],
 }
+# What a flag is refused beside.
+REFUSED_BESIDE = {"--moe-a2a-backend": "--attn-dp-size 2"}
 REFUSED_CASES = [
     (refusal, value) for refusal in REFUSED_SETTINGS for value in REFUSED_VALUES.get(refusal.setting, ["missing"])
 ]
@@ -87,7 +89,27 @@ REFUSED_MODELS = [
     ("Mamba2ForCausalLM", transformers.Mamba2Config(num_heads=8, head_dim=16, hidden_size=64), "recurrent state"),
     ("Qwen3NextForCausalLM", transformers.Qwen3NextConfig(**TINY), "recurrent state"),
     ("DeepseekV3ForCausalLM", transformers.DeepseekV3Config(**{**TINY, "num_key_value_heads": 4}), "is MLA"),
-    ("GptOssForCausalLM", transformers.GptOssConfig(**TINY), "as long as --disable-hybrid-swa-memory is not set"),
+    ("UnlimitedOCRForCausalLM", transformers.LlamaConfig(**TINY), "second pool, and have not been shown right in one"),
+    (
+        "Gemma4ForCausalLM",
+        transformers.LlamaConfig(**TINY, swa_head_dim=8, swa_num_key_value_heads=2),
+        "number or size of their KV heads",
+    ),
+    (
+        "MiMoV2FlashForCausalLM",
+        transformers.LlamaConfig(**TINY, swa_num_key_value_heads=4, hybrid_layer_pattern=[0, 1, 1, 0]),
+        "number or size of their KV heads",
+    ),
+    (
+        "Step3p5ForCausalLM",
+        transformers.LlamaConfig(
+            **TINY,
+            layer_types=["full_attention", "sliding_attention"] * 2,
+            sliding_window=16,
+            attention_other_setting={"num_attention_heads": 8, "num_attention_groups": 2},
+        ),
+        "number of their query heads",
+    ),
     ("Llama4ForCausalLM", transformers.Llama4TextConfig(**TINY), "attend to chunks"),
     ("Gemma2ForCausalLM", transformers.Gemma2Config(**TINY), "latest 4096 tokens: set --kv-budget to at least that"),
     ("MiniMaxForCausalLM", transformers.MiniMaxConfig(**TINY), "type linear_attention"),

@@ -22,7 +22,14 @@ from rkv_sglang.integration.startup.refusals import refuse
 from rkv_sglang.integration.startup.refused_settings import ATTENTION_BACKENDS, REFUSED_SETTINGS, RefusedSetting
 from rkv_sglang.integration.startup.server_args import RKVServerArgs, config_from_args
 from tests.integration.children import Child
-from tests.integration.startup.refusal_kit import REFUSED_CASES, REFUSED_VALUES, TINY, message_of, tiny_config_dir
+from tests.integration.startup.refusal_kit import (
+    REFUSED_BESIDE,
+    REFUSED_CASES,
+    REFUSED_VALUES,
+    TINY,
+    message_of,
+    tiny_config_dir,
+)
 from tests.support.once import served_once
 
 ALLOWED = [
@@ -33,6 +40,7 @@ ALLOWED = [
     "--attention-backend aiter --prefill-attention-backend fa3 --decode-attention-backend triton",
     *[f"--kv-cache-dtype {dtype}" for dtype in ("auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2")],
     "--device cuda --tp-size 8 --dp-size 2 --ep-size 2",
+    "--tp-size 8 --attn-dp-size 4 --moe-a2a-backend deepep",
     "--device cpu --page-size 64 --chunked-prefill-size 256",
     "--enable-lora --enable-priority-scheduling --grammar-backend xgrammar",
     "--disable-radix-cache --disable-overlap-schedule",
@@ -111,7 +119,8 @@ def test_every_row_is_refused_with_its_name_why_and_mend(
     if not is_flag:
         monkeypatch.setenv(refusal.setting, value)
     line = f"{refusal.setting} {value}" if is_flag else ""
-    message = message_of(refuse, resolving_view(parse(parser, line)))
+    beside = REFUSED_BESIDE.get(refusal.setting, "")
+    message = message_of(refuse, resolving_view(parse(parser, f"{line} {beside}")))
     shown = line.strip() or refusal.setting
     mend = refusal.mend or f"{'leave' if is_flag else 'unset'} {refusal.setting}{' out' if is_flag else ''}"
     assert message == f"{shown} cannot be combined with --kv-policy rkv: {refusal.why}; {mend}"
@@ -145,7 +154,9 @@ def test_what_records_no_query_is_refused_less(
     line = f"{refusal.setting} {value}" if is_flag else ""
     for policy, granularities in REFUSED_OF_RECORDING.items():
         for granularity in RECORDING:
-            view = resolving_view(parse(parser, f"--kv-granularity {granularity} {line}", policy=policy))
+            beside = REFUSED_BESIDE.get(refusal.setting, "")
+            words = f"--kv-granularity {granularity} {line} {beside}"
+            view = resolving_view(parse(parser, words, policy=policy))
             if refusal.records_only and granularity not in granularities:
                 refuse(view)
             else:
@@ -159,10 +170,11 @@ def test_what_sglang_chose_by_itself_is_refused_too(parser: argparse.ArgumentPar
     assert message.startswith("--attention-backend aiter ") and "choose flashinfer, trtllm_mha, fa3" in message
 
 
-def test_the_old_spelling_of_data_parallel_attention_is_refused(parser: argparse.ArgumentParser) -> None:
-    args = parse(parser, "--tp-size 2 --dp-size 2 --enable-dp-attention")
+def test_the_old_spelling_of_data_parallel_attention_counts_too(parser: argparse.ArgumentParser) -> None:
+    args = parse(parser, "--tp-size 2 --dp-size 2 --enable-dp-attention --moe-a2a-backend pplx")
+    refuse(resolving_view(args))
     handle_deprecated_dp_attention(args)
-    assert message_of(refuse, resolving_view(args)).startswith("--attn-dp-size 2 ")
+    assert message_of(refuse, resolving_view(args)).startswith("--moe-a2a-backend pplx ")
 
 
 def test_a_bad_value_comes_before_a_refused_flag(parser: argparse.ArgumentParser) -> None:

@@ -1,5 +1,6 @@
 """A model or a scheduler whose cache is not what a policy knows is refused, and every ordinary one is served."""
 
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,15 +8,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from sglang.srt.arg_groups.overrides import model_config_of
+from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
+from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.environ import envs
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from rkv_sglang.integration.hooks.steps import refuse_late, refuse_resolved
 from rkv_sglang.integration.startup.refusals import refuse_model, refuse_runtime
 from rkv_sglang.integration.startup.server_args import RKVServerArgs
+from rkv_sglang.integration.startup.sliding import keep_in_one_pool
 from rkv_sglang.policy_names import BLIND_NAMES
 from tests.integration.startup.refusal_kit import MROPE, REFUSED_MODELS, TINY, message_of, tiny_config_dir
 
@@ -30,6 +34,9 @@ SERVED_MODELS = {
     "Gemma2ForCausalLM": transformers.Gemma2Config(**TINY, sliding_window=512),
     "Gemma3ForCausalLM": transformers.Gemma3TextConfig(**TINY, sliding_window=512),
     "Qwen2_5_VLForConditionalGeneration": transformers.Qwen2_5_VLConfig(text_config={**TINY, "rope_parameters": MROPE}),
+    # Of these SGLang makes a second pool, unless it is told not to.
+    "GptOssForCausalLM": transformers.GptOssConfig(**TINY),
+    "MellumForCausalLM": transformers.MellumConfig(**TINY, layer_types=["sliding_attention", "full_attention"] * 2),
     "GraniteForCausalLM": transformers.GraniteConfig(**TINY, attention_multiplier=0.01),
 }
 
@@ -38,6 +45,7 @@ SERVED_MODELS = {
 def test_models_of_plain_attention_are_served(tmp_path: Path, architecture: str) -> None:
     path = tiny_config_dir(tmp_path, SERVED_MODELS[architecture], architecture)
     args = RKVServerArgs(model_path=path, kv_policy="rkv")
+    keep_in_one_pool(args)
     refuse_model(model_config_of(args), args)
 
 
@@ -60,6 +68,7 @@ def test_latent_attention_is_served_where_nothing_of_the_cache_is_looked_at(tmp_
 def test_models_of_another_kind_are_refused(tmp_path: Path, architecture: str, config: Any, why: str) -> None:
     path = tiny_config_dir(tmp_path, config, architecture)
     args = RKVServerArgs(model_path=path, kv_policy="rkv")
+    keep_in_one_pool(args)
     message = message_of(refuse_model, model_config_of(args), args)
     assert message.startswith(f"--model-path {path} ({architecture}) cannot be served with a --kv-policy: ")
     assert why in message and message.endswith("; serve it with --kv-policy none")
@@ -141,6 +150,8 @@ RUNTIMES = [
     (lambda: {"layers": (attention_layer(0), attention_layer(1, scaling=0.5))}, "layers 0 and 1 scale or cap"),
     (lambda: {"layers": (attention_layer(0), attention_layer(1, logit_cap=30.0))}, "layers 0 and 1 scale or cap"),
     (lambda: {"layers": [capped(i, "sigmoid") for i in (0, 1)]}, "layer 0 caps its logits by sigmoid, not by tanh"),
+    (lambda: {"layers": (attention_layer(0), attention_layer(1, num_heads=4))}, "layers 0 and 1 differ in the number"),
+    (lambda: {"layers": (attention_layer(0), attention_layer(1, v_head_dim=4))}, "layers 0 and 1 differ in the number"),
     (lambda: {"layers": (attention_layer(0), attention_layer(1, is_cross_attention=True))}, "not causal"),
     (lambda: {"layers": (attention_layer(0, attn_type=AttentionType.ENCODER_ONLY), attention_layer(1))}, "not causal"),
     (lambda: {"layers": (attention_layer(0), attention_layer(0), attention_layer(1))}, "3 attention layers share 2"),
@@ -184,6 +195,15 @@ def test_a_scheduler_looks_at_flags_and_model_again(model_config: Any, tmp_path:
     assert "latest 4096 tokens" in message_of(refuse_runtime, scheduler_with(server_args=args, model_config=other))
 
 
+def test_prompts_of_models_with_windows_are_compacted_in_blocks_alone(tmp_path: Path) -> None:
+    path = tiny_config_dir(tmp_path, transformers.GptOssConfig(**TINY, sliding_window=64), "GptOssForCausalLM")
+    flags: dict[str, Any] = {"kv_window": 64, "kv_budget": 512, "kv_prompt_budget": 200}
+    args = RKVServerArgs(model_path=path, kv_policy="rkv", disable_hybrid_swa_memory=True, **flags)
+    assert "leave --kv-prompt-budget out" in message_of(refuse_model, model_config_of(args), args)
+    args.kv_granularity = "request"
+    refuse_model(model_config_of(args), args)
+
+
 def test_windows_are_served_in_one_pool_by_what_keeps_as_many(tmp_path: Path) -> None:
     path = tiny_config_dir(tmp_path, transformers.GptOssConfig(**TINY, sliding_window=64), "GptOssForCausalLM")
     for granularity, kept in (("head", "rkv_budget"), ("request", "rkv_window")):
@@ -195,3 +215,26 @@ def test_windows_are_served_in_one_pool_by_what_keeps_as_many(tmp_path: Path) ->
             else:
                 flag = kept.replace("rkv_", "--kv-")
                 assert f"set {flag} to at least" in message_of(refuse_model, model_config_of(args), args)
+
+
+WAYS_TO_RESOLVE = {
+    "as its last step": lambda args: refuse_resolved(args, lambda _: None),
+    "before the plugin was there": refuse_late,
+}
+
+
+@pytest.mark.parametrize(("way", "policy"), [*[(way, "rkv") for way in WAYS_TO_RESOLVE], ("as its last step", "none")])
+def test_windows_are_kept_in_one_pool_in_every_process(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, way: str, policy: str
+) -> None:
+    path = tiny_config_dir(tmp_path, transformers.GptOssConfig(**TINY), "GptOssForCausalLM")
+    args = RKVServerArgs(model_path=path, kv_policy=policy)
+    assert model_config_of(args).is_hybrid_swa
+    WAYS_TO_RESOLVE[way](args)
+    # Another process makes its own of the record.
+    for other in (args, pickle.loads(pickle.dumps(args))):
+        assert ModelConfig.from_server_args(other).is_hybrid_swa == (policy == "none")
+        assert resolving_view(other).disable_hybrid_swa_memory == (policy != "none")
+    assert model_config_of(args).is_hybrid_swa == (policy == "none")
+    lines = [record.getMessage() for record in caplog.records if "--disable-hybrid-swa-memory" in record.getMessage()]
+    assert len(lines) == (policy != "none")

@@ -33,6 +33,7 @@ VALUES: dict[str, Any] = {
     "budget": 321,
     "buffer": 48,
     "window": 6,
+    "prompt_budget": 0,
     "mix_lambda": 0.25,
     "kernel_size": 3,
     "similarity_threshold": -0.5,
@@ -40,7 +41,7 @@ VALUES: dict[str, Any] = {
     "trace": True,
     "parameters": {"mix_lambda": 0.75},
 }
-FIELDS = {"policy": "kv_policy", "parameters": "kv_policy_config"}
+FIELDS = {"policy": "kv_policy", "prompt_budget": "kv_prompt_budget", "parameters": "kv_policy_config"}
 # Settings of every policy have a second spelling.
 SHARED = ("granularity", "budget", "buffer", "window", "stagger", "trace")
 FIELDS |= {setting: f"kv_{setting}" for setting in SHARED}

@@ -28,6 +28,20 @@ def test_the_variable_reaches_every_process_of_every_way_to_start(results: dict[
     assert results[way] == expected
 
 
+@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize(
+    ("lack", "why"),
+    [
+        ("with_a_silent_scheduler", "--kv-policy is set but a scheduler process runs without it"),
+        ("without_the_plugin_in_the_launcher", "the process that started this scheduler runs without the plugin: load"),
+    ],
+)
+def test_no_way_to_start_serves_if_one_process_lacks_the_plugin(
+    results: dict[str, Any], way: str, lack: str, why: str
+) -> None:
+    assert why in results[f"{way} {lack}"]["error"]
+
+
 def test_without_the_variable_a_record_made_before_the_plugin_starts_stock(results: dict[str, Any]) -> None:
     stock = {name: result for name, result in results.items() if name.endswith("without the variable")}
     assert len(stock) == 2 and all(result == {"policy": "none"} for result in stock.values()), stock

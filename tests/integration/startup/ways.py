@@ -16,7 +16,13 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+from sglang.srt.server_args import ServerArgs as StockArgs
+
 FLAGS = "--kv-policy snapkv --rkv-budget 96 --kv-buffer 32"
+
+
+class OwnArgs(StockArgs, dict=True):  # type: ignore[misc, call-arg]
+    """A program's own class of records, made before plugins are loaded."""
 
 
 class Launched(BaseException):
@@ -62,6 +68,12 @@ def subclass_of_engine(model: str) -> None:
         server_args_class = ServerArgs
 
     Rollout(**common(model))
+
+
+def engine_from_a_record_of_a_class_of_its_own(model: str) -> None:
+    import sglang
+
+    sglang.Engine(server_args=OwnArgs(**common(model)))
 
 
 def launch_of_a_record(model: str) -> None:
@@ -122,6 +134,7 @@ WAYS: dict[str, Callable[[str], None]] = {
         engine_from_keywords,
         engine_from_a_record,
         subclass_of_engine,
+        engine_from_a_record_of_a_class_of_its_own,
         launch_of_a_record,
         launch_server_with_a_resolved_record,
         launch_server_in_a_spawned_process,
@@ -161,6 +174,41 @@ def record_of(way: Callable[[str], None], model: str) -> Any:
     except Launched as launched:
         return launched.args[0]
     raise AssertionError("it launched nothing")
+
+
+class SilentScheduler:
+    """What a launcher sees of a scheduler whose process loaded no plugin."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: True
+
+    def recv(self) -> dict[str, Any]:
+        return {"status": "ready", "max_total_num_tokens": 9, "max_req_input_len": 9}
+
+
+def wait_for_silence(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    from sglang.srt.entrypoints import engine
+
+    engine._wait_for_scheduler_ready([SilentScheduler()], [SilentScheduler()])
+    raise AssertionError("it serves though its scheduler has no policy")
+
+
+def with_a_silent_scheduler(way: Callable[[str], None], model: str) -> Any:
+    from sglang.srt.entrypoints.engine import Engine
+
+    Engine._launch_scheduler_processes = classmethod(wait_for_silence)  # type: ignore[method-assign]
+    way(model)
+
+
+def without_the_plugin_in_the_launcher(way: Callable[[str], None], model: str) -> Any:
+    """Hand over what such a launcher sends to a scheduler in a process with the plugin."""
+    os.environ["SGLANG_PLUGINS"] = "another"
+    record = record_of(way, model)
+    del os.environ["SGLANG_PLUGINS"]
+
+    from rkv_sglang.integration.hooks.processes import start_scheduler
+
+    return start_scheduler(lambda *args: None, None, pickle.loads(record))
 
 
 def arrived(record: bytes) -> dict[str, Any]:
@@ -237,6 +285,9 @@ def main(model: str) -> None:
         found |= in_a_fork(lambda sent=sent: {name: arrived(record) for name, record in sent.items()})
         lines |= {name if variable else f"{name} without the variable": result for name, result in found.items()}
     os.environ["RKV_SGLANG_ARGS"] = FLAGS
+    for name, way in WAYS.items():
+        for refused in (with_a_silent_scheduler, without_the_plugin_in_the_launcher):
+            lines[f"{name} {refused.__name__}"] = in_a_fork(lambda way=way, refused=refused: refused(way, model))
     for refused in (scheduler_of_a_launcher_without_the_plugin, engine_whose_schedulers_say_nothing, refused_late):
         lines[refused.__name__] = in_a_fork(lambda refused=refused: refused(model))
     os.environ["RKV_SGLANG_ARGS"] = "--kv-policy rvk"

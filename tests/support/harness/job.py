@@ -1,5 +1,6 @@
 """One run, in a process forked from the zygote: plays the launcher, the tokenizer and the detokenizer of a server."""
 
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -18,7 +19,7 @@ import zmq
 from tests.support.harness import forked_python
 from tests.support.harness.environment import end_with_parent
 from tests.support.harness.messages import empty_output, generate_message, take
-from tests.support.harness.processes import launcher_process, scheduler_process
+from tests.support.harness.processes import input_of, launcher_process, num_dp_ranks_of, scheduler_process
 
 # SGLang reads these when it is imported, that is before the run's environment is known.
 _READ_AT_IMPORT = {
@@ -128,7 +129,11 @@ class _Run:
             from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
             tokenizer = get_tokenizer(server_args.model_path)
-        outputs = self._speak(port_args, tokenizer)
+        num_dp_ranks = num_dp_ranks_of(server_args)
+        inputs = [input_of(port_args, rank) for rank in range(num_dp_ranks)]
+        outputs = self._speak(
+            port_args, inputs if num_dp_ranks > 1 else [port_args.scheduler_input_ipc_name], tokenizer
+        )
         if self._exit_code():
             raise _Died("the scheduler failed after its last request")
         self._next_stage("")
@@ -187,18 +192,21 @@ class _Run:
             # The test process is gone: nobody waits for the answer.
             raise _Timeout
 
-    def _speak(self, port_args: Any, tokenizer: Any) -> dict[str, dict[str, Any]]:
+    def _speak(self, port_args: Any, inputs: list[str], tokenizer: Any) -> dict[str, dict[str, Any]]:
         from sglang.srt.managers.io_struct import ShutdownReq, sock_recv, sock_send
         from sglang.srt.utils.network import get_zmq_socket
 
         context = zmq.Context(1)
-        to_scheduler = get_zmq_socket(context, zmq.PUSH, port_args.scheduler_input_ipc_name, True)
+        to_schedulers = [get_zmq_socket(context, zmq.PUSH, name, True) for name in inputs]
         from_scheduler = get_zmq_socket(context, zmq.PULL, port_args.tokenizer_ipc_name, True)
         # With a tokenizer the outputs go to the detokenizer; here they come together.
         from_scheduler.bind(port_args.detokenizer_ipc_name)
         outputs = self._outputs
         try:
-            for rid, request in self._job["requests"]:
+            # Ranks with requests of their own take turns.
+            for (rid, request), to_scheduler in zip(
+                self._job["requests"], itertools.cycle(to_schedulers), strict=False
+            ):
                 outputs[rid] = empty_output(len(request.input_ids))
                 sock_send(to_scheduler, generate_message(rid, request, tokenizer))
             while any(output["finish_reason"] is None for output in outputs.values()):
@@ -208,7 +216,7 @@ class _Run:
                     self._check_alive()
             # Not before all answers are here: a scheduler that ends takes those with it that its socket still holds.
             # The gate holds it back until the idle checks have run.
-            sock_send(to_scheduler, ShutdownReq())
+            sock_send(to_schedulers[0], ShutdownReq())
             while self._is_scheduler_alive():
                 if from_scheduler.poll(100):
                     take(outputs, sock_recv(from_scheduler))

@@ -27,7 +27,8 @@ def launcher_process(flags: list[str], writer: int) -> None:
         _set_envs_and_config(server_args)
         server_args.check_server_args()
         resolve_auto_parsers(server_args)
-        port_args = PortArgs.init_new(server_args)
+        # With data-parallel attention SGLang talks over numbered ports; one of no such server uses files.
+        port_args = PortArgs.init_new(type(server_args)(model_path=server_args.model_path))
         env = {name: value for name, value in os.environ.items() if before.get(name) != value}
         with os.fdopen(writer, "wb") as pipe:
             pipe.write(pickle.dumps({"arguments": pickle.dumps((server_args, port_args)), "env": env}))
@@ -42,6 +43,18 @@ def launcher_process(flags: list[str], writer: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def num_dp_ranks_of(server_args: Any) -> int:
+    """Return how many ranks of data-parallel attention there are, each with requests of its own."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    return int(resolving_view(server_args).attn_dp_size)
+
+
+def input_of(port_args: Any, dp_rank: int) -> str:
+    """Return where such a rank reads its requests."""
+    return f"{port_args.scheduler_input_ipc_name}.{dp_rank}"
 
 
 def _patch_tritons_language_once() -> None:
@@ -62,11 +75,17 @@ def scheduler_process(job: dict[str, Any], arguments: bytes, tp_rank: int, write
         _patch_tritons_language_once()
     # As in a spawned child, the arguments are unpickled before the plugins are loaded.
     server_args, port_args = pickle.loads(arguments)
+    dp_rank, arrivals, controls = None, job["arrivals"], job["controls"]
+    if (num_dp_ranks := num_dp_ranks_of(server_args)) > 1:
+        dp_rank = tp_rank * num_dp_ranks // server_args.tp_size
+        port_args.scheduler_input_ipc_name = input_of(port_args, dp_rank)
+        # Controls of the first go to all.
+        arrivals, controls = arrivals[dp_rank::num_dp_ranks], [] if dp_rank else controls
     if "driver" in job:
         # Decides in this process what arrives when, instead of the gate.
         pkgutil.resolve_name(job["driver"])(job, tp_rank)
     else:
-        Gate(job["arrivals"], job["controls"]).register()
+        Gate(arrivals, controls).register()
     # It swallows its exception after printing it; the parent sees the exit code.
     failed: list[bool] = []
     signal.signal(signal.SIGQUIT, lambda signum, frame: None)
@@ -79,7 +98,7 @@ def scheduler_process(job: dict[str, Any], arguments: bytes, tp_rank: int, write
     scheduler.get_exception_traceback = get_exception_traceback
     gpu_id = server_args.base_gpu_id + tp_rank * server_args.gpu_id_step
     try:
-        run_scheduler_process(server_args, port_args, gpu_id, tp_rank, 0, None, writer)
+        run_scheduler_process(server_args, port_args, gpu_id, tp_rank, 0, dp_rank, writer)
     except BaseException:
         traceback.print_exc()
         failed.append(True)

@@ -201,21 +201,36 @@ def run_job(job: dict[str, Any], timeout: float) -> dict[str, Any]:
     return _Zygote.get().run({**empty, **job}, timeout)
 
 
+def helper_address() -> str:
+    """Return the address of the helper process, which is started if there is none, for ``use_helper``."""
+    return _Zygote.get().address
+
+
+def use_helper(address: str) -> None:
+    """Have all runs of this process fork from another process's helper, for as long as that one lives."""
+    _Zygote._instance = _Zygote(address)
+
+
 class _Zygote:
-    """The helper process with SGLang imported. It ends when this process does: it watches its standard input."""
+    """The helper process with SGLang imported. It ends when who started it does: it watches its standard input."""
 
     _instance: "_Zygote | None" = None
     _imports = "sglang"
     # SGLang compiles the repetition penalty at its first use, which takes longer than most runs.
     _env: ClassVar[dict[str, str]] = {"TORCHDYNAMO_DISABLE": "1"}
 
-    def __init__(self) -> None:
+    def __init__(self, address: str | None = None) -> None:
+        """Start one, or speak to the one at ``address``, which somebody else has started."""
+        self._process: subprocess.Popen[bytes] | None = None
+        self.address = address or self._start()
+
+    def _start(self) -> str:
         self._folder = tempfile.mkdtemp(prefix="rkv-zygote-")
-        self._address = os.path.join(self._folder, "socket")
+        address = os.path.join(self._folder, "socket")
         self._log_path = Path(self._folder, "log")
         with self._log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.harness.zygote", self._address, self._imports],
+                [sys.executable, "-m", "tests.support.harness.zygote", address, self._imports],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -225,22 +240,27 @@ class _Zygote:
                 start_new_session=True,
             )
         deadline = time.monotonic() + _START_TIMEOUT_S
-        while not os.path.exists(self._address):
+        while not os.path.exists(address):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.close()
                 raise RuntimeError(f"the scheduler helper did not start:\n{self._log_path.read_text()[-6000:]}")
             time.sleep(0.05)
         atexit.register(self.close)
+        return address
 
     @classmethod
     def get(cls) -> "_Zygote":
-        if cls._instance is None or cls._instance._process.poll() is not None:
+        if cls._instance is None or cls._instance._has_ended:
             cls._instance = cls()
         return cls._instance
 
+    @property
+    def _has_ended(self) -> bool:
+        return self._process is not None and self._process.poll() is not None
+
     def start(self, job: dict[str, Any]) -> tuple[int, Connection]:
         """Fork a process for a job; return its id, and where its answer will come from."""
-        connection = Client(self._address, family="AF_UNIX")
+        connection = Client(self.address, family="AF_UNIX")
         connection.send(job)
         return connection.recv(), connection
 
@@ -258,6 +278,8 @@ class _Zygote:
                 _end_tree(job_pid)
 
     def close(self) -> None:
+        if self._process is None:
+            return
         if self._process.stdin is not None:
             self._process.stdin.close()
         try:

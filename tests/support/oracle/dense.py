@@ -90,6 +90,8 @@ def dense_generate(
     block: int | None = None,
     fp8: Fp8 | None = None,
     adjust: Callable[[torch.Tensor, Sequence[int]], torch.Tensor] | None = None,
+    prompt_budget: int | None = None,
+    whole_prompt_after: Collection[int] = (),
 ) -> DenseResult:
     """Generate greedily, keeping ``budget`` generated tokens per layer and KV head at each compaction.
 
@@ -122,6 +124,11 @@ def dense_generate(
         fp8: How the cache rounds what it takes.
         adjust: Given logits and the outputs before them, returns the logits that are sampled from, such as
             ``penalties.adjustment`` makes one.
+        prompt_budget: A prompt of more tokens keeps so many of them in every layer and head, as soon as ``window``
+            tokens were decoded since the last prefill and before anything else is compacted: the first 4, the last
+            ``window``, and those of the best scores between, where all resident tokens are scored as generated ones.
+            With ``block`` whole blocks of the lowest mean scores go, until less than one is above this.
+        whole_prompt_after: After the prefills at these numbers of output tokens the prompt stays whole.
 
     Raises:
         ValueError: The budget leaves no room beside the window, or the model is of another kind.
@@ -141,9 +148,12 @@ def dense_generate(
     prompt_len = len(prompt_ids)
     caches = decoder.new_caches(prompt_len + max_new_tokens, window, fp8)
     steps = DecodeSteps(decoder, caches)
-    of_all = {"prompt_len": prompt_len, "budget": budget, "logit_scale": decoder.logit_scale}
-    scores_of = partial(_scores, **of_all, score=score, windows=decoder.windows)
+    scores_of = partial(_scores, budget=budget, logit_scale=decoder.logit_scale, score=score, windows=decoder.windows)
     result = DenseResult()
+    held_prompt_len = prompt_len
+    may_compact_prompt = prompt_budget is not None and prompt_budget <= prompt_len - (block or 1)
+    may_compact_prompt = may_compact_prompt and max_new_tokens - 1 > window
+    is_prompt_due = may_compact_prompt and 0 not in whole_prompt_after
     num_decoded_since_prefill = 0
     is_whole = True
     with one_thread():
@@ -163,13 +173,26 @@ def dense_generate(
                 logits = decoder.forward([*prompt_ids, *result.output_ids], 0, caches)
                 num_decoded_since_prefill = 0
                 is_whole = True
+                held_prompt_len = prompt_len
+                is_prompt_due = may_compact_prompt and num_outputs not in whole_prompt_after
                 continue
             is_restored = num_outputs in restore_at
             is_dropped = is_restored and num_outputs in restored_in_flight
             position = prompt_len + num_outputs - 1
-            most_evicted = (evicted_at_restore or {}).get(num_outputs, max_new_tokens)
+            most_evicted = (evicted_at_restore or {}).get(num_outputs, prompt_len + max_new_tokens)
             for is_in_flight in [True, False] if is_dropped else [False]:
-                num_resident_generated = caches[0].length - prompt_len
+                num_seen = num_outputs + (is_dropped and not is_in_flight)
+                if is_prompt_due and num_decoded_since_prefill >= window:
+                    assert prompt_budget is not None
+                    sizes = (num_seen, prompt_len, prompt_budget, window)
+                    result.compactions.append(
+                        _compact_prompt(caches, *sizes, decoder.logit_scale, score)
+                        if block is None
+                        else _drop_of_prompt(caches, *sizes, scores_of, block)
+                    )
+                    is_prompt_due = False
+                    held_prompt_len = prompt_len - (prompt_len - prompt_budget) // (block or 1) * (block or 1)
+                num_resident_generated = caches[0].length - held_prompt_len
                 due_len = budget + buffer
                 if early is not None and max_new_tokens - 1 <= budget + buffer:
                     due_len = max_new_tokens
@@ -178,8 +201,7 @@ def dense_generate(
                 is_ahead = position + (is_dropped and not is_in_flight) - caches[0].length >= most_evicted
                 if num_resident_generated >= due_len and num_decoded_since_prefill >= window and not is_ahead:
                     is_whole = False
-                    num_seen = num_outputs + (is_dropped and not is_in_flight)
-                    sizes = (num_seen, prompt_len, budget, window)
+                    sizes = (num_seen, held_prompt_len, budget, window)
                     result.compactions.append(
                         _compact(caches, *sizes, scores_of)
                         if block is None
@@ -192,7 +214,9 @@ def dense_generate(
                 for layer_cache in caches:
                     layer_cache.drop_last()
             # Up to the next compaction, after which nothing computed before it holds.
-            room = max(0, prompt_len + budget + buffer - caches[0].length - 1)
+            room = max(0, held_prompt_len + budget + buffer - caches[0].length - 1)
+            if is_prompt_due:
+                room = max(0, min(room, window - num_decoded_since_prefill - 1))
             guess = guessed_output_ids[num_outputs : min(num_outputs + room, max_new_tokens)]
             logits = steps.feed(result.output_ids[-1], position, guess)
             num_decoded_since_prefill += 1
@@ -217,13 +241,13 @@ def _compact(
     prompt_len: int,
     budget: int,
     window: int,
-    scores_of: Callable[[LayerCache, int], torch.Tensor | None],
+    scores_of: Callable[[LayerCache, int, int], torch.Tensor | None],
 ) -> Compaction:
     kept_positions, candidate_positions, candidate_scores, margins = [], [], [], []
     num_kept_candidates = budget - window
     for layer, layer_cache in enumerate(caches):
         window_start = layer_cache.length - window
-        scores = scores_of(layer_cache, layer)
+        scores = scores_of(layer_cache, layer, prompt_len)
         if scores is None:
             scores = layer_cache.positions[:, :window_start].float()
         ranked_scores, ranked = scores[:, prompt_len:].sort(dim=-1, descending=True, stable=True)
@@ -245,11 +269,51 @@ def _compact(
     )
 
 
+def _compact_prompt(
+    caches: list[LayerCache],
+    num_outputs: int,
+    prompt_len: int,
+    prompt_budget: int,
+    window: int,
+    logit_scale: float,
+    score: ScoreFunction,
+) -> Compaction:
+    """Drop all of the prompt but what every head keeps of it; the generated tokens stay."""
+    kept_positions, candidate_positions, candidate_scores, margins = [], [], [], []
+    num_kept_candidates = prompt_budget - 4 - window
+    for layer, layer_cache in enumerate(caches):
+        sizes = {"budget": prompt_budget, "logit_scale": logit_scale}
+        # No layer of a sliding window, whose prompts are not compacted.
+        scores = _scores(layer_cache, layer, 0, **sizes, score=score, windows=[None] * len(caches))
+        assert scores is not None
+        candidates = scores[:, 4 : prompt_len - window]
+        ranked_scores, ranked = candidates.sort(dim=-1, descending=True, stable=True)
+        middle = ranked[:, :num_kept_candidates].sort(dim=-1).values + 4
+        num_kv_heads = scores.shape[0]
+        first = torch.arange(4).expand(num_kv_heads, -1)
+        last = torch.arange(prompt_len - window, layer_cache.length).expand(num_kv_heads, -1)
+        candidate_positions.append(layer_cache.positions[:, 4 : prompt_len - window].clone())
+        candidate_scores.append(candidates)
+        margins.append(ranked_scores[:, num_kept_candidates - 1] - ranked_scores[:, num_kept_candidates])
+        layer_cache.keep(torch.cat((first, middle, last), dim=-1))
+        kept_positions.append(layer_cache.positions.clone())
+        # What a policy remembers is of generated tokens.
+        layer_cache.memory.zero_()
+        layer_cache.beacons.clear()
+    return Compaction(
+        num_outputs,
+        torch.stack(kept_positions),
+        torch.stack(candidate_positions),
+        torch.stack(candidate_scores),
+        torch.stack(margins),
+    )
+
+
 def _scores(
     layer_cache: LayerCache,
     layer: int,
-    *,
     prompt_len: int,
+    *,
     budget: int,
     logit_scale: float,
     score: ScoreFunction,
@@ -280,22 +344,53 @@ def _drop(
     prompt_len: int,
     budget: int,
     window: int,
-    scores_of: Callable[[LayerCache, int], torch.Tensor | None],
+    scores_of: Callable[[LayerCache, int, int], torch.Tensor | None],
     block: int,
 ) -> Compaction:
     """Drop whole blocks for all layers and heads at once; what is recorded is of blocks, as of one layer and head."""
     resident_len = caches[0].length
-    scored = [scores_of(own, layer) for layer, own in enumerate(caches)]
-    of_layers = torch.stack([scores for scores in scored if scores is not None])
-    of_tokens = of_layers.double().mean(dim=(0, 1))
+    scored = [scores_of(own, layer, prompt_len) for layer, own in enumerate(caches)]
     starts = [
         start
         for start in range(0, resident_len, block)
         if start >= prompt_len and start + block <= resident_len - window
     ]
+    return _drop_lowest(caches, num_outputs, scored, starts, block, (resident_len - prompt_len - budget) // block)
+
+
+def _drop_of_prompt(
+    caches: list[LayerCache],
+    num_outputs: int,
+    prompt_len: int,
+    prompt_budget: int,
+    window: int,
+    scores_of: Callable[[LayerCache, int, int], torch.Tensor | None],
+    block: int,
+) -> Compaction:
+    """Drop blocks of the prompt, but for the first and those in which its window is; the generated tokens stay."""
+    scored = [scores_of(own, layer, 0) for layer, own in enumerate(caches)]
+    starts = [start for start in range(block, prompt_len, block) if start + block <= prompt_len - window]
+    for layer_cache in caches:
+        # What a policy remembers is of generated tokens.
+        layer_cache.memory.zero_()
+        layer_cache.beacons.clear()
+    return _drop_lowest(caches, num_outputs, scored, starts, block, (prompt_len - prompt_budget) // block)
+
+
+def _drop_lowest(
+    caches: list[LayerCache],
+    num_outputs: int,
+    scored: Sequence[torch.Tensor | None],
+    starts: Sequence[int],
+    block: int,
+    num_dropped: int,
+) -> Compaction:
+    """Drop the blocks of the lowest mean score, the older of equal ones, of those that start there."""
+    resident_len = caches[0].length
+    of_layers = torch.stack([scores for scores in scored if scores is not None])
+    of_tokens = of_layers.double().mean(dim=(0, 1))
     of_blocks = {start: float(of_tokens[start : start + block].mean()) for start in starts}
     ranked = sorted(starts, key=lambda start: (of_blocks[start], start))
-    num_dropped = (resident_len - prompt_len - budget) // block
     dropped = {start + offset for start in ranked[:num_dropped] for offset in range(block)}
     kept = torch.tensor([index for index in range(resident_len) if index not in dropped])
     before = caches[0].positions[0].clone()

@@ -87,12 +87,15 @@ def _after_reset_for_retract(result: object, *args: object, **kwargs: object) ->
 class _Held:
     """What the probe last saw of a request that holds KV."""
 
-    def __init__(self, serial: int, req: Any) -> None:
+    def __init__(self, serial: int, req: Any, first_slot: int, restored_prompt_len: int | None) -> None:
         self.serial = serial
         self.num_compactions = 0
-        self.update(req)
+        # First positions that the request may not rewrite.
+        self.prompt_len = _prompt_len(req) if restored_prompt_len is None else restored_prompt_len
+        self.update(req, first_slot)
 
-    def update(self, req: Any, num_fresh: int = 0) -> None:
+    def update(self, req: Any, first_slot: int, num_fresh: int = 0) -> None:
+        self.first_slot = first_slot
         # Slots taken since the last look: one may have been this request's own before a compaction.
         self.num_fresh = num_fresh
         self.allocated_len = req.kv.kv_allocated_len
@@ -123,6 +126,7 @@ class Probe:
         # id(req) -> the request itself too, so that the id stays its own.
         self._held: dict[int, tuple[Any, _Held]] = {}
         self._last_serial = 0
+        self._kept_prompt_len: dict[str, int] = {}
         self._step = 0
         self._is_idle = False
         self.num_retractions = 0
@@ -213,6 +217,9 @@ class Probe:
             candidates.append(self._scheduler.chunked_req)
         return list({id(req): req for req in candidates if req.kv.holds_kv}.values())
 
+    def _first_slot(self, req: Any) -> int:
+        return int(self._rows.req_to_token[req.kv.req_pool_idx, 0])
+
     def _check(self, batches: list[Any], *, is_after_scheduling: bool) -> tuple[list[Any], dict[int, Any]]:
         """Look at everything; return the requests that hold KV, and by id(req) all slots of each."""
         import numpy as np
@@ -263,7 +270,10 @@ class Probe:
         for req in reqs:
             if id(req) not in self._held:
                 self._last_serial += 1
-                held_now[id(req)] = (req, _Held(self._last_serial, req))
+                # One that comes back with what it had kept has no more of its prompt than then.
+                is_restored = getattr(getattr(req, "rkv_state", None), "evicted_tokens", 0) > 0
+                kept = self._kept_prompt_len.get(req.rid) if is_restored else None
+                held_now[id(req)] = (req, _Held(self._last_serial, req, self._first_slot(req), kept))
                 continue
             held = self._held[id(req)][1]
             held_now[id(req)] = (req, held)
@@ -272,7 +282,7 @@ class Probe:
             num_fresh = max(num_decodes, req.kv.kv_allocated_len - held.allocated_len)
             if req.kv.kv_allocated_len < held.allocated_len + num_decodes:
                 self._note_compaction(req, held, num_decodes, is_after_scheduling)
-            held.update(req, num_fresh)
+            held.update(req, self._first_slot(req), num_fresh)
         self._held = held_now
         if is_after_scheduling:
             self._check_max_private()
@@ -280,13 +290,18 @@ class Probe:
     def _note_compaction(self, req: Any, held: _Held, num_decodes: int, is_after_scheduling: bool) -> None:
         prompt_len = _prompt_len(req)
         held.num_compactions += 1
+        to_len = req.kv.kv_allocated_len - num_decodes
+        # Only a prompt's compaction gives a running request another first slot. From then on it may not be written.
+        is_of_prompt = self._first_slot(req) != held.first_slot
+        held.prompt_len -= (held.allocated_len - to_len) * is_of_prompt
+        self._kept_prompt_len[req.rid] = held.prompt_len
         line = {"rid": req.rid, "prompt_len": prompt_len, "output_len": len(req.output_ids)}
-        line |= {"from_len": held.allocated_len, "to_len": req.kv.kv_allocated_len - num_decodes}
+        line |= {"from_len": held.allocated_len, "to_len": to_len, "of_prompt": is_of_prompt}
         self._write(event="compaction", step=self._step, forward_ct=self._scheduler.forward_ct, **line)
         if not is_after_scheduling:
             self._violation("compaction outside scheduling", **line)
         if not self._moves_nothing:  # The owner may rewrite what it generated; its prompt stays watched.
-            self._shadow.forget_positions(held.serial, prompt_len)
+            self._shadow.forget_positions(held.serial, held.prompt_len)
 
     def _check_max_private(self) -> None:
         for req, held in self._held.values():

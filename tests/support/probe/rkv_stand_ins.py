@@ -5,6 +5,8 @@
 ``RKV_STAND_IN_FP8``     SGLang builds an e4m3 pool as on a GPU (on a CPU it wants one with AMX), and the backend
                          torch_native writes and reads fp8 pools with the scales of their layers, as those of a GPU do.
                          The value is those scales, ``K:V`` of each layer; new weights double them.
+``RKV_STAND_IN_PADDING`` the backend torch_native says, as those of a GPU do, how long a request is that only fills up a
+                         batch; on a CPU SGLang asks it that where ranks step together, and it has no answer.
 """
 
 import multiprocessing
@@ -25,6 +27,10 @@ def register() -> None:
     if os.environ.get("RKV_STAND_IN_FP8"):
         _build_fp8_pools()
         ATTENTION_BACKENDS["torch_native"] = _scaled_torch_native
+    if os.environ.get("RKV_STAND_IN_PADDING"):
+        from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+        TorchNativeAttnBackend.get_cpu_graph_seq_len_fill_value = lambda backend: 1
 
 
 def _trtllm_mha(runner: Any) -> Any:

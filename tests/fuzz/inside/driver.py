@@ -4,28 +4,19 @@ It stands where requests come in from the socket and where answers go out, so no
 processes: a pass of the event loop is the only clock.
 """
 
-import dataclasses
 import json
 import os
 import time
-from dataclasses import dataclass
 from typing import Any
 
-from tests.fuzz.schedule import FuzzRequest, Schedule, rid_of
-from tests.support.harness.messages import empty_output, generate_message, take
+from tests.fuzz.inside.feed import Note, Run
+from tests.fuzz.schedule import Schedule
+from tests.support.harness.messages import take
 
 # Passes without any answer after which a schedule is taken to hang.
 MOST_PASSES = 4000
 # Idle passes after which nothing more will happen: the probe and SGLang's checks have run.
 SETTLED = 3
-
-
-@dataclass(frozen=True)
-class Note:
-    """A message of the driver to itself on every rank; taken out before SGLang sees it."""
-
-    retract_now: bool = False
-    ended: int | None = None
 
 
 def register(job: dict[str, Any], tp_rank: int) -> None:
@@ -51,7 +42,7 @@ class Driver:
         self._path = path + (f".rank{tp_rank}" if tp_rank else "")
         self._scheduler: Any = None
         self._number = -1
-        self._run: _Run | None = None
+        self._run: Run | None = None
         # Requests of the schedule that has just run whose right answer only SGLang knows: each is run once more, alone.
         self._to_ask: list[tuple[int, Schedule]] = []
         self._asked: int | None = None
@@ -103,7 +94,7 @@ class Driver:
                 self._number += 1
                 self._asked, schedule = None, self._schedules[self._number]
                 self._write(started=self._number)
-            self._run = _Run(self._number, schedule, self._scheduler.tokenizer)
+            self._run = Run(self._number, schedule, self._scheduler.tokenizer)
             self._idle_passes = 0
             self._stats_before = _stats()
             return [FlushCacheReqInput()]
@@ -181,7 +172,21 @@ class Driver:
         state = known_state_of(req)
         evicted = 0 if state is None else state.evicted_tokens
         seen = len(req.origin_input_ids) + len(req.output_ids)
-        self._held_at_release = (req.rid, req.kv.kv_allocated_len + evicted - (seen - 1), evicted)
+        num_dropped = req.kv.kv_allocated_len + evicted - (seen - 1)
+        self._held_at_release = (req.rid, num_dropped, evicted)
+        self._must_copy = (
+            self._run is not None
+            and self._run.knows(req.rid)
+            and not req.finished()
+            and self._run.must_copy(
+                req.rid,
+                num_outputs=len(req.output_ids),
+                max_new_tokens=req.sampling_params.max_new_tokens,
+                evicted=evicted,
+                saved_len=req.kv.kv_allocated_len - num_dropped,
+                pool=self._scheduler.max_total_num_tokens,
+            )
+        )
 
     def _after_retract(self, result: object, req: Any, *args: object) -> None:
         from rkv_sglang.integration.runtime.requests import known_state_of
@@ -191,7 +196,8 @@ class Driver:
             state = known_state_of(req)
             is_copied = state is not None and state.host_copy is not None
             place = {"outputs": len(req.output_ids), "in_flight": num_dropped == 1, "copied": is_copied}
-            self._run.retractions.setdefault(rid, []).append({**place, "evicted": evicted})
+            place |= {"evicted": evicted, "cause": self._run.cause, "must_copy": self._must_copy}
+            self._run.retractions.setdefault(rid, []).append(place)
 
     # The end of a schedule.
 
@@ -234,128 +240,3 @@ def _stats() -> dict[str, int]:
     from rkv_sglang.integration.runtime.current import get_runtime
 
     return get_runtime().stats.as_dict()
-
-
-class _Run:
-    """One schedule that is being run."""
-
-    def __init__(self, number: int, schedule: Schedule, tokenizer: Any) -> None:
-        self.number = number
-        self._tokenizer = tokenizer
-        self.passes = 0
-        self.max_running = 0
-        self.began = time.perf_counter()
-        self.outputs: dict[str, dict[str, Any]] = {}
-        self.infos: dict[str, dict[str, Any]] = {}
-        self.prompts: dict[str, list[int]] = {}
-        self.retractions: dict[str, list[dict[str, Any]]] = {}
-        self._schedule = schedule
-        self._server = schedule.server
-        self._to_send = list(range(len(schedule.requests)))
-        self._to_abort = [i for i, r in enumerate(schedule.requests) if r.abort_at is not None]
-        self._to_cut = [i for i, r in enumerate(schedule.requests) if r.abort_after is not None]
-        self._events = list(schedule.events)
-        self._ended_at: dict[int, int] = {}
-        self._is_paused = False
-
-    def _rid(self, index: int) -> str:
-        return rid_of(self.number, index)
-
-    def most_private(self, rid: str) -> int:
-        request = self._schedule.requests[int(rid[-3:])]
-        return 2**31 if request.no_policy else request.capacity(self._server)
-
-    def unanswered(self) -> list[str]:
-        return [rid for rid, output in self.outputs.items() if output["finish_reason"] is None]
-
-    def questions(self) -> list[tuple[int, Schedule]]:
-        """Return a schedule for each request that must be compared with itself alone, and the request's index."""
-        plain: dict[str, Any] = {"after": None, "continues": False, "at_pass": 0, "abort_at": None, "abort_after": None}
-        asked = []
-        for index, request in enumerate(self._schedule.requests):
-            prompt = self.prompts.get(self._rid(index))
-            if request.needs_itself_alone and not request.garbage and prompt is not None:
-                alone = dataclasses.replace(request, prompt=tuple(prompt), **plain)
-                asked.append((index, dataclasses.replace(self._schedule, requests=(alone,), events=())))
-        return asked
-
-    def is_done(self) -> bool:
-        return not self._to_send and not self.unanswered() and not self._is_paused
-
-    def due(self) -> list[Any]:
-        """Return what comes in at this pass, and go on to the next."""
-        due: list[Any] = []
-        for event in [event for event in self._events if event.at_pass <= self.passes]:
-            self._events.remove(event)
-            due += self._messages(event.kind)
-        for index in range(len(self._schedule.requests)):
-            output = self.outputs.get(self._rid(index))
-            if output is not None and output["finish_reason"] is not None:
-                self._ended_at.setdefault(index, self.passes)
-        for index in list(self._to_send):
-            request = self._schedule.requests[index]
-            start = 0 if request.after is None else self._ended_at.get(request.after)
-            if start is not None and self.passes >= start + request.at_pass:
-                self._to_send.remove(index)
-                due.append(self._message(index, request))
-        due += self._aborts()
-        if self._is_paused and not self._events and not due:
-            due += self._messages("continue")
-        self.passes += 1
-        return due
-
-    def _message(self, index: int, request: FuzzRequest) -> Any:
-        from tests.support.harness.scheduler import Request
-
-        prompt = list(request.prompt)
-        if request.continues and request.after is not None:
-            before = self._rid(request.after)
-            prompt = [*self.prompts[before], *self.outputs[before]["output_ids"], *prompt]
-        rid = self._rid(index)
-        self.prompts[rid] = prompt
-        self.outputs[rid] = empty_output(len(prompt))
-        extra = {} if request.priority is None else {"priority": request.priority}
-        return generate_message(
-            rid,
-            Request(
-                input_ids=prompt,
-                sampling_params=request.sampling_params,
-                return_logprob=request.logprobs or request.prompt_logprobs,
-                logprob_start_len=0 if request.prompt_logprobs else -1,
-                extra=extra,
-            ),
-            self._tokenizer,
-        )
-
-    def _aborts(self) -> list[Any]:
-        from sglang.srt.managers.io_struct import AbortReq
-
-        due = []
-        for index in list(self._to_abort):
-            at_pass = self._schedule.requests[index].abort_at
-            if at_pass is not None and self.passes >= at_pass and self._rid(index) in self.outputs:
-                self._to_abort.remove(index)
-                due.append(AbortReq(rid=self._rid(index)))
-        for index in list(self._to_cut):
-            output, least = self.outputs.get(self._rid(index)), self._schedule.requests[index].abort_after
-            if output is not None and least is not None and len(output["output_ids"]) >= least:
-                self._to_cut.remove(index)
-                due.append(AbortReq(rid=self._rid(index)))
-        return due
-
-    def _messages(self, kind: str) -> list[Any]:
-        from sglang.srt.managers import io_struct
-
-        if kind == "retract":
-            return [Note(retract_now=True)]
-        if kind == "flush":
-            return [io_struct.FlushCacheReqInput()]
-        if kind == "abort_all":
-            return [io_struct.AbortReq(abort_all=True)]
-        if kind == "continue":
-            if not self._is_paused:
-                return []
-            self._is_paused = False
-            return [io_struct.ContinueGenerationReqInput(torch_empty_cache=False)]
-        self._is_paused = True
-        return [io_struct.PauseGenerationReqInput(mode=kind.removeprefix("pause_"))]

@@ -1,0 +1,162 @@
+"""What a schedule has come in when, pass by pass, and what has come of it; in a scheduler process."""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from tests.fuzz.schedule import BY_PRIORITY, CAUSES, FuzzRequest, Schedule, rid_of
+from tests.support.harness.messages import empty_output, generate_message
+
+
+@dataclass(frozen=True)
+class Note:
+    """A message of the driver to itself on every rank; taken out before SGLang sees it."""
+
+    retract_now: bool = False
+    ended: int | None = None
+
+
+class Run:
+    """One schedule that is being run: what is due at which pass, and what has come of it."""
+
+    def __init__(self, number: int, schedule: Schedule, tokenizer: Any) -> None:
+        self.number = number
+        self._tokenizer = tokenizer
+        self.passes = 0
+        self.max_running = 0
+        self.began = time.perf_counter()
+        self.outputs: dict[str, dict[str, Any]] = {}
+        self.infos: dict[str, dict[str, Any]] = {}
+        self.prompts: dict[str, list[int]] = {}
+        self.retractions: dict[str, list[dict[str, Any]]] = {}
+        # Why a request is preempted that is in this pass.
+        self.cause = BY_PRIORITY
+        self._schedule = schedule
+        self._server = schedule.server
+        self._to_send = list(range(len(schedule.requests)))
+        self._to_abort = [i for i, r in enumerate(schedule.requests) if r.abort_at is not None]
+        self._to_cut = [i for i, r in enumerate(schedule.requests) if r.abort_after is not None]
+        self._events = list(schedule.events)
+        self._ended_at: dict[int, int] = {}
+        self._is_paused = False
+
+    def _rid(self, index: int) -> str:
+        return rid_of(self.number, index)
+
+    def most_private(self, rid: str) -> int:
+        request = self._schedule.requests[int(rid[-3:])]
+        return 2**31 if request.no_policy else request.capacity(self._server)
+
+    def knows(self, rid: str) -> bool:
+        return rid in self.outputs
+
+    def must_copy(
+        self, rid: str, *, num_outputs: int, max_new_tokens: int, evicted: int, saved_len: int, pool: int
+    ) -> bool:
+        """Return whether a request that loses its slots must be copied: it fits the pool so, and in no other way."""
+        request, prompt_len = self._schedule.requests[int(rid[-3:])], len(self.prompts[rid])
+
+        def fits(resident_len: int) -> bool:
+            until_due = max(request.capacity(self._server) - (resident_len - prompt_len), self._server.window)
+            return resident_len + min(max_new_tokens - num_outputs, until_due) <= pool
+
+        is_bounded = not request.no_policy and evicted > 0
+        return is_bounded and not fits(prompt_len + num_outputs) and fits(saved_len + 1)
+
+    def unanswered(self) -> list[str]:
+        return [rid for rid, output in self.outputs.items() if output["finish_reason"] is None]
+
+    def questions(self) -> list[tuple[int, Schedule]]:
+        """Return a schedule for each request that must be compared with itself alone, and the request's index."""
+        plain: dict[str, Any] = {"after": None, "continues": False, "at_pass": 0, "abort_at": None, "abort_after": None}
+        asked = []
+        for index, request in enumerate(self._schedule.requests):
+            prompt = self.prompts.get(self._rid(index))
+            if request.needs_itself_alone and not request.garbage and prompt is not None:
+                alone = dataclasses.replace(request, prompt=tuple(prompt), **plain)
+                asked.append((index, dataclasses.replace(self._schedule, requests=(alone,), events=())))
+        return asked
+
+    def is_done(self) -> bool:
+        return not self._to_send and not self.unanswered() and not self._is_paused
+
+    def due(self) -> list[Any]:
+        """Return what comes in at this pass, and go on to the next."""
+        due: list[Any] = []
+        self.cause = BY_PRIORITY
+        for event in [event for event in self._events if event.at_pass <= self.passes]:
+            self._events.remove(event)
+            self.cause = CAUSES.get(event.kind, self.cause)
+            due += self._messages(event.kind)
+        for index in range(len(self._schedule.requests)):
+            output = self.outputs.get(self._rid(index))
+            if output is not None and output["finish_reason"] is not None:
+                self._ended_at.setdefault(index, self.passes)
+        for index in list(self._to_send):
+            request = self._schedule.requests[index]
+            start = 0 if request.after is None else self._ended_at.get(request.after)
+            if start is not None and self.passes >= start + request.at_pass:
+                self._to_send.remove(index)
+                due.append(self._message(index, request))
+        due += self._aborts()
+        if self._is_paused and not self._events and not due:
+            due += self._messages("continue")
+        self.passes += 1
+        return due
+
+    def _message(self, index: int, request: FuzzRequest) -> Any:
+        from tests.support.harness.scheduler import Request
+
+        prompt = list(request.prompt)
+        if request.continues and request.after is not None:
+            before = self._rid(request.after)
+            prompt = [*self.prompts[before], *self.outputs[before]["output_ids"], *prompt]
+        rid = self._rid(index)
+        self.prompts[rid] = prompt
+        self.outputs[rid] = empty_output(len(prompt))
+        extra = {} if request.priority is None else {"priority": request.priority}
+        return generate_message(
+            rid,
+            Request(
+                input_ids=prompt,
+                sampling_params=request.sampling_params,
+                return_logprob=request.logprobs or request.prompt_logprobs,
+                logprob_start_len=0 if request.prompt_logprobs else -1,
+                extra=extra,
+            ),
+            self._tokenizer,
+        )
+
+    def _aborts(self) -> list[Any]:
+        from sglang.srt.managers.io_struct import AbortReq
+
+        due = []
+        for index in list(self._to_abort):
+            at_pass = self._schedule.requests[index].abort_at
+            if at_pass is not None and self.passes >= at_pass and self._rid(index) in self.outputs:
+                self._to_abort.remove(index)
+                due.append(AbortReq(rid=self._rid(index)))
+        for index in list(self._to_cut):
+            output, least = self.outputs.get(self._rid(index)), self._schedule.requests[index].abort_after
+            if output is not None and least is not None and len(output["output_ids"]) >= least:
+                self._to_cut.remove(index)
+                due.append(AbortReq(rid=self._rid(index)))
+        return due
+
+    def _messages(self, kind: str) -> list[Any]:
+        from sglang.srt.managers import io_struct
+
+        if kind == "retract":
+            return [Note(retract_now=True)]
+        if kind == "flush":
+            return [io_struct.FlushCacheReqInput()]
+        if kind == "abort_all":
+            return [io_struct.AbortReq(abort_all=True)]
+        if kind == "continue":
+            if not self._is_paused:
+                return []
+            self._is_paused = False
+            return [io_struct.ContinueGenerationReqInput(torch_empty_cache=False)]
+        self._is_paused = True
+        return [io_struct.PauseGenerationReqInput(mode=kind.removeprefix("pause_"))]
