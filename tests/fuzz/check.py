@@ -85,7 +85,7 @@ def _check_request(
     problems = [
         f"after {place['outputs']} tokens it was{'' if place['copied'] else ' not'} copied to the host: {place}"
         for place in retractions
-        if place["copied"] != place["must_copy"]
+        if place["must_copy"] not in (None, place["copied"])
     ]
     counts.update(f"copied at a {place['cause']}" for place in retractions if place["copied"])
     is_cut = end["type"] == "abort"

@@ -53,9 +53,14 @@ class Run:
 
     def must_copy(
         self, rid: str, *, num_outputs: int, max_new_tokens: int, evicted: int, saved_len: int, pool: int
-    ) -> bool:
-        """Return whether a request that loses its slots must be copied: it fits the pool so, and in no other way."""
+    ) -> bool | None:
+        """Return whether a request that loses its slots must be copied: it fits the pool so, and in no other way.
+
+        None of one whose prompt may be compacted: what it needs for that is not counted here.
+        """
         request, prompt_len = self._schedule.requests[int(rid[-3:])], len(self.prompts[rid])
+        if self._server.prompt_budget if request.prompt_budget is None else request.prompt_budget:
+            return None
 
         def fits(resident_len: int) -> bool:
             until_due = max(request.capacity(self._server) - (resident_len - prompt_len), self._server.window)
