@@ -32,11 +32,11 @@ def before_decode_step(scheduler: Any, batch: Any) -> None:
     get_runtime().before_decode(batch)
 
 
-def keep_decode_steps(vote: Callable[..., bool], *, local_batch: Any, **others: Any) -> bool:
+def keep_decode_steps(vote: Callable[..., bool], *, local_batch: Any, **kwargs: Any) -> bool:
     """Vote against a step in which decoding requests would run as a prefill, because another rank has one."""
     if local_batch is not None and local_batch.forward_mode.is_decode():
         return False
-    return vote(local_batch=local_batch, **others)
+    return vote(local_batch=local_batch, **kwargs)
 
 
 def add_policy_stats(result: Any, scheduler: Any, recv_req: Any) -> None:

@@ -24,8 +24,10 @@ from rkv_sglang.integration.hooks.table import HOOKS
 from rkv_sglang.integration.startup.refusals import refuse, refuse_model
 from rkv_sglang.integration.startup.refused_settings import RefusedSetting
 from rkv_sglang.integration.startup.server_args import RKVServerArgs
+from rkv_sglang.integration.startup.sliding import keep_in_one_pool
 from tests.docs.pages import fences, page
 from tests.integration.startup.refusal_kit import (
+    REFUSED_BESIDE,
     REFUSED_CASES,
     REFUSED_MODELS,
     TINY,
@@ -240,7 +242,9 @@ def test_every_refused_setting_gets_the_line_of_the_real_start(
 ) -> None:
     is_flag = refusal.setting.startswith("--")
     words = [refusal.setting, *value.split()] if is_flag else []
-    command = f"{LAUNCH} {shlex.join(words)}" if is_flag else f"{refusal.setting}={value} {LAUNCH}"
+    words += REFUSED_BESIDE.get(refusal.setting, "").split()
+    variable = "" if is_flag else f"{refusal.setting}={value} "
+    command = f"{variable}{LAUNCH} {shlex.join(words)}"
     lines = refused(command, llama)
     if not is_flag:
         monkeypatch.setenv(refusal.setting, value)
@@ -258,6 +262,7 @@ def test_every_refused_model_gets_the_line_of_the_real_start(
 ) -> None:
     folder = tiny_config_dir(tmp_path, config, architecture)
     args = RKVServerArgs(model_path=folder, kv_policy="rkv")
+    keep_in_one_pool(args)
     message = message_of(refuse_model, model_config_of(args), args)
     lines = refused(f"sglang serve {folder} --kv-policy rkv")
     assert lines[0] == message and all("cannot be served with" in line or "SGLang itself" in line for line in lines)
