@@ -77,7 +77,7 @@ REFUSED_VALUES: dict[str, list[str]] = {
     "--decode-attention-backend": ["aiter", "flex_attention"],
 }
 # What a flag is refused beside.
-REFUSED_BESIDE = {"--moe-a2a-backend": "--attn-dp-size 2"}
+REFUSED_BESIDE = {"--moe-a2a-backend": "--tp-size 2 --attn-dp-size 2"}
 REFUSED_CASES = [
     (refusal, value) for refusal in REFUSED_SETTINGS for value in REFUSED_VALUES.get(refusal.setting, ["missing"])
 ]
