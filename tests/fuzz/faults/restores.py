@@ -84,7 +84,7 @@ RESTORES = (
     Mutant(
         "ranks do not agree on whose copy there is",
         _RESTORE,
-        "    if scheduler.tp_size > 1:\n",
+        "    if scheduler.attn_tp_group.world_size > 1:\n",
         "    if False:\n",
         _WAITING,
     ),

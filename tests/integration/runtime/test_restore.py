@@ -109,8 +109,8 @@ def test_ranks_keep_a_copy_only_where_all_of_them_have_one(monkeypatch, is_saved
     scheduler = SimpleNamespace(
         req_to_token_pool=SimpleNamespace(req_to_token=torch.arange(120, dtype=torch.int32).view(2, 60) - 60),
         token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
-        tp_size=2,
-        tp_cpu_group="the ranks",
+        attn_tp_group=SimpleNamespace(world_size=2),
+        attn_tp_cpu_group="the ranks",
     )
     runtime = SimpleNamespace(parts=SimpleNamespace(scheduler=scheduler), on_forward_stream=contextlib.nullcontext)
     copy = restore._save(runtime, a_request(81), RESIDENT_LEN)
