@@ -218,8 +218,8 @@ def test_a_command_that_cannot_be_read_is_one_line(command: str, problem: str, l
 def test_a_model_that_is_not_here_asks_for_its_configuration(tmp_path: Path) -> None:
     missing = tmp_path / "not" / "here"
     begins(
-        refused(f"sglang serve {missing} --kv-policy rkv --tp-size 2 --dp-size 2 --enable-dp-attention"),
-        "--attn-dp-size 2 cannot be combined",
+        refused(f"sglang serve {missing} --kv-policy rkv --pp-size 2"),
+        "--pp-size 2 cannot be combined",
         f"--model-path {missing} has no usable configuration here (",
     )
 
