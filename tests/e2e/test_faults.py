@@ -65,7 +65,7 @@ def assert_as_held(chunk: dict[str, Any]) -> None:
     for generated in range(len(ids) - 1):
         if generated - evicted == SETTING.budget + SETTING.buffer:
             evicted += SETTING.buffer
-    assert [info.get(key) for key in KEYS] == ["rkv", evicted // SETTING.buffer, 0, evicted]
+    assert [info.get(key) for key in KEYS] == ["rkv", evicted // SETTING.buffer, 0, evicted, len(PROMPT)]
 
 
 def assert_fresh(server: Server, rid: str) -> None:
@@ -121,7 +121,7 @@ def test_a_request_aborted_in_the_queue_says_that_it_held_nothing(server):
     (answer,) = answers
     assert answer["meta_info"]["finish_reason"]["message"] == "Abort in waiting queue"
     assert (answer["output_ids"], answer["text"]) == ([], "")
-    assert [answer["meta_info"].get(key) for key in KEYS] == ["rkv", 0, 0, 0]
+    assert [answer["meta_info"].get(key) for key in KEYS] == ["rkv", 0, 0, 0, len(PROMPT)]
     assert_fresh(server, "queued")
     server.assert_clean()
 

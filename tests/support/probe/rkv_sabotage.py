@@ -116,7 +116,7 @@ def _keep(countdown: _Countdown) -> None:
 def _restore(countdown: _Countdown) -> None:
     from rkv_sglang.integration.runtime import restore
 
-    original: Callable[..., Any] = restore._alloc_slots
+    original: Callable[..., Any] = restore.alloc_slots
 
     def fail(batch: Any, shared: Any, saved_len: int) -> Any:
         allocator = batch.tree_cache.token_to_kv_pool_allocator
@@ -124,4 +124,4 @@ def _restore(countdown: _Countdown) -> None:
             allocator.alloc = lambda need: None
         return original(batch, shared, saved_len)
 
-    restore._alloc_slots = fail
+    restore.alloc_slots = fail
