@@ -36,6 +36,7 @@ from benchmarks.gpu.llama_shape import VOCAB_SIZE, served_model
 from devtools.launch import Server, ServerError, exit_on_sigterm, has_gpu, launched_server
 from rkv_sglang.config import NO_POLICY, REQUEST
 from rkv_sglang.sizes.compaction_plan import LEAST_BLOCK
+from rkv_sglang.sizes.pages import ceil_to_page
 
 # How servers with the policy are started: further flags, and variables of their environment.
 SCHEDULES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
@@ -143,7 +144,7 @@ def race_sizes(rng: random.Random, policy: Setting) -> dict[str, int]:
     # The window and one more to choose from, at the least.
     least = max(least, config.window + block)
     budget, buffer = rng.randint(least, max(least, most)), rng.randint(*RACE_BUFFERS)
-    return {"kv_budget": budget, "kv_buffer": -(-buffer // block) * block}
+    return {"kv_budget": budget, "kv_buffer": ceil_to_page(buffer, block)}
 
 
 def measure(server: Server, setting: Setting, batch_size: int, options: argparse.Namespace) -> tuple[Row, list[str]]:

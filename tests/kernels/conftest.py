@@ -2,16 +2,15 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import triton
-import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
 from benchmarks.common.device import REHEARSAL, stand_in_for_gpu
+from tests.support.interpreted import patch_language, patch_nothing
 
 
 @functools.cache
@@ -36,13 +35,13 @@ def interpret(request: pytest.FixtureRequest) -> Iterator[None]:
     def call(kernel: JITFunction, *args: Any, **kwargs: Any) -> Any:
         return _interpreted(kernel.fn)(*args, **kwargs)
 
-    # The interpreter replaces the language anew at each call of a function, and for those inside a kernel for good.
-    language = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    # For functions inside a kernel the interpreter itself would replace the language for good.
+    language = patch_language()
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(JITFunction, "run", launch)
         monkeypatch.setattr(JITFunction, "__call__", call)
         monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
-        monkeypatch.setattr(interpreter, "_patch_lang", lambda fn: interpreter._LangPatchScope())
+        monkeypatch.setattr(interpreter, "_patch_lang", patch_nothing)
         if on_gpu:
             stand_in_for_gpu(monkeypatch.setattr)
         yield

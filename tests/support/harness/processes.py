@@ -6,7 +6,6 @@ import pkgutil
 import signal
 import sys
 import traceback
-from types import SimpleNamespace
 from typing import Any
 
 from tests.support.harness.gate import Gate
@@ -57,22 +56,18 @@ def input_of(port_args: Any, dp_rank: int) -> str:
     return f"{port_args.scheduler_input_ipc_name}.{dp_rank}"
 
 
-def _patch_tritons_language_once() -> None:
-    """Spare the interpreter what takes most of its time: it replaces the language at each call of each function."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
-    interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()
-
-
 def scheduler_process(job: dict[str, Any], arguments: bytes, tp_rank: int, writer: Any) -> None:
     import torch
     from sglang.srt.managers.scheduler import run_scheduler_process
 
     torch.set_num_threads(job["num_threads"])
     if os.environ.get("TRITON_INTERPRET") == "1":
-        _patch_tritons_language_once()
+        from triton.runtime import interpreter
+
+        from tests.support.interpreted import patch_language, patch_nothing
+
+        patch_language()
+        interpreter._patch_lang = patch_nothing
     # As in a spawned child, the arguments are unpickled before the plugins are loaded.
     server_args, port_args = pickle.loads(arguments)
     dp_rank, arrivals, controls = None, job["arrivals"], job["controls"]
