@@ -12,6 +12,8 @@ GRANULARITIES = (HEAD, REQUEST)
 POLICY_FIELD = "kv_policy"
 # The same of the policy's own parameters.
 PARAMETERS_FIELD = "kv_policy_config"
+# Under this name requests make and use named prefixes.
+PREFIX_FIELD = "kv_prefix"
 # Holds the policy's flags for programs that make the record of server arguments themselves and cannot pass them on.
 ARGS_VARIABLE = "RKV_SGLANG_ARGS"
 # First tokens of a prompt that stay when it is compacted, attention sinks (arXiv 2309.17453).

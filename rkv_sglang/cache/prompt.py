@@ -35,6 +35,8 @@ def compact_prompts(
 ) -> list[torch.Tensor | None]:
     """Copy of each request what its plan keeps of the prompt, and all that it generated, into new slots.
 
+    Of a ``PrefixPlan`` what comes behind the document only judges it, and is not copied.
+
     Mutates the pool in ``new_slots`` alone. Queues no device-to-host sync if the policy has a paged scorer; working
     memory as in ``compact_requests``, but for one fp32 number more of each token, layer and head.
 
@@ -118,7 +120,7 @@ def copy_kept(
     new_slots: Sequence[torch.Tensor],
     kept: Sequence[torch.Tensor],
 ) -> None:
-    """Copy what is kept of each prompt, and all that was generated after it, into new slots; no sync.
+    """Copy what is kept of each prompt, and what the plan keeps behind it, into new slots; no sync.
 
     To the kernels a request is its new slots with all that it holds behind them: what it keeps moves to the front.
 
@@ -143,7 +145,7 @@ def copy_kept(
         row = indices[:, number]
         row[:, :, : plan.budget] = plan.kept_len + own
         row[:, :, plan.budget : plan.kept_len] = plan.kept_len + torch.arange(
-            plan.prompt_len, plan.resident_len, device=indices.device
+            plan.prompt_len, plan.prompt_len + plan.kept_len - plan.budget, device=indices.device
         )
     move = move_kept_paged if runs_triton(buffers.keys) else move_kept_torch
     move(buffers.keys, buffers.values, batch, indices)

@@ -1,7 +1,7 @@
 """Resident and logical lengths of a request, and when it is due: the one owner of that distinction.
 
 *Resident* is what attention reads: slots held. *Logical* is every token ever seen: what RoPE and sampling count by.
-They differ by the tokens evicted since the last prefill.
+They differ by the tokens evicted since the last prefill, and by what a named prefix lacks of its document.
 """
 
 import math
@@ -22,6 +22,7 @@ class RequestState:
     Attributes:
         prompt_len: Tokens of the prompt.
         max_new_tokens: Most tokens the request may generate.
+        prefix_gap: Tokens by which the named prefix that the request goes on from counts more than its slots.
         evicted_tokens: Tokens evicted since the last prefill, those of the prompt among them.
         evicted_prompt_tokens: Those of the prompt.
         compactions: Compactions over the whole life of the request.
@@ -37,6 +38,7 @@ class RequestState:
 
     prompt_len: int
     max_new_tokens: int
+    prefix_gap: int = 0
     evicted_tokens: int = 0
     evicted_prompt_tokens: int = 0
     compactions: int = 0
@@ -65,7 +67,7 @@ class RequestState:
 
     def logical_len(self, resident_len: int) -> int:
         """Return the length that RoPE positions count by."""
-        return resident_len + self.evicted_tokens
+        return resident_len + self.evicted_tokens + self.prefix_gap
 
     def record(self, plan: CompactionPlan | PromptPlan) -> None:
         """Count one compaction: its evicted tokens stay part of the logical length, on which RoPE depends."""

@@ -1,4 +1,4 @@
-"""Integer plan of a prompt's compaction, which copies what stays of a request into slots of its own."""
+"""Integer plans of what copies prompt tokens that stay: a prompt's compaction, and the making of a named prefix."""
 
 from dataclasses import dataclass
 
@@ -50,6 +50,16 @@ class PromptPlan:
             first_block=-(-NUM_FIRST_KEPT // block),
             end_block=(self.prompt_len - window) // block,
         )
+
+
+@dataclass(frozen=True)
+class PrefixPlan(PromptPlan):
+    """Lengths of a named prefix: of the document ``budget`` tokens are copied, of the task behind it none."""
+
+    @property
+    def kept_len(self) -> int:
+        """Slots that it takes."""
+        return self.budget
 
 
 def kept_of_prompt(config: PolicyConfig, prompt_len: int) -> int:

@@ -103,7 +103,7 @@ def _problems(
         yield f"the first {NUM_FIRST_KEPT} and the last {window} tokens are not kept"
         return
     rows = rows_of(buffers, request.slots)
-    generated = torch.arange(plan.prompt_len, plan.resident_len, device=kept.device)
+    generated = torch.arange(plan.kept_len - plan.budget, device=kept.device) + plan.prompt_len
     # [num_layers, kept_len, num_kv_heads, 1]
     sources = torch.cat([kept, generated.expand(*kept.shape[:2], -1)], dim=2).transpose(1, 2).unsqueeze(3)
     for name, was, now in zip(("keys", "values"), rows, rows_of(buffers, new_slots), strict=True):

@@ -6,9 +6,22 @@ from collections.abc import Callable
 from typing import Any
 
 from rkv_sglang.integration.hooking.hook import Hook, names
-from rkv_sglang.integration.hooks.owners import ADDER, MODEL_CONFIG, REQ, REQ_KV, SAMPLING_PARAMS, SCHEDULER
+from rkv_sglang.integration.hooks.owners import (
+    ADDER,
+    ENVS,
+    MODEL_CONFIG,
+    PARALLEL,
+    REQ,
+    REQ_KV,
+    SAMPLING_PARAMS,
+    SCHEDULER,
+    TREE,
+)
 from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.prefill_adder import adder_class
+from rkv_sglang.integration.runtime.prefixes.named import gap_of
+from rkv_sglang.integration.runtime.prefixes.reading import read_prefix
+from rkv_sglang.integration.runtime.prefixes.room import limit_new_tokens
 from rkv_sglang.integration.runtime.requests import num_carried_tokens
 from rkv_sglang.sizes.lengths import can_ever_compact
 from rkv_sglang.sizes.reservation import most_growth
@@ -24,21 +37,29 @@ def set_limits(limit: Callable[..., None], scheduler: Any, req: Any) -> None:
 
     The pool allows it if it holds all that the request holds at a time.
     """
-    params = req.sampling_params
+    params, runtime = req.sampling_params, get_runtime()
     asked, min_new_tokens = params.max_new_tokens, params.min_new_tokens
     try:
-        get_runtime().read_request(req)
+        runtime.read_request(req)
+        if req.to_finish is None and not req.finished():
+            read_prefix(runtime.parts, req, runtime.config)
     except ValueError as error:
         # The client gets it as status 400.
         req.set_finish_with_abort(str(error))
     limit(scheduler, req)
-    config = get_runtime().config_of(req)
-    if config is None or req.to_finish is not None or req.finished():
+    if req.to_finish is not None or req.finished():
         return
-    input_len = len(req.origin_input_ids)
+    limit_new_tokens(runtime.parts, req)
+    config = runtime.config_of(req)
+    input_len, gap = len(req.origin_input_ids), gap_of(req)
     # The bound of Scheduler.init_req_max_new_tokens, with the context alone in the place of max_req_len, which is the
     # smaller of context and pool.
-    most = scheduler.model_config.context_len - 2 - input_len
+    most = scheduler.model_config.context_len - 2 - input_len - gap
+    if gap > 0:
+        params.max_new_tokens = min(params.max_new_tokens, most)
+        params.min_new_tokens = min(params.min_new_tokens, params.max_new_tokens)
+    if config is None:
+        return
     if asked is not None:
         most = min(most, asked)
     if scheduler.max_new_tokens_limit is not None and scheduler.max_new_tokens_limit > 0:
@@ -49,11 +70,11 @@ def set_limits(limit: Callable[..., None], scheduler: Any, req: Any) -> None:
     if (
         most > params.max_new_tokens
         and can_ever_compact(config, most + carried)
-        and growth <= most_growth(input_len, scheduler.max_total_num_tokens)
+        and growth <= most_growth(input_len, runtime.parts.pool_size_for(req))
     ):
         params.max_new_tokens = most
         params.min_new_tokens = min(min_new_tokens, most)
-    if carried > 0 and get_runtime().may_compact(req):
+    if carried > 0 and runtime.may_compact(req):
         # Compaction will write where an earlier answer stands.
         req.skip_radix_cache_insert = True
 
@@ -73,6 +94,12 @@ ADMISSION_HOOKS: tuple[Hook, ...] = (
             *names(SCHEDULER, "model_config max_new_tokens_limit max_total_num_tokens"),
             *names(REQ, "beam_group finished origin_input_ids sampling_params set_finish_with_abort to_finish"),
             f"{REQ}.skip_radix_cache_insert",
+            # Of named prefixes.
+            *names(REQ, "cache_salt extra_key lora_id positional_embed_overrides session"),
+            *names(SCHEDULER, "chunked_req"),
+            *names(TREE, "disable"),
+            *names(PARALLEL, "dp_size tp_size"),
+            f"{ENVS}.SGLANG_RADIX_FORCE_MISS",
             *names(SAMPLING_PARAMS, "custom_params max_new_tokens min_new_tokens"),
             f"{MODEL_CONFIG}.context_len",
         ),

@@ -6,10 +6,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from rkv_sglang.config import NO_POLICY, POLICY_FIELD
+from rkv_sglang.config import NO_POLICY, POLICY_FIELD, PREFIX_FIELD
 from rkv_sglang.integration.hooking.hook import Hook, names
 from rkv_sglang.integration.hooks.owners import MANAGERS, REQ, SCHEDULER
 from rkv_sglang.integration.runtime.current import get_runtime
+from rkv_sglang.integration.runtime.prefixes.named import INFO_ATTRIBUTE
 from rkv_sglang.integration.runtime.requests import (
     end_request,
     known_state_of,
@@ -25,6 +26,7 @@ PROMPT_KEY = "kv_prompt_tokens"
 KEYS = (POLICY_FIELD, COMPACTIONS_KEY, RESIDENT_KEY, EVICTED_KEY, PROMPT_KEY)
 # Only for requests that asked for it.
 TRACE_KEY = "kv_trace"
+OPTIONAL_KEYS = (TRACE_KEY, PREFIX_FIELD)
 # What SGLang's tokenizer manager says of a request that was aborted without a reason while it waited.
 WAS_WAITING = "Abort in waiting queue"
 
@@ -36,7 +38,8 @@ def answer_info(req: Any) -> dict[str, Any]:
     one that ended while it waited; ``kv_evicted_tokens`` are counted over the whole life, so a token evicted again
     after a retraction counts twice. ``kv_prompt_tokens`` are those that attention sees of the prompt.
     ``kv_trace`` is there if the request asked for it, and has ``prompt`` if that was compacted; with tensor parallelism
-    it knows the first rank's heads, and where all heads keep the same it has one row for all.
+    it knows the first rank's heads, and where all heads keep the same it has one row for all. ``kv_prefix`` is there if
+    the request asked something of named prefixes, and it was done.
     """
     runtime = get_runtime()
     config = runtime.config_of(req)
@@ -55,6 +58,8 @@ def answer_info(req: Any) -> dict[str, Any]:
         # That of an earlier prefill says nothing of a prompt that is whole again.
         extra = {"prompt": prompt_trace_of(req)} if state.evicted_prompt_tokens > 0 else {}
         info[TRACE_KEY] = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "compactions": trace, **extra}
+    if hasattr(req, INFO_ATTRIBUTE):
+        info[PREFIX_FIELD] = getattr(req, INFO_ATTRIBUTE)
     return info
 
 
@@ -84,7 +89,7 @@ def streamer_class(base: Any) -> Any:
                 if req.finished() and (state := known_state_of(req)) is not None:
                     state.drop_tensors()
                     get_runtime().stats.count_answer(state)
-            return {key: [[info[key]] if key in info else [] for info in infos] for key in (*KEYS, TRACE_KEY)}
+            return {key: [[info[key]] if key in info else [] for info in infos] for key in (*KEYS, *OPTIONAL_KEYS)}
 
     return PolicyOutputStreamer
 
@@ -109,7 +114,7 @@ def end_as_others(_: Callable[..., None], scheduler: Any, abort_req: Any, req: A
 
 def unpack_answer_info(_: None, manager: Any, meta_info: dict[str, Any], state: Any, *args: Any, **kwargs: Any) -> None:
     """Make the policy's fields plain values: SGLang gathers what comes along in lists, one entry a token."""
-    for key in (*KEYS, TRACE_KEY):
+    for key in (*KEYS, *OPTIONAL_KEYS):
         values = state.customized_info_accumulated.pop(key, [])
         state.customized_info_reported_keys.discard(key)
         if values:

@@ -17,7 +17,7 @@ def running_tokens(runtime: Runtime) -> tuple[int, int]:
     for req in runtime.parts.scheduler.running_batch.reqs:
         if req.kv.holds_kv and not req.finished():
             resident += req.kv.kv_allocated_len
-            evicted += state_of(req).evicted_tokens
+            evicted += state_of(req).evicted_tokens + state_of(req).prefix_gap
     return resident, resident + evicted
 
 

@@ -21,6 +21,7 @@ from rkv_sglang.integration.hooks.owners import (
     RUNTIME_CONTEXT,
 )
 from rkv_sglang.integration.runtime.current import get_runtime
+from rkv_sglang.integration.runtime.prefixes.making import see_tasks
 from rkv_sglang.integration.runtime.restore import add_evicted_tokens
 from rkv_sglang.policies import is_stateful, keeps_prompt_hits, memory_numbers, needs_statistics
 from rkv_sglang.sizes.memory_plan import ModelShape
@@ -63,12 +64,14 @@ def bind_model_runner(_: None, model_runner: Any, *args: Any, **kwargs: Any) -> 
 
 
 def record_queries(layer: Any, q: Any, k: Any, v: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
-    """Store the queries of a decode step, or measure those of a prompt; they are after q/k-norm and RoPE here."""
+    """Store the queries of a decode step, or look at those of a prompt; they are after q/k-norm and RoPE here."""
     runtime = get_runtime()
     if forward_batch.forward_mode.is_decode():
         runtime.record_queries(layer.layer_id, q, forward_batch)
     elif runtime.meter is not None:
         runtime.meter.add(layer.layer_id, q, forward_batch.positions)
+    elif runtime.is_bound and runtime.parts.prefixes.in_making:
+        see_tasks(runtime.parts, layer.layer_id, q, forward_batch)
 
 
 def use_logical_positions(result: Any, _: type, batch: Any, *args: Any, **kwargs: Any) -> None:
@@ -156,7 +159,9 @@ CAPTURE_HOOKS: tuple[Hook, ...] = (
         uses=(
             f"{ATTENTION}.layer_id",
             *names(FORWARD_BATCH, "forward_mode req_pool_indices positions"),
-            f"{FORWARD_MODE}.is_decode",
+            *names(FORWARD_BATCH, "extend_prefix_lens_cpu extend_seq_lens_cpu rids"),
+            *names(FORWARD_MODE, "is_decode is_extend"),
+            f"{ATTENTION}.qk_head_dim",
         ),
     ),
 )

@@ -28,6 +28,9 @@ from rkv_sglang.integration.hooks.owners import (
 )
 from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.penalties import count_earlier_tokens, count_next_tokens
+from rkv_sglang.integration.runtime.prefixes.named import made_by, used_by
+from rkv_sglang.integration.runtime.prefixes.reading import drop_prefixes, end_without_prefix
+from rkv_sglang.integration.runtime.prefixes.room import refuse_without_room
 from rkv_sglang.integration.runtime.requests import prompt_len_of, state_of
 from rkv_sglang.integration.runtime.restore import (
     EVICTED_ATTRIBUTE,
@@ -54,14 +57,21 @@ def after_retract(_: None, req: Any) -> None:
 
 
 def end_if_too_long(enqueue: Callable[..., None], scheduler: Any, req: Any, is_retracted: bool = False) -> None:
-    """End a retracted request that can neither be computed again nor restored, instead of letting it wait for ever."""
-    if not end_if_hopeless(req):
+    """End or refuse what would wait for ever: a retracted request that can neither be computed again nor restored, one
+    whose named prefix is gone, and a new one that needs what named prefixes hold.
+    """
+    parts = get_runtime().parts
+    refuse_without_room(parts, req)
+    if not end_without_prefix(parts, req) and not end_if_hopeless(req):
         enqueue(scheduler, req, is_retracted)
 
 
 def match_prompt_only(compute: Callable[..., int], req: Any, input_len: int) -> int:
     """Keep a request that is prefilled with tokens it generated from taking tree-owned slots for them."""
     max_prefix_len = compute(req, input_len)
+    if (made := made_by(req)) is not None:
+        # The task is computed, so that its queries are seen.
+        return min(max_prefix_len, made.length)
     prompt_len = prompt_len_of(req)
     if (len(req.output_ids) > 0 or prompt_len < len(req.origin_input_ids)) and get_runtime().may_compact(req):
         # A copy that lacks some of its prompt has no place for what the tree has of it.
@@ -79,13 +89,13 @@ def keep_resident_ids(refresh: Callable[[Any], None], req: Any) -> None:
 def restore_before_extend(prepare: Callable[[Any], None], batch: Any) -> None:
     """Put back the KV of requests that wait to be restored, then let SGLang prefill the rest, of each its last token.
 
-    Afterwards ``batch.orig_seq_lens`` counts evicted tokens too, as it does for all compacted requests, and penalties
-    those generated before, of requests that are computed again, too.
+    Afterwards ``batch.orig_seq_lens`` counts evicted tokens too, as it does for all compacted requests, and all of the
+    document of a named prefix; and penalties those generated before, of requests that are computed again, too.
     """
     is_any_restored = restore_waiting(batch)
     prepare(batch)
     count_earlier_tokens(batch)
-    if is_any_restored:
+    if is_any_restored or any(used_by(req) is not None for req in batch.reqs):
         logical = logical_lens_of(batch, batch.orig_seq_lens.dtype)
         batch.orig_seq_lens = logical.to(batch.orig_seq_lens.device, non_blocking=True)
 
@@ -109,14 +119,15 @@ def sample_at_logical_positions(sample: Callable[..., Any], runner: Any, logits_
 
 
 def drop_copies_of(why: str) -> None:
-    """Drop the copies on the host, because of what happened to their cache; ``why`` says that."""
+    """Drop the copies on the host and the named prefixes, because of what happened to the cache; ``why`` says that."""
     runtime = get_runtime()
     if runtime.is_bound:
         drop_host_copies(runtime.parts.scheduler, f"{why} before its compressed KV was put back")
+        drop_prefixes(runtime.parts)
 
 
 def drop_after_flush(is_flushed: bool, scheduler: Any, *args: Any, **kwargs: Any) -> None:
-    """Flush the copies on the host together with the cache."""
+    """Flush the copies on the host, and forget the named prefixes, together with the cache."""
     if is_flushed:
         drop_copies_of("the cache was flushed")
 
@@ -254,7 +265,7 @@ RESTORE_HOOKS: tuple[Hook, ...] = (
         capability="invalidation",
         why="After a flush, as with new weights, the old KV must not come back in a restored request.",
         upstream="A `kv_policy.flush()` call in flush_cache.",
-        uses=(f"{SCHEDULER}.waiting_queue",),
+        uses=(f"{SCHEDULER}.waiting_queue", f"{TREE}.protected_size"),
     ),
     Hook(
         target=f"{WEIGHTS}._observe_weight_load",

@@ -12,6 +12,7 @@ from rkv_sglang.integration.hooks.owners import (
     BATCH,
     FORWARD_BATCH,
     FORWARD_MODE,
+    MANAGERS,
     MEM_CACHE,
     REQ,
     REQ_KV,
@@ -20,6 +21,7 @@ from rkv_sglang.integration.hooks.owners import (
     TREE,
 )
 from rkv_sglang.integration.runtime.current import get_runtime
+from rkv_sglang.integration.runtime.prefixes.making import make_prefixes
 
 
 def before_admission(scheduler: Any, prefill_delayer_single_pass: Any, running_batch: Any) -> None:
@@ -30,6 +32,13 @@ def before_admission(scheduler: Any, prefill_delayer_single_pass: Any, running_b
 def before_decode_step(scheduler: Any, batch: Any) -> None:
     """Compact before a decode step whose scheduling skipped admission."""
     get_runtime().before_decode(batch)
+
+
+def before_result(scheduler: Any, batch: Any, result: Any) -> None:
+    """Make the named prefixes of requests that were prefilled, while these have their slots."""
+    runtime = get_runtime()
+    if runtime.parts.prefixes.in_making:
+        make_prefixes(runtime.parts, runtime.policy, batch)
 
 
 def keep_decode_steps(vote: Callable[..., bool], *, local_batch: Any, **kwargs: Any) -> bool:
@@ -84,6 +93,24 @@ SCHEDULER_HOOKS: tuple[Hook, ...] = (
         capability="schedule",
         why="Some steps skip admission (deferred prefill), and a due request must not outgrow its capacity there.",
         upstream="The same call as for admission.",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.process_batch_result",
+        kind="BEFORE",
+        function=before_result,
+        signature="(self, batch, result)",
+        why="A request that makes a named prefix may end with its first token, and then its slots are not its own.",
+        upstream="A call of the KV policy between a prefill and the processing of its result.",
+        uses=(
+            f"{BATCH}.forward_mode",
+            f"{FORWARD_MODE}.is_extend",
+            *names(REQ, "finished inflight_middle_chunks is_retracted origin_input_ids to_finish"),
+            f"{MEM_CACHE}.base_prefix_cache.InsertParams",
+            f"{MEM_CACHE}.base_prefix_cache.InsertResult.last_device_node",
+            f"{MEM_CACHE}.radix_cache.RadixKey",
+            *names(TREE, "insert lock unlock"),
+            f"{MANAGERS}.schedule_batch.FINISH_ABORT",
+        ),
     ),
     Hook(
         target="sglang.srt.managers.scheduler_components.dp_attn._local_prefill_cuda_graph_vote",

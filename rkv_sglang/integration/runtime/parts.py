@@ -18,6 +18,7 @@ from rkv_sglang.cache.query_window import QueryWindow
 from rkv_sglang.cache.step_tensors import warm_up_step
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.runtime.metrics import PolicyMetrics
+from rkv_sglang.integration.runtime.prefixes.named import Prefixes
 from rkv_sglang.integration.startup.errors import RefusedError
 from rkv_sglang.integration.startup.policy_trial import score_problem
 from rkv_sglang.kernels.dispatch import runs_triton
@@ -77,12 +78,18 @@ class Parts:
         metrics: None where the scheduler reports none.
         attention_window: Tokens that the budget of every request must hold, because some layers attend to the latest
             of them alone; 0 where none does.
+        prefixes: The named ones.
     """
 
     scheduler: Scheduler
     scored: Scored | None
     metrics: PolicyMetrics | None
     attention_window: int = 0
+    prefixes: Prefixes = field(default_factory=Prefixes)
+
+    def pool_size_for(self, req: Any) -> int:
+        """Return how many slots the pool has for a request and others, that is, without what named prefixes hold."""
+        return int(self.scheduler.max_total_num_tokens) - self.prefixes.held_beside(req)
 
     def timed(self) -> contextlib.AbstractContextManager[None]:
         """Observe how long the work within takes, if the scheduler reports metrics."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rkv_sglang.integration.runtime.current import get_runtime
+from rkv_sglang.integration.runtime.prefixes.room import slots_to_come
 from rkv_sglang.integration.runtime.prompts.pending import budget_after_prefill, pending_budget
 from rkv_sglang.integration.runtime.requests import state_of
 from rkv_sglang.integration.runtime.restore import growth_after_prefill, host_copy_of, len_after_prefill
@@ -26,7 +27,7 @@ def growth_of_waiting(req: Any) -> int | None:
     is_restored = host_copy_of(req) is not None
     growth = growth_after_prefill(req, held, is_restored=is_restored)
     is_pending = not is_restored and budget_after_prefill(runtime.parts, config, req, held) > 0
-    return max(growth, _least_growth(req, held, is_pending))
+    return max(growth, _least_growth(req, held, is_pending)) + slots_to_come(req)
 
 
 @contextlib.contextmanager
@@ -110,8 +111,7 @@ def _least_growth(req: Any, resident_len: int, is_prompt_pending: bool) -> int:
     is_small = config.capacity < runtime.config.capacity and runtime.may_compact(req)
     if not is_small and not is_prompt_pending:
         return 0
-    scheduler = runtime.parts.scheduler
-    most = most_growth(resident_len, scheduler.max_total_num_tokens)
+    most = most_growth(resident_len, runtime.parts.pool_size_for(req))
     return max(min(runtime.config.capacity + state_of(req).held_prompt_len - resident_len, most), 0)
 
 
@@ -179,7 +179,7 @@ def adder_class(base: Any) -> Any:
                 prompt_budget=prompt_budget,
                 page_size=runtime.page_size,
             )
-            growth = max(growth, _least_growth(req, held, prompt_budget > 0))
+            growth = max(growth, _least_growth(req, held, prompt_budget > 0)) + slots_to_come(req)
             reserved = ceil_to_page(held + growth, self.page_size) - ceil_to_page(held, self.page_size)
             if self._counted_for_preemption is not None and id(req) not in self._counted_for_preemption:
                 # preempt_to_schedule asks first what preempting the request would bring and later what was reserved

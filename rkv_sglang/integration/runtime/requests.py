@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from rkv_sglang.config import MOST_TOKENS, NO_POLICY, NUM_FIRST_KEPT, POLICY_FIELD, PolicyConfig
+from rkv_sglang.config import MOST_TOKENS, NO_POLICY, NUM_FIRST_KEPT, POLICY_FIELD, PREFIX_FIELD, PolicyConfig
+from rkv_sglang.integration.runtime.prefixes.named import gap_of
 from rkv_sglang.messages import shown
 from rkv_sglang.sizes.lengths import RequestState
 from rkv_sglang.sizes.pages import ceil_to_page
@@ -15,7 +16,7 @@ from rkv_sglang.sizes.stagger import head_start
 BUDGET_FIELD, BUFFER_FIELD = "kv_budget", "kv_buffer"
 PROMPT_FIELD, PROMPT_BUDGET_FIELD = "kv_prompt_len", "kv_prompt_budget"
 TRACE_FIELD = "kv_trace"
-FIELDS = (POLICY_FIELD, BUDGET_FIELD, BUFFER_FIELD, TRACE_FIELD, PROMPT_FIELD, PROMPT_BUDGET_FIELD)
+FIELDS = (POLICY_FIELD, BUDGET_FIELD, BUFFER_FIELD, TRACE_FIELD, PROMPT_FIELD, PROMPT_BUDGET_FIELD, PREFIX_FIELD)
 # Names that can only be meant for the policy: those that start so, and these. All others are somebody else's.
 OWN_PREFIXES = ("kv_", "rkv_")
 OWN_NAMES = ("kv", "rkv")
@@ -40,7 +41,7 @@ def state_of(req: Any) -> RequestState:
     if state is None:
         # Those that came back as prompt count as generated here.
         most = int(req.sampling_params.max_new_tokens) + num_carried_tokens(req)
-        state = RequestState(prompt_len_of(req), most)
+        state = RequestState(prompt_len_of(req), most, prefix_gap=gap_of(req))
         setattr(req, STATE_ATTRIBUTE, state)
     return state
 

@@ -14,6 +14,7 @@ import torch
 
 from rkv_sglang.cache.host_copy import HostCopy, load_slots, save_slots
 from rkv_sglang.integration.runtime.current import get_runtime
+from rkv_sglang.integration.runtime.prefixes.named import gap_of
 from rkv_sglang.integration.runtime.prompts.pending import budget_after_prefill
 from rkv_sglang.integration.runtime.prompts.slots import alloc_slots, sides_of
 from rkv_sglang.integration.runtime.requests import (
@@ -68,7 +69,7 @@ def growth_after_prefill(req: Any, resident_len: int, *, is_restored: bool) -> i
 
 def can_be_admitted(req: Any, resident_len: int, *, is_restored: bool) -> bool:
     """Return whether a request that holds so many tokens after its prefill ever fits the pool."""
-    pool_size = get_runtime().parts.scheduler.max_total_num_tokens
+    pool_size = get_runtime().parts.pool_size_for(req)
     return growth_after_prefill(req, resident_len, is_restored=is_restored) <= most_growth(resident_len, pool_size)
 
 
@@ -85,11 +86,12 @@ def save_if_too_long(req: Any) -> None:
     num_seen = len(req.origin_input_ids) + len(req.output_ids)
     # The last output is fed again, so what it left in the cache is not copied; nor is what Req.reset_for_retract
     # forgets with a token in flight. Both are at the end: the most recent tokens are never evicted.
-    num_dropped = state.logical_len(req.kv.kv_allocated_len) - (num_seen - 1)
+    num_cached = state.logical_len(req.kv.kv_allocated_len) - state.prefix_gap
+    num_dropped = num_cached - (num_seen - 1)
     saved_len = req.kv.kv_allocated_len - num_dropped
     if num_dropped not in (0, 1):
         raise RuntimeError(
-            f"request {req.rid}: {state.logical_len(req.kv.kv_allocated_len)} tokens are cached and {num_seen} were "
+            f"request {req.rid}: {num_cached} tokens are cached and {num_seen} were "
             "seen; please report this with the server's flags"
         )
     if can_be_admitted(req, num_seen, is_restored=False):
@@ -163,9 +165,13 @@ def restore_waiting(batch: Any) -> bool:
 
 
 def evicted_tokens_of(batch: Any, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """Return the tokens evicted of each request since its last prefill, ``[bs]``, on the CPU."""
+    """Return the tokens evicted of each request since its last prefill, ``[bs]``, on the CPU.
+
+    What a named prefix lacks of its document counts among them.
+    """
     states = [known_state_of(req) for req in batch.reqs]
     evicted = [0 if state is None else state.evicted_tokens for state in states]
+    evicted = [number + gap_of(req) for number, req in zip(evicted, batch.reqs, strict=True)]
     return torch.tensor(evicted, dtype=dtype, pin_memory=batch.seq_lens.is_cuda)
 
 
@@ -201,7 +207,7 @@ def _restore(runtime: Runtime, batch: Any, req: Any) -> None:
     # What of the prompt is in the tree is locked since admission.
     shared = batch.tree_cache.prefix_device_indices(req) if matched_len > 0 else None
     alloc_req_slots(batch.req_to_token_pool, [req], batch.tree_cache)
-    own = alloc_slots(batch, shared, saved_len)
+    own = alloc_slots(scheduler, shared, saved_len)
     row = own if shared is None else torch.cat([shared, own])
     batch.req_to_token_pool.write((kv.req_pool_idx, slice(0, saved_len)), row.to(torch.int32))
     pool: Any = scheduler.token_to_kv_pool_allocator.get_kvcache()
@@ -223,7 +229,7 @@ def _restore(runtime: Runtime, batch: Any, req: Any) -> None:
 
 
 def add_evicted_tokens(forward_batch: Any, batch: Any) -> None:
-    """Count the positions of restored requests in a prefill batch by every token ever seen."""
+    """Count the positions of restored requests in a prefill batch by every token ever seen, and behind a document."""
     evicted = evicted_tokens_of(batch)
     if not evicted.any():
         return

@@ -139,6 +139,8 @@ VALUES = {
     "sglang.srt.model_executor.model_runner.ModelRunnerOutput.logits_output": (
         "sglang.srt.layers.logits_processor.LogitsProcessorOutput"
     ),
+    "sglang.srt.environ.envs.SGLANG_RADIX_FORCE_MISS": OTHER,
+    f"{TREE}.insert": f"{MEM_CACHE}.base_prefix_cache.InsertResult",
     # Parts of the arguments, published.
     "sglang.srt.runtime_context.get_model": SERVER_ARGS,
     "sglang.srt.runtime_context.get_serving": SERVER_ARGS,

@@ -12,6 +12,7 @@ from rkv_sglang.cache.host_copy import HostCopy
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.hooks import restore as hooks
 from rkv_sglang.integration.runtime import prefill_adder, restore
+from rkv_sglang.integration.runtime.parts import Parts
 from rkv_sglang.integration.runtime.stats import PolicyStats
 from rkv_sglang.sizes.lengths import RequestState
 
@@ -29,6 +30,7 @@ def a_request(num_outputs: int, **fields: Any) -> SimpleNamespace:
         sampling_params=SimpleNamespace(max_new_tokens=300),
         kv=SimpleNamespace(kv_allocated_len=RESIDENT_LEN, req_pool_idx=1),
         input_embeds=None,
+        to_finish=None,
         finished=lambda: False,
         **fields,
     )
@@ -54,12 +56,15 @@ def saved(monkeypatch, rowless):
         looks_at_nothing=False,
         forget_queries=rowless.append,
         page_size=1,
-        parts=SimpleNamespace(
-            scheduler=SimpleNamespace(max_total_num_tokens=90, page_size=1),
+        parts=Parts(
+            scheduler=SimpleNamespace(max_total_num_tokens=90, page_size=1),  # type: ignore[arg-type]
+            scored=None,
+            metrics=None,
         ),
         stats=PolicyStats(),
     )
-    monkeypatch.setattr(restore, "get_runtime", lambda: runtime)
+    for module in (hooks, restore):
+        monkeypatch.setattr(module, "get_runtime", lambda: runtime)
     monkeypatch.setattr(restore, "_save", save)
     return lengths
 

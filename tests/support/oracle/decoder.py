@@ -88,6 +88,17 @@ class LayerCache:
         self.length = 0
         self.queries.clear()
 
+    def load(self, other: "LayerCache") -> None:
+        """Hold what another holds, and nothing else."""
+        self.clear()
+        for own, theirs in (
+            (self._keys, other.keys),
+            (self._values, other.values),
+            (self._positions, other.positions),
+        ):
+            own[:, : other.length] = theirs
+        self.length = other.length
+
     def drop_last(self) -> None:
         """Drop the newest entry of every head."""
         self.length -= 1
@@ -162,6 +173,11 @@ class Decoder:
         """
         if caches[0].length:
             raise ValueError(f"the caches hold {caches[0].length} tokens: feed one by one, or clear them")
+        hidden, _ = self._forward_layers(token_ids, first_position, caches)
+        return self._logits(hidden[-1:])[0]
+
+    def continued(self, token_ids: list[int], first_position: int, caches: list[LayerCache]) -> torch.Tensor:
+        """Do the same behind what the caches hold, which every token sees."""
         hidden, _ = self._forward_layers(token_ids, first_position, caches)
         return self._logits(hidden[-1:])[0]
 

@@ -66,6 +66,51 @@ class DenseResult:
         return min(by_logits, next(close_cuts, by_logits))
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """What is left of a document that a task has judged.
+
+    Attributes:
+        caches: One per layer, ``budget`` entries each; only read.
+        length: Tokens of the document.
+        compaction: How it came about.
+    """
+
+    caches: list[LayerCache]
+    length: int
+    compaction: Compaction
+
+
+@torch.inference_mode()
+def dense_prefix(
+    model: PreTrainedModel | Path | str,
+    document_ids: Sequence[int],
+    task_ids: Sequence[int],
+    budget: int,
+    *,
+    window: int = 8,
+    score: ScoreFunction = rkv_scores,
+) -> Prefix:
+    """Keep ``budget`` tokens of a document per layer and KV head: the first 4, the last ``window``, the best between.
+
+    All tokens of document and task are scored, as a prompt's compaction scores them, but with the queries of the last
+    ``window`` tokens of the task.
+    """
+    model = model if isinstance(model, PreTrainedModel) else load_model(Path(model))
+    decoder = Decoder(model)
+    length, ids = len(document_ids), [*document_ids, *task_ids]
+    caches = decoder.new_caches(len(ids), window)
+    with one_thread():
+        _, queries = decoder._forward_layers(ids, 0, caches)
+        for layer_cache, layer_queries in zip(caches, queries, strict=True):
+            layer_cache.queries.extend(layer_queries[:, -window:].unbind(dim=1))
+        compaction = _compact_prompt(caches, 0, length, budget, window, decoder.logit_scale, score)
+    for layer_cache in caches:
+        # Without the task.
+        layer_cache.length = budget
+    return Prefix(caches, length, compaction)
+
+
 @torch.inference_mode()
 def dense_generate(
     model: PreTrainedModel | Path | str,
@@ -92,6 +137,7 @@ def dense_generate(
     adjust: Callable[[torch.Tensor, Sequence[int]], torch.Tensor] | None = None,
     prompt_budget: int | None = None,
     whole_prompt_after: Collection[int] = (),
+    prefix: Prefix | None = None,
 ) -> DenseResult:
     """Generate greedily, keeping ``budget`` generated tokens per layer and KV head at each compaction.
 
@@ -128,6 +174,7 @@ def dense_generate(
             tokens were decoded since the last prefill and before anything else is compacted: the first 4, the last
             ``window``, and those of the best scores between, where all resident tokens are scored as generated ones.
             With ``block`` whole blocks of the lowest mean scores go, until less than one is above this.
+        prefix: The prompt follows the document of this; what is left of it is held, and kept, as the prompt is.
         whole_prompt_after: After the prefills at these numbers of output tokens the prompt stays whole.
 
     Raises:
@@ -145,8 +192,17 @@ def dense_generate(
     if isinstance(restored_in_flight, bool):
         restored_in_flight = restore_at if restored_in_flight else ()
     decoder = Decoder(model)
-    prompt_len = len(prompt_ids)
-    caches = decoder.new_caches(prompt_len + max_new_tokens, window, fp8)
+    num_before, gap = (0, 0) if prefix is None else (prefix.caches[0].length, prefix.length - prefix.caches[0].length)
+    prompt_len = num_before + len(prompt_ids)
+    caches = decoder.new_caches(prompt_len + gap + max_new_tokens, window, fp8)
+
+    def prefill(ids: Sequence[int]) -> torch.Tensor:
+        if prefix is None:
+            return decoder.forward(list(ids), 0, caches)
+        for layer_cache, own in zip(caches, prefix.caches, strict=True):
+            layer_cache.load(own)
+        return decoder.continued(list(ids), prefix.length, caches)
+
     steps = DecodeSteps(decoder, caches)
     scores_of = partial(_scores, budget=budget, logit_scale=decoder.logit_scale, score=score, windows=decoder.windows)
     result = DenseResult()
@@ -157,7 +213,7 @@ def dense_generate(
     num_decoded_since_prefill = 0
     is_whole = True
     with one_thread():
-        logits = decoder.forward(list(prompt_ids), 0, caches)
+        logits = prefill(prompt_ids)
         while True:
             num_outputs = len(result.output_ids)
             forced_id = None if forced_output_ids is None else forced_output_ids[num_outputs]
@@ -170,7 +226,7 @@ def dense_generate(
             if num_outputs in recompute_at:
                 for layer_cache in caches:
                     layer_cache.clear()
-                logits = decoder.forward([*prompt_ids, *result.output_ids], 0, caches)
+                logits = prefill([*prompt_ids, *result.output_ids])
                 num_decoded_since_prefill = 0
                 is_whole = True
                 held_prompt_len = prompt_len
@@ -178,8 +234,8 @@ def dense_generate(
                 continue
             is_restored = num_outputs in restore_at
             is_dropped = is_restored and num_outputs in restored_in_flight
-            position = prompt_len + num_outputs - 1
-            most_evicted = (evicted_at_restore or {}).get(num_outputs, prompt_len + max_new_tokens)
+            position = prompt_len + gap + num_outputs - 1
+            most_evicted = (evicted_at_restore or {}).get(num_outputs, prompt_len + gap + max_new_tokens)
             for is_in_flight in [True, False] if is_dropped else [False]:
                 num_seen = num_outputs + (is_dropped and not is_in_flight)
                 if is_prompt_due and num_decoded_since_prefill >= window:

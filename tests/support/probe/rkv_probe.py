@@ -5,6 +5,7 @@ a scheduler process, and only when ``RKV_PROBE_FILE`` names the file to append t
 other tensor-parallel ranks). Further settings, all optional:
 
 ``RKV_PROBE_MAX_PRIVATE``  most slots a request may hold past its prompt
+``RKV_PROBE_MAX_LOCKED``   most slots of the tree that may be locked while the scheduler is idle
 ``RKV_PROBE_MOVES_NOTHING``  if set, a compaction must not change the bytes of any slot that stays with its request
 ``RKV_PROBE_FAULT``        a fault to inject on purpose, so that tests can see it found: ``flip_tree@N``,
                            ``flip_private@N`` or ``leak@N``, at the first scheduler step >= N where it is possible
@@ -134,6 +135,7 @@ class Probe:
         self.listener: Callable[[dict[str, Any]], None] | None = None
         self._rows_at_start = self._rows.available_size()
         self._max_private = int(os.environ.get("RKV_PROBE_MAX_PRIVATE") or 2**31)
+        self._max_locked = int(os.environ.get("RKV_PROBE_MAX_LOCKED") or 0)
         self._fault = Fault.from_environment()
         path = os.environ["RKV_PROBE_FILE"] + (f".rank{rank}" if (rank := get_parallel().tp_rank) else "")
         # Line-buffered: a scheduler that dies takes no line with it.
@@ -332,7 +334,12 @@ class Probe:
             "rows_at_start": self._rows_at_start,
             "retractions": self.num_retractions,
         }
-        is_whole = line["available"] + line["evictable"] == line["total"] and line["rows"] == line["rows_at_start"]
+        # What named prefixes hold is locked for as long as they are there.
+        num_locked = line["protected"] if line["protected"] <= self._max_locked else 0
+        is_whole = (
+            line["available"] + line["evictable"] + num_locked == line["total"]
+            and line["rows"] == line["rows_at_start"]
+        )
         self._write(event="idle", step=self._step, forward_ct=scheduler.forward_ct, ok=is_whole, **line)
         if not is_whole:
             self._violation("idle pool", **line)

@@ -67,7 +67,7 @@ def compact(parts: Parts, policy: Policy, window: int, batch: ScheduleBatch, job
     """
     scheduler = parts.scheduler
     # All before anything is unlocked: what is evicted for them is not of these requests.
-    new_slots = [alloc_slots(batch, None, job.plan.kept_len) for job in jobs]
+    new_slots = [alloc_slots(scheduler, None, job.plan.kept_len) for job in jobs]
     copy = copy_heads if jobs[0].config.granularity == HEAD else copy_blocks
     copy(parts, policy, window, batch, jobs, new_slots)
     allocator: Any = scheduler.token_to_kv_pool_allocator

@@ -24,7 +24,7 @@ def budget_after_prefill(parts: Parts, config: PolicyConfig | None, req: Req, pr
     if config is None or config.prompt_budget == 0 or req.multimodal_inputs is not None:
         return 0
     allocator: Any = parts.scheduler.token_to_kv_pool_allocator
-    pool_size = parts.scheduler.max_total_num_tokens
+    pool_size = parts.pool_size_for(req)
     return prompt_budget_after(config, state_of(req), prefilled_len, pool_size, allocator.page_size)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-def alloc_slots(batch: Any, shared: torch.Tensor | None, total_len: int) -> torch.Tensor:
+def alloc_slots(scheduler: Any, shared: torch.Tensor | None, total_len: int) -> torch.Tensor:
     """Take slots for the tokens of a row past the shared ones, ``[total_len - len(shared)]``, int64.
 
     Raises:
@@ -16,16 +16,16 @@ def alloc_slots(batch: Any, shared: torch.Tensor | None, total_len: int) -> torc
     """
     from sglang.srt.mem_cache.allocation import alloc_paged_token_slots_extend, alloc_token_slots
 
+    tree_cache, device = scheduler.tree_cache, scheduler.device
     matched_len = 0 if shared is None else len(shared)
     slots: torch.Tensor
-    if batch.tree_cache.page_size == 1:
-        slots = alloc_token_slots(batch.tree_cache, total_len - matched_len)
+    if tree_cache.page_size == 1:
+        slots = alloc_token_slots(tree_cache, total_len - matched_len)
         return slots
     before, after = torch.tensor([matched_len]), torch.tensor([total_len])
-    device = batch.device
     last = torch.tensor([-1], device=device) if shared is None else shared[-1:]
     slots = alloc_paged_token_slots_extend(
-        tree_cache=batch.tree_cache,
+        tree_cache=tree_cache,
         prefix_lens=before.to(device),
         prefix_lens_cpu=before,
         seq_lens=after.to(device),

@@ -1,0 +1,135 @@
+"""Wishes of requests about named prefixes: the field ``kv_prefix`` of ``custom_params``, read by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rkv_sglang.config import NO_POLICY, NUM_FIRST_KEPT, POLICY_FIELD, PREFIX_FIELD, PolicyConfig
+from rkv_sglang.messages import shown
+from rkv_sglang.sizes.pages import ceil_to_page
+
+MOST_NAME_CHARACTERS = 100
+# What a request may ask for by an object, with the fields that each takes.
+ACTIONS = {"create": ("create", "length", "budget"), "delete": ("delete",), "list": ("list",)}
+# Fields that say of a prompt what a named prefix says otherwise.
+FIELDS_BESIDE = ("kv_prompt_len", "kv_prompt_budget")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one request asks for.
+
+    Attributes:
+        action: To use a prefix, or what else is done with one.
+        name: Its name; empty for ``"list"``.
+        length: Tokens of the document, for ``"create"``.
+        budget: Tokens of it that every layer and KV head keeps, for ``"create"``.
+    """
+
+    action: Literal["use", "create", "delete", "list"]
+    name: str = ""
+    length: int = 0
+    budget: int = 0
+
+
+def asked_of(custom_params: Any) -> Asked | None:
+    """Return what a request asks of named prefixes; None for nothing.
+
+    Raises:
+        ValueError: The field is none of the forms that there are, or another field does not go with it; one line.
+    """
+    if not isinstance(custom_params, Mapping) or PREFIX_FIELD not in custom_params:
+        return None
+    value = custom_params[PREFIX_FIELD]
+    if isinstance(value, str):
+        asked = Asked("use", _name(value))
+    elif isinstance(value, Mapping):
+        asked = _action(value)
+    else:
+        raise ValueError(
+            f"{PREFIX_FIELD} {shown(value)} is neither the name of a prefix nor an object: set it to a name, or to "
+            f"{_forms()}"
+        )
+    others = [name for name in FIELDS_BESIDE if name in custom_params] if asked.action in ("use", "create") else []
+    if others:
+        raise ValueError(f"{PREFIX_FIELD} does not go with {' and '.join(others)}: leave one of them out")
+    if asked.action == "create" and custom_params.get(POLICY_FIELD) == NO_POLICY:
+        raise ValueError(
+            f"{PREFIX_FIELD} is compressed by the server's policy: leave {POLICY_FIELD} {NO_POLICY!r} out to create one"
+        )
+    return asked
+
+
+def refuse_sizes(asked: Asked, input_len: int, config: PolicyConfig, page_size: int) -> None:
+    """Refuse a document or a budget that cannot be.
+
+    Args:
+        asked: To create a prefix.
+        input_len: Tokens that came: the document, and behind it the task.
+        config: The server's settings.
+        page_size: Tokens of a page of the pool; a prefix takes whole pages.
+
+    Raises:
+        ValueError: One line that names the field, the cause and the mend.
+    """
+    most_length, length, budget = input_len - config.window, asked.length, asked.budget
+    if length > most_length:
+        raise ValueError(
+            f"{PREFIX_FIELD} length {shown(length)} leaves {max(input_len - length, 0)} of the {input_len} tokens that "
+            f"came for the task, whose last {config.window} (--kv-window) judge the document: set it to "
+            f"{max(most_length, 0)} or less, or send a longer task"
+        )
+    least = ceil_to_page(config.least_prompt_budget, page_size)
+    if budget < least:
+        raise ValueError(
+            f"{PREFIX_FIELD} budget {shown(budget)} leaves nothing to choose: the first {NUM_FIRST_KEPT} and the last "
+            f"{config.window} tokens of the document always stay; set it to {least} or more"
+        )
+    if budget % page_size != 0:
+        raise ValueError(
+            f"{PREFIX_FIELD} budget {shown(budget)} is no multiple of the page of {page_size} tokens (--page-size): "
+            f"set it to {ceil_to_page(budget, page_size)}"
+        )
+    if budget >= length:
+        raise ValueError(
+            f"{PREFIX_FIELD} budget {shown(budget)} is not less than the length of {shown(length)} tokens, so nothing "
+            "would be left out: set it lower"
+        )
+
+
+def _action(value: Mapping[Any, Any]) -> Asked:
+    action = next((name for name in ACTIONS if name in value), None)
+    if action is None or set(value) != set(ACTIONS[action]):
+        raise ValueError(
+            f"{PREFIX_FIELD} {shown(dict(value))} is none of the objects that there are: set it to {_forms()}"
+        )
+    if action == "list":
+        if value["list"] is not True:
+            raise ValueError(f"{PREFIX_FIELD} list {shown(value['list'])} is not true: set it to true")
+        return Asked("list")
+    name = _name(value[action])
+    if action == "delete":
+        return Asked("delete", name)
+    for field in ("length", "budget"):
+        number = value[field]
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(
+                f"{PREFIX_FIELD} {field} {shown(number)} is not an integer of at least 1: set it to a number of tokens"
+            )
+    return Asked("create", name, value["length"], value["budget"])
+
+
+def _name(value: Any) -> str:
+    name: str = value if isinstance(value, str) else ""
+    if not name.isprintable() or not 1 <= len(name.strip()) <= MOST_NAME_CHARACTERS:
+        raise ValueError(
+            f"{PREFIX_FIELD} {shown(value)} is no name: set it to a text of 1 to {MOST_NAME_CHARACTERS} characters, "
+            "all of them printable"
+        )
+    return name
+
+
+def _forms() -> str:
+    return "{'create': NAME, 'length': TOKENS, 'budget': TOKENS}, {'delete': NAME} or {'list': true}"

@@ -1,0 +1,130 @@
+"""The making of a named prefix: what every head keeps of a document is copied into slots that the radix tree gets.
+
+It is made when the request that brings it is prefilled, before SGLang looks at the result: its slots are its own then,
+whether it generates anything or not. The last tokens of the task are computed in any case; their queries, seen in the
+forward pass, judge the document. The request itself goes on as any other, and so does its prompt in the tree.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from rkv_sglang.cache.compact import DueRequest
+from rkv_sglang.cache.prompt import compact_prompts
+from rkv_sglang.cache.step_tensors import read_slots
+from rkv_sglang.config import PREFIX_FIELD
+from rkv_sglang.integration.runtime.jobs import on_forward_stream
+from rkv_sglang.integration.runtime.parts import Parts
+from rkv_sglang.integration.runtime.prefixes.named import INFO_ATTRIBUTE, MADE_ATTRIBUTE, Prefix, made_by
+from rkv_sglang.integration.runtime.prompts.slots import alloc_slots
+from rkv_sglang.integration.startup.verify_switch import is_verifying
+from rkv_sglang.messages import shown
+from rkv_sglang.policies import Policy
+from rkv_sglang.sizes.prompt_plan import PrefixPlan
+
+
+def see_tasks(parts: Parts, layer_id: int, queries: torch.Tensor, forward_batch: Any) -> None:
+    """Take one layer's queries of a prefill for those prefixes that it judges; call it while some are in the making."""
+    scored, start = parts.scored, 0
+    if scored is None or not forward_batch.forward_mode.is_extend():
+        return
+    places = zip(
+        forward_batch.rids or (),
+        forward_batch.extend_seq_lens_cpu or (),
+        forward_batch.extend_prefix_lens_cpu or (),
+        strict=False,
+    )
+    num_layers = scored.buffers.keys.num_layers
+    for rid, num_tokens, first in places:
+        prefix = parts.prefixes.in_making.get(rid)
+        if prefix is not None:
+            of_heads = (num_tokens, scored.layers[0].tp_q_head_num, scored.layers[0].qk_head_dim)
+            own = queries[start : start + num_tokens].reshape(of_heads)
+            prefix.see(layer_id - scored.first_layer, num_layers, own, first, len(prefix.maker.origin_input_ids))
+        start += num_tokens
+
+
+def make_prefixes(parts: Parts, policy: Policy, batch: Any) -> None:
+    """Make those prefixes whose requests this batch has prefilled; those that cannot be made end their requests."""
+    if not batch.forward_mode.is_extend():
+        return
+    for req in batch.reqs:
+        prefix = made_by(req)
+        # A chunk of a prompt that is not its last is counted until its result was looked at.
+        if prefix is None or prefix.is_made or req.inflight_middle_chunks > 0 or req.is_retracted:
+            continue
+        if req.finished() or req.to_finish is not None or not req.kv.holds_kv:
+            continue
+        try:
+            _make(parts, policy, req, prefix)
+        except ValueError as error:
+            from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+            parts.prefixes.forget(prefix)
+            req.to_finish = FINISH_ABORT(str(error), status_code=400, err_type="BadRequestError")
+        else:
+            setattr(req, INFO_ATTRIBUTE, prefix.info())
+        delattr(req, MADE_ATTRIBUTE)
+
+
+def _make(parts: Parts, policy: Policy, req: Any, prefix: Prefix) -> None:
+    """Copy what stays of the document, and give it to the radix tree.
+
+    Raises:
+        ValueError: The pool is full, or the task was not seen; one line.
+    """
+    scheduler, scored = parts.scheduler, parts.scored
+    assert scored is not None, "what every head keeps is chosen by scores"
+    if prefix.queries is None or not prefix.has_seen(scored.buffers.keys.num_layers):
+        raise ValueError(
+            f"{PREFIX_FIELD} {shown(prefix.name)} cannot be made: the task's queries were not seen in all layers, as "
+            "if prompts ran in a graph; start the server with prefill graphs off"
+        )
+    allocator: Any = scheduler.token_to_kv_pool_allocator
+    if prefix.budget > allocator.available_size() + scheduler.tree_cache.evictable_size():
+        raise ValueError(
+            f"{PREFIX_FIELD} {shown(prefix.name)} cannot be made: the KV pool is full; delete a prefix, or try again "
+            "when fewer requests run"
+        )
+    plan = PrefixPlan(prefix.length, len(req.origin_input_ids), prefix.budget)
+    new_slots = alloc_slots(scheduler, None, prefix.budget).clone()
+    slots = read_slots(scheduler.req_to_token_pool.req_to_token, [req.kv.req_pool_idx], [plan.resident_len])[0]
+    queries = prefix.queries
+    with on_forward_stream(scheduler) as stream, parts.timed():
+        scored.follow_scales()
+        for tensor in (slots, new_slots) if stream is not None else ():
+            if tensor.is_cuda:
+                tensor.record_stream(stream)
+        _compacting(scheduler.tree_cache)(
+            scored.buffers,
+            [DueRequest(plan, slots, plan.resident_len)],
+            [new_slots],
+            lambda part, layers: queries[layers, None],
+            policy,
+            prefix.window,
+            query_bytes=scored.request_bytes,
+            model=scored.attention,
+        )
+    parts.prefixes.made(prefix, req.rid, _put_into_tree(scheduler.tree_cache, prefix, new_slots))
+
+
+def _put_into_tree(tree_cache: Any, prefix: Prefix, slots: Any) -> Any:
+    """Give slots to the radix tree under the prefix's own key; return the lock that keeps them there."""
+    from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    result = tree_cache.insert(InsertParams(key=RadixKey(prefix.ids, prefix.key), value=slots))
+    return tree_cache.lock(result.last_device_node)
+
+
+def _compacting(tree_cache: Any) -> Any:
+    """Return what copies, with all that it does checked if a server was started so, the radix tree's slots too."""
+    if not is_verifying():
+        return compact_prompts
+    # Here, so that other servers do not load it.
+    from rkv_sglang.cache.verify.prompt import compact_prompts_and_verify
+
+    return partial(compact_prompts_and_verify, compact_prompts, tree_cache.all_values_flatten().long())

@@ -1,0 +1,74 @@
+"""Room in a pool of which named prefixes hold a part for as long as they are there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rkv_sglang.config import PREFIX_FIELD, PolicyConfig
+from rkv_sglang.integration.runtime.parts import Parts
+from rkv_sglang.integration.runtime.prefixes.named import made_by, unsay
+from rkv_sglang.integration.runtime.requests import CONFIG_ATTRIBUTE
+from rkv_sglang.sizes.pages import ceil_to_page
+
+
+def slots_to_come(req: Any) -> int:
+    """Return how many slots a request will take besides its own, for the prefix that it makes."""
+    prefix = made_by(req)
+    return 0 if prefix is None else prefix.budget
+
+
+def most_needed(parts: Parts, maker: Any) -> tuple[int, str]:
+    """Return how many slots the largest request needs that is here, and which that is.
+
+    Once a prefix takes what it needs, it would wait for ever.
+    """
+    scheduler = parts.scheduler
+    here = {id(req): req for req in (*scheduler.waiting_queue, *scheduler.running_batch.reqs, maker)}
+    if scheduler.chunked_req is not None:
+        here[id(scheduler.chunked_req)] = scheduler.chunked_req
+    needed = {key: _needed(parts, req) for key, req in here.items()}
+    largest = max(needed, key=lambda key: needed[key])
+    return needed[largest], "this request" if largest == id(maker) else f"request {here[largest].rid}"
+
+
+def limit_new_tokens(parts: Parts, req: Any) -> None:
+    """Let a request generate no more than the pool holds beside it and all named prefixes, as SGLang does without."""
+    held, params = parts.prefixes.held_beside(req), req.sampling_params
+    if held > 0:
+        most = max(_most_new(parts, len(req.origin_input_ids)) - held, 0)
+        params.max_new_tokens = min(params.max_new_tokens, most)
+        params.min_new_tokens = min(params.min_new_tokens, params.max_new_tokens)
+
+
+def refuse_without_room(parts: Parts, req: Any) -> None:
+    """Refuse a new request that would wait for ever for what named prefixes hold."""
+    held = parts.prefixes.held_beside(req)
+    if held == 0 or len(req.output_ids) > 0 or req.finished() or req.to_finish is not None:
+        return
+    needed, pool_size = _needed(parts, req), parts.scheduler.max_total_num_tokens
+    if needed + held > pool_size:
+        unsay(req)
+        req.set_finish_with_abort(
+            f"The request needs {needed} tokens of the KV pool of {pool_size}, and named prefixes hold {held} of them: "
+            f"send fewer tokens, ask for fewer, or delete a prefix ({PREFIX_FIELD}: {{'delete': NAME}})"
+        )
+
+
+def _needed(parts: Parts, req: Any) -> int:
+    """Return how many slots a request holds at most."""
+    page_size, params = int(parts.scheduler.page_size), req.sampling_params
+    num_seen = len(req.origin_input_ids) + len(req.output_ids)
+    left = int(parts.scheduler.max_total_num_tokens)
+    if params.max_new_tokens is not None:
+        left = max(params.max_new_tokens - len(req.output_ids), 0)
+    config: PolicyConfig | None = getattr(req, CONFIG_ATTRIBUTE, None)
+    if config is None:
+        # As SGLang counts: a page more, and one token.
+        return ceil_to_page(num_seen, page_size) + min(left, _most_new(parts, num_seen)) + page_size + 1
+    return ceil_to_page(num_seen + min(left, config.capacity), page_size)
+
+
+def _most_new(parts: Parts, num_seen: int) -> int:
+    """Return what SGLang lets any request generate: what the pool holds beside it."""
+    page_size, pool_size = int(parts.scheduler.page_size), int(parts.scheduler.max_total_num_tokens)
+    return max(pool_size - ceil_to_page(num_seen, page_size) - page_size - 1, 0)

@@ -1,0 +1,232 @@
+"""A document compressed once under a name, and requests that go on from it."""
+
+import random
+import re
+from functools import cache
+from typing import Any
+
+import pytest
+
+from devtools.tiny_models import tiny_model_path
+from tests.e2e.workload import (
+    Setting,
+    assert_same_tokens,
+    greedy,
+    random_ids,
+)
+from tests.support.harness.scheduler import Output, Request, rid_of, run_scheduler
+from tests.support.oracle.dense import DenseResult, Prefix, dense_generate, dense_prefix
+
+MODEL = tiny_model_path("llama-gqa")
+FLAGS = ["--model-path", str(MODEL)]
+LENGTH, BUDGET = 90, 32
+NUM_TOKENS = 60
+NAME = "a handbook"
+CREATE: dict[str, Any] = {"create": NAME, "length": LENGTH, "budget": BUDGET}
+
+
+LOCKED = {"RKV_PROBE_MAX_LOCKED": str(BUDGET)}
+
+
+def asking(value: Any, prompt: list[int], num_tokens: int = 1, **fields: Any) -> Request:
+    request = greedy(prompt, num_tokens, **fields)
+    request.sampling_params["custom_params"] = {"kv_prefix": value}
+    return request
+
+
+@cache
+def texts(seed: int = 7) -> tuple[list[int], list[int], list[list[int]]]:
+    """Return a document, a task, and six prompts, of which four begin alike."""
+    rng = random.Random(seed)
+    shared = random_ids(rng, 37)
+    prompts = [[*shared, *random_ids(rng, length)] for length in (3, 9, 26, 1)]
+    prompts += [random_ids(rng, length) for length in (1, 47)]
+    return random_ids(rng, LENGTH), random_ids(rng, 21), prompts
+
+
+@cache
+def prefix_of(policy: str) -> Prefix:
+    document, task, _ = texts()
+    return dense_prefix(MODEL, document, task, BUDGET, score=Setting(24, 16, policy=policy).score)
+
+
+def expected_of(policy: str, prompt: list[int], guess: list[int], **options: Any) -> DenseResult:
+    setting = Setting(budget=24, buffer=16, policy=policy)
+    return dense_generate(
+        MODEL,
+        prompt,
+        len(guess),
+        budget=setting.budget,
+        buffer=setting.buffer,
+        score=setting.score,
+        prefix=prefix_of(policy),
+        guessed_output_ids=guess,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    "policy, page_size, extra",
+    [
+        ("rkv", 1, []),
+        ("snapkv", 16, ["--chunked-prefill-size", "32"]),
+        ("streaming_llm", 1, ["--disable-overlap-schedule", "--chunked-prefill-size", "32"]),
+        ("random_attention", 16, ["--disable-overlap-schedule"]),
+    ],
+)
+def test_requests_that_share_a_named_prefix_answer_as_the_oracle_says(policy, page_size, extra):
+    setting, (document, task, prompts) = Setting(budget=24, buffer=16, policy=policy), texts()
+    whole = [*document, *task]
+    requests = [
+        # Some of the document is in the cache already.
+        greedy(document[:50], 2),
+        asking(CREATE, whole, when_idle=True),
+        *[asking(NAME, prompt, NUM_TOKENS, when_idle=i == 0) for i, prompt in enumerate(prompts)],
+        # The same again, of which the tree has all but the last token; and the document as others know it.
+        asking(NAME, prompts[2], NUM_TOKENS, when_idle=True),
+        greedy(whole, 8),
+        asking({"delete": NAME}, [5], when_idle=True),
+    ]
+    flags = [*FLAGS, "--page-size", str(page_size), *setting.flags, *extra]
+    result = run_scheduler(flags, requests, env={"RKV_SGLANG_VERIFY": "1", **LOCKED})
+    result.assert_clean()
+    info = {"name": NAME, "length": LENGTH, "budget": BUDGET}
+    assert [output.info.get("kv_prefix") for output in result.outputs] == [
+        *(None, info),
+        *[info] * 7,
+        *(None, {"deleted": NAME}),
+    ]
+    for i, request in enumerate(requests[2:9], 2):
+        output = result.outputs[i]
+        assert_same_tokens(output.output_ids, expected_of(policy, request.input_ids, output.output_ids), f"request {i}")
+        assert output.info["kv_compactions"] == 2
+        assert output.info["kv_prompt_tokens"] == BUDGET + len(request.input_ids)
+    last = result.outputs[8]
+    assert last.cached_tokens >= BUDGET + len(prompts[2]) - page_size
+    assert result.outputs[9].cached_tokens >= len(whole) - page_size
+    # Held for as long as it is there, and given back.
+    assert [idle["protected"] for idle in result.probe.idles][-5:] == [0, BUDGET, BUDGET, BUDGET, 0]
+
+
+def refusal_of(output: Output) -> str:
+    assert output.finish_reason["type"] == "abort" and output.finish_reason["status_code"] == 400, output
+    message = output.finish_reason["message"]
+    assert "\n" not in message and "kv_prefix" not in output.info
+    return str(message)
+
+
+# What is asked, and what the line says of it; the prompts are 111 tokens.
+BAD: list[tuple[Any, str]] = [
+    (None, "kv_prefix None is neither the name of a prefix nor an object"),
+    (5, "kv_prefix 5 is neither"),
+    ([NAME], "is neither the name"),
+    ("", "kv_prefix '' is no name"),
+    ("two\nlines", "is no name: set it to a text of 1 to 100 characters"),
+    ("x" * 101, "is no name"),
+    ({}, r"kv_prefix \{\} is none of the objects that there are: set it to \{'create': NAME, "),
+    ({"create": "b"}, "is none of the objects"),
+    ({"length": 90, "budget": 32}, "is none of the objects"),
+    ({**CREATE, "policy": "rkv"}, "is none of the objects"),
+    ({"delete": "b", "list": True}, "is none of the objects"),
+    ({"list": False}, "kv_prefix list False is not true"),
+    ({"delete": 5}, "kv_prefix 5 is no name"),
+    ({**CREATE, "create": ["b"]}, "is no name"),
+    ({**CREATE, "create": "b", "length": 0}, "kv_prefix length 0 is not an integer of at least 1"),
+    ({**CREATE, "create": "b", "length": True}, "kv_prefix length True is not an integer"),
+    ({**CREATE, "create": "b", "length": "90"}, "kv_prefix length '90' is not an integer"),
+    ({**CREATE, "create": "b", "budget": 32.0}, "kv_prefix budget 32.0 is not an integer"),
+    ({**CREATE, "create": "b", "length": 104}, "length 104 leaves 7 of the 111 tokens .* set it to 103 or less"),
+    ({**CREATE, "create": "b", "length": 10**40}, "leaves 0 of the 111 tokens"),
+    ({**CREATE, "create": "b", "budget": 12}, "budget 12 leaves nothing to choose: the first 4 .* set it to 16 or"),
+    ({**CREATE, "create": "b", "budget": 33}, r"no multiple of the page of 16 .* set it to 48"),
+    ({**CREATE, "create": "b", "budget": 96}, "budget 96 is not less than the length of 90"),
+    (CREATE, f"kv_prefix '{NAME}' is there already: take another name, or delete it first"),
+    ("b", "kv_prefix 'b' is unknown here: create it first"),
+    ({"delete": "b"}, "kv_prefix 'b' is unknown here"),
+    # The pool has 192 slots, of which 32 are taken.
+    (
+        {"create": "b", "length": 101, "budget": 96},
+        "does not fit the KV pool of 192 .* prefixes take 128, and this requ",
+    ),
+]
+# What does not go together with a prefix that there is.
+BESIDE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"kv_prefix": {**CREATE, "create": "b"}, "kv_policy": "none"}, {}, "compressed by the server's policy"),
+    ({"kv_prefix": {**CREATE, "create": "b"}, "kv_prompt_budget": 40}, {}, "does not go with kv_prompt_budget"),
+    ({"kv_prefix": NAME, "kv_prompt_len": 3}, {}, "kv_prefix does not go with kv_prompt_len: leave one"),
+    ({"kv_prefix": NAME}, {"extra": {"extra_key": "mine"}}, "does not go with extra_key or cache_salt"),
+    ({"kv_prefix": NAME}, {"extra": {"cache_salt": "mine"}}, "does not go with extra_key or cache_salt"),
+    ({"kv_prefix": NAME}, {"return_logprob": True, "logprob_start_len": 0}, "gives no log-probabilities of the prompt"),
+    ({"kv_prefix": {**CREATE, "create": "b"}}, {"extra": {"lora_id": "a"}}, "does not go with LoRA adapters"),
+]
+
+
+def test_whatever_is_wrong_is_answered_in_one_line_and_changes_nothing():
+    document, task, prompts = texts()
+    whole = [*document, *task]
+    bad = [asking(value, whole) for value, _ in BAD]
+    for custom, fields, _ in BESIDE:
+        bad.append(greedy(whole if "create" in custom["kv_prefix"] else prompts[0], 1, **fields))
+        bad[-1].sampling_params["custom_params"] = custom
+    # Too long for the context of 150, once 90 are in front of it; and for what is left of the pool.
+    bad.append(asking(NAME, whole[:58]))
+    bad.append(greedy(whole[:100], 140))
+    bad[-1].sampling_params["custom_params"] = {"kv_policy": "none"}
+    expected = [*(line for _, line in BAD), *(line for _, _, line in BESIDE)]
+    expected += ["are more than the context of 150 tokens holds"]
+    requests = [
+        asking(CREATE, whole),
+        *[asking(CREATE, whole), asking(NAME, prompts[0])],
+        asking({"list": True}, [5], when_idle=True),
+        *[request if i else asking(BAD[0][0], whole, when_idle=True) for i, request in enumerate(bad)],
+        asking({"list": True}, [5], when_idle=True),
+        asking(NAME, prompts[0], 20),
+        asking({"delete": NAME}, [5], when_idle=True),
+        asking(NAME, prompts[0]),
+        asking({"list": True}, [5]),
+    ]
+    flags = [*FLAGS, "--page-size", "16", "--max-total-tokens", "192", "--context-length", "150"]
+    setting = Setting(budget=24, buffer=16)
+    result = run_scheduler([*flags, *setting.flags], requests, env=LOCKED)
+    result.assert_clean()
+    info = {"name": NAME, "length": LENGTH, "budget": BUDGET}
+    assert result.outputs[0].info["kv_prefix"] == info
+    # While it is made, the name is taken and there is nothing to use.
+    assert re.search("is being made: take another name", refusal_of(result.outputs[1]))
+    assert re.search("is being made: ask again once", refusal_of(result.outputs[2]))
+    assert result.outputs[3].info["kv_prefix"] == [info]
+    for output, line in zip(result.outputs[4:], expected, strict=False):
+        assert re.search(line, refusal_of(output)), (line, output.finish_reason)
+    limited, listed, used, deleted, unknown, empty = result.outputs[-6:]
+    # Of the pool's 192 slots the prefix has 32, its prompt 112, and SGLang leaves a page and one.
+    assert len(limited.output_ids) == 31
+    assert listed.info["kv_prefix"] == [info]
+    assert_same_tokens(used.output_ids, expected_of("rkv", prompts[0], used.output_ids), "after all these")
+    assert deleted.info["kv_prefix"] == {"deleted": NAME} and empty.info["kv_prefix"] == []
+    assert "is unknown here" in refusal_of(unknown)
+
+
+def test_many_requests_hold_the_prefix_once_and_deleting_it_gives_all_back(rng):
+    document, task, _ = texts()
+    prompts = [random_ids(rng, 5 + i) for i in range(12)]
+    requests = [
+        asking(CREATE, [*document, *task]),
+        *[asking(NAME, prompt, 50, when_idle=i == 0) for i, prompt in enumerate(prompts)],
+        # While all of them run, and one waits.
+        asking({"delete": NAME}, [5], 50, at_step=25),
+    ]
+    requests.insert(13, asking(NAME, [5], at_step=24))
+    flags = [*FLAGS, *Setting(budget=24, buffer=16).flags, "--max-running-requests", "12"]
+    result = run_scheduler(flags, requests, env=LOCKED)
+    result.assert_clean()
+    own = {rid_of(i) for i in range(1, 13)}
+    together = [step for step in result.probe.steps if {entry["rid"] for entry in step["running"]} == own]
+    assert len(together) > 30
+    for step in together:
+        used = step["total"] - step["available"] - step["evictable"]
+        assert used == BUDGET + sum(entry["allocated_len"] - BUDGET for entry in step["running"])
+    for i, prompt in enumerate(prompts, 1):
+        output = result.outputs[i]
+        assert_same_tokens(output.output_ids, expected_of("rkv", prompt, output.output_ids), f"request {i}")
+    assert "was deleted while the request waited" in refusal_of(result.outputs[13])
+    assert result.probe.idles[-1]["protected"] == 0
