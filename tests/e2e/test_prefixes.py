@@ -12,8 +12,12 @@ from tests.e2e.workload import (
     Setting,
     assert_same_tokens,
     greedy,
+    outputs_at_restores,
+    outputs_at_retractions,
     random_ids,
+    retracting,
 )
+from tests.support.harness.gate import Control
 from tests.support.harness.scheduler import Output, Request, rid_of, run_scheduler
 from tests.support.oracle.dense import DenseResult, Prefix, dense_generate, dense_prefix
 
@@ -23,8 +27,6 @@ LENGTH, BUDGET = 90, 32
 NUM_TOKENS = 60
 NAME = "a handbook"
 CREATE: dict[str, Any] = {"create": NAME, "length": LENGTH, "budget": BUDGET}
-
-
 LOCKED = {"RKV_PROBE_MAX_LOCKED": str(BUDGET)}
 
 
@@ -229,4 +231,82 @@ def test_many_requests_hold_the_prefix_once_and_deleting_it_gives_all_back(rng):
         output = result.outputs[i]
         assert_same_tokens(output.output_ids, expected_of("rkv", prompt, output.output_ids), f"request {i}")
     assert "was deleted while the request waited" in refusal_of(result.outputs[13])
+    assert result.probe.idles[-1]["protected"] == 0
+
+
+# Small enough that histories soon outgrow what the prefix leaves of the pool.
+SMALL = Setting(budget=10, buffer=6, window=4)
+SMALL_CREATE = {"create": NAME, "length": 40, "budget": 16}
+
+
+@pytest.mark.parametrize(
+    "page_size, extra, pool, interval",
+    [
+        # Two just run, and after 72 steps either has seen more than the pool holds.
+        (1, [], 88, 72),
+        (4, ["--disable-overlap-schedule"], 88, 72),
+        # They are computed again.
+        (1, [], 300, 25),
+    ],
+)
+def test_a_preempted_request_comes_back_behind_its_prefix(page_size, extra, pool, interval, rng):
+    document, task = random_ids(rng, 40), random_ids(rng, 9)
+    shared = random_ids(rng, 9)
+    prompts = [[*shared, *random_ids(rng, 8)] for _ in range(2)]
+    requests = [
+        asking(SMALL_CREATE, [*document, *task]),
+        *[asking(NAME, prompt, 160, when_idle=i == 0, return_logprob=True) for i, prompt in enumerate(prompts)],
+        asking({"delete": NAME}, [5], when_idle=True),
+    ]
+    flags = [*FLAGS, "--max-total-tokens", str(pool), "--page-size", str(page_size), *extra, *SMALL.flags]
+    env = {**retracting(interval), "RKV_SGLANG_VERIFY": "1", "RKV_PROBE_MAX_LOCKED": "16"}
+    result = run_scheduler(flags, requests, env=env)
+    result.assert_clean()
+    prefix = dense_prefix(MODEL, document, task, 16, window=4, score=SMALL.score)
+    restores = [outputs_at_restores(result, rid_of(i)) for i in (1, 2)]
+    recomputed = [outputs_at_retractions(result, rid_of(i)) for i in (1, 2)]
+    assert any(restores if pool < 100 else recomputed)
+    for i, request in enumerate(requests[1:3], 1):
+        output = result.outputs[i]
+        expected = dense_generate(
+            MODEL,
+            request.input_ids,
+            len(output.output_ids),
+            budget=SMALL.budget,
+            buffer=SMALL.buffer,
+            window=SMALL.window,
+            prefix=prefix,
+            recompute_at=recomputed[i - 1],
+            restore_at=restores[i - 1],
+            restored_in_flight=not extra,
+            guessed_output_ids=output.output_ids,
+        )
+        assert_same_tokens(output.output_ids, expected, f"request {i}, restored at {restores[i - 1]}")
+        assert output.output_logprobs == pytest.approx(expected.logprobs, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "control",
+    [
+        Control(300, "FlushCacheReqInput"),
+        Control(300, "UpdateWeightFromDiskReqInput", {"model_path": str(MODEL), "flush_cache": False}),
+    ],
+    ids=["flush", "weights"],
+)
+def test_no_prefix_is_left_after_a_flush_or_new_weights(control):
+    document, task, prompts = texts()
+    requests = [
+        asking(CREATE, [*document, *task]),
+        asking(NAME, prompts[0], 30, when_idle=True),
+        asking(NAME, prompts[0], 30, at_step=310),
+        asking({"list": True}, [5], at_step=310),
+        asking(CREATE, [*document, *task], at_step=311),
+        asking(NAME, prompts[0], 30, at_step=330),
+        asking({"delete": NAME}, [5], at_step=400),
+    ]
+    result = run_scheduler([*FLAGS, *Setting(24, 16).flags], requests, controls=[control], env=LOCKED)
+    result.assert_clean()
+    assert "is unknown here" in refusal_of(result.outputs[2])
+    assert result.outputs[3].info["kv_prefix"] == []
+    assert result.outputs[1].output_ids == result.outputs[5].output_ids
     assert result.probe.idles[-1]["protected"] == 0

@@ -89,7 +89,7 @@ def dense_prefix(
     budget: int,
     *,
     window: int = 8,
-    score: ScoreFunction = rkv_scores,
+    score: ScoreFunction,
 ) -> Prefix:
     """Keep ``budget`` tokens of a document per layer and KV head: the first 4, the last ``window``, the best between.
 
