@@ -80,8 +80,8 @@ def test_requests_that_share_a_named_prefix_answer_as_the_oracle_says(policy, pa
     setting, (document, task, prompts) = Setting(budget=24, buffer=16, policy=policy), texts()
     whole = [*document, *task]
     requests = [
-        # Some of the document is in the cache already.
-        greedy(document[:50], 2),
+        # All of it is in the cache already, but the task is computed.
+        greedy(whole, 2),
         asking(CREATE, whole, when_idle=True),
         *[asking(NAME, prompt, NUM_TOKENS, when_idle=i == 0) for i, prompt in enumerate(prompts)],
         # The same again, of which the tree has all but the last token; and the document as others know it.
@@ -103,6 +103,7 @@ def test_requests_that_share_a_named_prefix_answer_as_the_oracle_says(policy, pa
         assert_same_tokens(output.output_ids, expected_of(policy, request.input_ids, output.output_ids), f"request {i}")
         assert output.info["kv_compactions"] == 2
         assert output.info["kv_prompt_tokens"] == BUDGET + len(request.input_ids)
+    assert result.outputs[1].cached_tokens == LENGTH // page_size * page_size
     last = result.outputs[8]
     assert last.cached_tokens >= BUDGET + len(prompts[2]) - page_size
     assert result.outputs[9].cached_tokens >= len(whole) - page_size
@@ -170,12 +171,15 @@ def test_whatever_is_wrong_is_answered_in_one_line_and_changes_nothing():
     for custom, fields, _ in BESIDE:
         bad.append(greedy(whole if "create" in custom["kv_prefix"] else prompts[0], 1, **fields))
         bad[-1].sampling_params["custom_params"] = custom
-    # Too long for the context of 150, once 90 are in front of it; and for what is left of the pool.
-    bad.append(asking(NAME, whole[:58]))
-    bad.append(greedy(whole[:100], 140))
-    bad[-1].sampling_params["custom_params"] = {"kv_policy": "none"}
+    # Too long for the context of 170, once 90 are in front of it; and for what is left of the pool, whole or in part.
+    bad.append(asking(NAME, whole[:78]))
+    without = [greedy((whole * 2)[:length], 140) for length in (160, 100)]
+    for request in without:
+        request.sampling_params["custom_params"] = {"kv_policy": "none"}
+    bad += without
     expected = [*(line for _, line in BAD), *(line for _, _, line in BESIDE)]
-    expected += ["are more than the context of 150 tokens holds"]
+    expected += ["are more than the context of 170 tokens holds"]
+    expected += ["^The request needs 177 tokens of the KV pool of 192, and named prefixes hold 32 of them"]
     requests = [
         asking(CREATE, whole),
         *[asking(CREATE, whole), asking(NAME, prompts[0])],
@@ -183,11 +187,14 @@ def test_whatever_is_wrong_is_answered_in_one_line_and_changes_nothing():
         *[request if i else asking(BAD[0][0], whole, when_idle=True) for i, request in enumerate(bad)],
         asking({"list": True}, [5], when_idle=True),
         asking(NAME, prompts[0], 20),
+        # Another could be made, but not while this is here, which needs what is left.
+        greedy(whole[:100], 20, when_idle=True),
+        asking({**CREATE, "create": "b", "budget": 48}, whole),
         asking({"delete": NAME}, [5], when_idle=True),
         asking(NAME, prompts[0]),
         asking({"list": True}, [5]),
     ]
-    flags = [*FLAGS, "--page-size", "16", "--max-total-tokens", "192", "--context-length", "150"]
+    flags = [*FLAGS, "--page-size", "16", "--max-total-tokens", "192", "--context-length", "170"]
     setting = Setting(budget=24, buffer=16)
     result = run_scheduler([*flags, *setting.flags], requests, env=LOCKED)
     result.assert_clean()
@@ -199,7 +206,9 @@ def test_whatever_is_wrong_is_answered_in_one_line_and_changes_nothing():
     assert result.outputs[3].info["kv_prefix"] == [info]
     for output, line in zip(result.outputs[4:], expected, strict=False):
         assert re.search(line, refusal_of(output)), (line, output.finish_reason)
-    limited, listed, used, deleted, unknown, empty = result.outputs[-6:]
+    limited, listed, used, _, refused, deleted, unknown, empty = result.outputs[-8:]
+    # Its prompt and 20 tokens, in whole pages.
+    assert re.search("prefixes take 80, and request r0.* needs 128; ", refusal_of(refused))
     # Of the pool's 192 slots the prefix has 32, its prompt 112, and SGLang leaves a page and one.
     assert len(limited.output_ids) == 31
     assert listed.info["kv_prefix"] == [info]
@@ -232,6 +241,22 @@ def test_many_requests_hold_the_prefix_once_and_deleting_it_gives_all_back(rng):
         assert_same_tokens(output.output_ids, expected_of("rkv", prompt, output.output_ids), f"request {i}")
     assert "was deleted while the request waited" in refusal_of(result.outputs[13])
     assert result.probe.idles[-1]["protected"] == 0
+
+
+def test_who_makes_a_prefix_waits_for_its_slots_and_nobody_is_preempted(rng):
+    document, task, _ = texts()
+    # 20 + 40 slots, and 111 + 40 + 32: they do not fit together, though all would but for those of the prefix.
+    requests = [
+        greedy(random_ids(rng, 20), 70),
+        asking(CREATE, [*document, *task], 60),
+        asking({"delete": NAME}, [5], when_idle=True),
+    ]
+    flags = [*FLAGS, "--max-total-tokens", "230", *Setting(24, 16).flags]
+    result = run_scheduler(flags, requests, env=LOCKED)
+    result.assert_clean()
+    assert result.probe.retractions == 0
+    assert max(len(step["running"]) for step in result.probe.steps) == 1
+    assert [len(output.output_ids) for output in result.outputs] == [70, 60, 1]
 
 
 # Small enough that histories soon outgrow what the prefix leaves of the pool.
