@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils import backend_registration
 from triton.runtime.jit import JITFunction
 
 from rkv_sglang.algorithm.query_statistics import QueryStatistics
@@ -47,8 +47,11 @@ class NoWaitingCopy(TorchDispatchMode):
 
 @pytest.fixture(scope="module", autouse=True)
 def backend() -> None:
+    set_up = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
+    if set_up is None:
+        pytest.skip("this torch knows no device that is written in Python")
     if not hasattr(torch, BACKEND):
-        _setup_privateuseone_for_python_backend(BACKEND)
+        set_up(BACKEND)
 
 
 @pytest.fixture
