@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 from rkv_sglang.algorithm.query_statistics import QueryStatistics
