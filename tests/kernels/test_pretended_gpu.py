@@ -16,16 +16,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 from rkv_sglang.algorithm.query_statistics import QueryStatistics
-from rkv_sglang.cache import compact
-from rkv_sglang.config import PolicyConfig
+from rkv_sglang.cache import compact, prompt
+from rkv_sglang.cache.block_choice import choose_by_scores
+from rkv_sglang.cache.compact import DueRequest
+from rkv_sglang.config import REQUEST, PolicyConfig
 from rkv_sglang.kernels import dispatch, warmup
-from rkv_sglang.policies import POLICIES, make_policy
+from rkv_sglang.policies import POLICIES, granularities_of, is_blind, make_policy
 from rkv_sglang.policies.base import ScoreInputs, as_scored
+from rkv_sglang.sizes.compaction_plan import plan_drop
+from rkv_sglang.sizes.prompt_plan import PromptPlan
 from tests.kernels import test_gpu
 from tests.policies.cases import model_with_statistics
 
 BACKEND = "pretended"
 DEVICE = f"{BACKEND}:0"
+WINDOW = test_gpu.WINDOW
 # Their scores in torch list what they find.
 LISTING = ("rkv", "gkv", "half", "beaconkv")
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
@@ -55,28 +60,77 @@ def backend() -> None:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Make ``DEVICE`` the GPU that this package runs kernels on."""
-    launched: list[str] = []
-    monkeypatch.setattr(JITFunction, "run", lambda kernel, *_, **__: launched.append(kernel.fn.__name__))
-    for module in (dispatch, compact, warmup):
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Make ``DEVICE`` the GPU that this package runs kernels on; return the names of those that were to run."""
+    names: list[str] = []
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *_, **__: names.append(kernel.fn.__name__))
+    for module in (dispatch, compact, warmup, prompt):
         monkeypatch.setattr(module, "runs_triton", lambda buffers: True)
+    monkeypatch.setattr(prompt, "_best_torch", prompt._best_paged)
     monkeypatch.setattr(test_gpu, "DEVICE", DEVICE)
     with FakeTensorMode():
-        yield
+        yield names
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
-@pytest.mark.usefixtures("gpu")
-def test_a_compaction_stays_on_its_device_and_waits_for_nothing(seed: int, name: str) -> None:
+def test_a_compaction_stays_on_its_device_and_waits_for_nothing(seed: int, name: str, launched: list[str]) -> None:
     _, _, run = test_gpu.served(seed, 5)
     policy = make_policy(PolicyConfig(policy=name))
     with NoWaitingCopy():
         run(policy)
+    assert {"_select_kept_kernel", "_move_kept_kernel"} <= set(launched)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, policy in POLICIES.items() if REQUEST in granularities_of(policy) and not is_blind(policy)]
+)
+def test_a_choice_of_blocks_stays_on_its_device_and_waits_for_nothing(
+    seed: int, name: str, launched: list[str]
+) -> None:
+    case = test_gpu.Case(seed, torch.bfloat16)
+    requests = [
+        DueRequest(
+            plan_drop(prompt_len=prompt_len, resident_len=len(own), budget=budget - 40, window=WINDOW, block=16),
+            own,
+            len(own) + 7,
+        )
+        for own, prompt_len, budget in zip(case.slots.split(case.kv_lens), case.prompt_lens, case.budgets, strict=True)
+    ]
+    model, policy = test_gpu.some_model(), make_policy(PolicyConfig(policy=name))
+    with NoWaitingCopy():
+        choices = choose_by_scores(
+            case.buffers, requests, lambda part, layers: case.queries[layers, part], policy, WINDOW, model=model
+        )
+    assert launched
+    assert all(own.kept.device == own.dropped.device == torch.device(DEVICE) for own in choices)
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
-@pytest.mark.usefixtures("gpu")
+def test_a_compacted_prompt_stays_on_its_device_and_waits_for_nothing(
+    seed: int, name: str, launched: list[str]
+) -> None:
+    case = test_gpu.Case(seed, torch.bfloat16)
+    plans = [PromptPlan(length - 3 * WINDOW, length, 5 * WINDOW) for length in case.kv_lens]
+    requests = [
+        DueRequest(plan, own, len(own)) for plan, own in zip(plans, case.slots.split(case.kv_lens), strict=True)
+    ]
+    new_slots = [own[: plan.kept_len] for plan, own in zip(plans, case.slots.split(case.kv_lens), strict=True)]
+    model, policy = test_gpu.some_model(), make_policy(PolicyConfig(policy=name))
+    with NoWaitingCopy():
+        prompt.compact_prompts(
+            case.buffers,
+            requests,
+            new_slots,
+            lambda part, layers: case.queries[layers, part],
+            policy,
+            WINDOW,
+            model=model,
+        )
+    assert {"_select_kept_kernel", "_move_kept_kernel"} <= set(launched)
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+@pytest.mark.usefixtures("launched")
 def test_scores_in_torch_stay_on_their_device_and_wait_for_nothing(name: str) -> None:
     window, num_tokens, num_kv_heads, head_dim = 8, 90, 2, 64
     model = model_with_statistics(3, 2 * num_kv_heads, head_dim)
