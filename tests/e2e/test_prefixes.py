@@ -219,27 +219,28 @@ def test_whatever_is_wrong_is_answered_in_one_line_and_changes_nothing():
 
 def test_many_requests_hold_the_prefix_once_and_deleting_it_gives_all_back(rng):
     document, task, _ = texts()
-    prompts = [random_ids(rng, 5 + i) for i in range(12)]
+    # None begins as another does, so none shares a slot of its own.
+    prompts = [[3 + i, *random_ids(rng, 4 + i)] for i in range(64)]
     requests = [
         asking(CREATE, [*document, *task]),
         *[asking(NAME, prompt, 50, when_idle=i == 0) for i, prompt in enumerate(prompts)],
         # While all of them run, and one waits.
         asking({"delete": NAME}, [5], 50, at_step=25),
     ]
-    requests.insert(13, asking(NAME, [5], at_step=24))
-    flags = [*FLAGS, *Setting(budget=24, buffer=16).flags, "--max-running-requests", "12"]
+    requests.insert(65, asking(NAME, [5], at_step=24))
+    flags = [*FLAGS, *Setting(budget=24, buffer=16).flags, "--max-running-requests", "64", "--max-total-tokens", "8192"]
     result = run_scheduler(flags, requests, env=LOCKED)
     result.assert_clean()
-    own = {rid_of(i) for i in range(1, 13)}
+    own = {rid_of(i) for i in range(1, 65)}
     together = [step for step in result.probe.steps if {entry["rid"] for entry in step["running"]} == own]
     assert len(together) > 30
     for step in together:
         used = step["total"] - step["available"] - step["evictable"]
         assert used == BUDGET + sum(entry["allocated_len"] - BUDGET for entry in step["running"])
-    for i, prompt in enumerate(prompts, 1):
-        output = result.outputs[i]
+    for i in rng.sample(range(1, 65), 12):
+        prompt, output = prompts[i - 1], result.outputs[i]
         assert_same_tokens(output.output_ids, expected_of("rkv", prompt, output.output_ids), f"request {i}")
-    assert "was deleted while the request waited" in refusal_of(result.outputs[13])
+    assert "was deleted while the request waited" in refusal_of(result.outputs[65])
     assert result.probe.idles[-1]["protected"] == 0
 
 
