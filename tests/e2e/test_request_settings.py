@@ -20,6 +20,7 @@ from tests.e2e.workload import Setting, assert_same_tokens, greedy, oracle, six_
 from tests.garbage.neighbours import assert_one_line, mutated
 from tests.support.harness.scheduler import Request, run_scheduler
 from tests.support.harness.server import Server
+from tests.support.oracle.dense import dense_generate, dense_prefix
 
 MODEL = tiny_model_path("llama-gqa")
 FLAGS = ["--model-path", str(MODEL)]
@@ -152,7 +153,8 @@ def assert_as_the_oracle(found: list[int], prompt: list[int], setting: Setting, 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     flags = [*SERVER.flags, "--enable-metrics", "--rkv-trace", "--decode-log-interval", "1"]
-    with Server([*FLAGS, *flags]) as running:
+    # A named prefix is locked between two requests.
+    with Server([*FLAGS, *flags], env={"RKV_PROBE_MAX_LOCKED": "32"}) as running:
         yield running
 
 
@@ -255,6 +257,41 @@ def test_garbage_gets_400_and_one_line_from_every_endpoint_and_nothing_stays_of_
     answer = server.generate(prompt, {"max_new_tokens": 100, "ignore_eos": True})
     assert_as_the_oracle(answer["output_ids"], prompt, SERVER, "after garbage")
     server.assert_clean()
+
+
+@pytest.mark.server
+def test_a_prefix_is_made_used_listed_and_deleted_over_http(server):
+    document, prompt = six_prompts()[3], list(six_prompts()[4])
+    create = {"create": "handbook", "length": 100, "budget": 32}
+    info = {"name": "handbook", "length": 100, "budget": 32}
+
+    def ask(ids, value, path="/generate"):
+        params = {"temperature": 0, "max_new_tokens": 9, "ignore_eos": True, "custom_params": {"kv_prefix": value}}
+        body = {"input_ids": ids, "sampling_params": params}
+        if path != "/generate":
+            body = {
+                "model": "m",
+                "prompt": ids,
+                "max_tokens": 9,
+                "temperature": 0,
+                "custom_params": {"kv_prefix": value},
+            }
+        return requests.post(server.url + path, json=body, timeout=60)
+
+    assert ask(list(document), create).json()["meta_info"]["kv_prefix"] == info
+    used = ask(prompt, "handbook").json()
+    assert used["meta_info"]["kv_prefix"] == info and used["meta_info"]["prompt_tokens"] == 32 + len(prompt)
+    prefix = dense_prefix(MODEL, document[:100], document[100:], 32, score=SERVER.score)
+    expected = dense_generate(MODEL, prompt, 9, budget=32, buffer=16, prefix=prefix)
+    assert_same_tokens(used["output_ids"], expected, "over HTTP")
+    assert ask(prompt, "handbook", "/v1/completions").json()["choices"][0]["text"] == used["text"]
+    assert ask([5], {"list": True}).json()["meta_info"]["kv_prefix"] == [info]
+    taken = ask(list(document), create)
+    assert taken.status_code == 400 and "is there already" in taken.text
+    assert ask([5], {"delete": "handbook"}).json()["meta_info"]["kv_prefix"] == {"deleted": "handbook"}
+    for path in ("/generate", "/v1/completions"):
+        unknown = ask(prompt, "handbook", path)
+        assert unknown.status_code == 400 and "kv_prefix 'handbook' is unknown here" in unknown.text
 
 
 @pytest.mark.server
