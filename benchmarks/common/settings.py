@@ -55,7 +55,7 @@ class Setting:
 
 def as_file_name(setting_name: str) -> str:
     """Return a setting's name as it stands in names of files."""
-    return setting_name.replace(":", "-")
+    return setting_name.replace(":", "-").replace(", ", "-").replace(" ", "-")
 
 
 def no_policy() -> Setting:

@@ -138,7 +138,7 @@ THROUGHPUT = Table(
     "throughput",
     "one server in one round, all requests at once",
     (
-        Column("setting", str, "", "rkv or none"),
+        Column("setting", str, "", "the policy's setting, or none"),
         Column("round", int, "", "round, from 0; all servers get the same prompts in a round"),
         Column("seconds", float, "s", "from sending all requests to the last answer"),
         Column("tokens_per_s", float, "tokens/s", "generated tokens of all requests over seconds"),

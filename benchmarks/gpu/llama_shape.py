@@ -46,14 +46,16 @@ TINY = {
 }
 
 
-def write_model(folder: Path, *, tiny: bool = False) -> Path:
+def write_model(folder: Path, *, tiny: bool = False, num_layers: int | None = None) -> Path:
     """Write the config and a tokenizer of made-up words into ``folder`` and return it; what is there is kept."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     if (folder / "tokenizer_config.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG | (TINY if tiny else {}), indent=1))
+    config = CONFIG | (TINY if tiny else {})
+    config["num_hidden_layers"] = min(num_layers or config["num_hidden_layers"], config["num_hidden_layers"])
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
     words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB_SIZE)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -73,16 +75,20 @@ def write_model(folder: Path, *, tiny: bool = False) -> Path:
     return folder
 
 
-def served_model(model: str | None, work: Path, *, tiny: bool) -> tuple[str, list[str], dict[str, str]]:
+def served_model(
+    model: str | None, work: Path, *, tiny: bool, num_layers: int | None = None
+) -> tuple[str, list[str], dict[str, str]]:
     """Return what a server is given: a model, further flags, and variables of its environment.
 
     Args:
         model: Folder or hub name; None for this shape with made-up weights.
         work: Where the shape is written.
         tiny: Whether a CPU can serve it.
+        num_layers: How many of its layers, if not all.
     """
     if model is not None:
         return model, [], {}
-    folder = write_model(work / "llama-3.1-8b-shape", tiny=tiny)
+    name = "llama-3.1-8b-shape" if num_layers is None else f"llama-3.1-8b-shape-{num_layers}-layers"
+    folder = write_model(work / name, tiny=tiny, num_layers=num_layers)
     path = os.pathsep.join([str(WEIGHTS), os.environ.get("PYTHONPATH", "")])
     return str(folder), ["--load-format", "dummy"], {"PYTHONPATH": path}

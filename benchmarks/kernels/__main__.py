@@ -67,7 +67,7 @@ MOST_RANDOM_DUE = 4
 WALL_ROUNDS = 2 if REHEARSAL else 10
 # The scoring kernels' warps, and the newest keys that all are compared with, that are held against each other.
 NUM_WARPS = (4, 8)
-FIRST_COLUMNS = (16, 32)
+FIRST_COLUMNS = (16, 64)
 SMOKE = {"lengths": [640], "due": [1]}
 
 

@@ -15,7 +15,7 @@ class QueryStatistics:
         mean_lengths: Mean of its length, the same shape, fp32; no less than the length of the mean.
 
     Raises:
-        ValueError: A shape or dtype differs from the above, or a number is not finite.
+        ValueError: A shape or dtype differs from the above.
     """
 
     means: Tensor
@@ -31,6 +31,13 @@ class QueryStatistics:
                     f"{name} must be {dtype} [num_layers, num_qo_heads, num_pairs], got {tensor.dtype} "
                     f"{list(tensor.shape)}"
                 )
+
+    def check_numbers(self) -> None:
+        """Wait for the numbers and check them: once, not whenever views of them are taken.
+
+        Raises:
+            ValueError: One is not finite, or a mean is longer than the mean length.
+        """
         if not self.means.isfinite().all() or not self.mean_lengths.isfinite().all():
             raise ValueError("statistics of queries must be finite numbers")
         if (self.mean_lengths < self.means.abs() * (1 - 1e-4) - 1e-6).any():

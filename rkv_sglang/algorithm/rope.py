@@ -45,3 +45,17 @@ class Rope:
             torch.tensor(list(positions), dtype=torch.float64), torch.tensor(self.inv_freqs, dtype=torch.float64)
         )
         return torch.polar(torch.ones_like(angles), angles)
+
+    def turns_on(self, positions: Sequence[int], device: torch.device, dtype: torch.dtype = torch.complex64) -> Tensor:
+        """Return ``turns`` on a device; nothing waits for a GPU."""
+        return _sent(self.turns(positions), device, dtype)
+
+    def mean_turn_on(self, positions: Sequence[int], like: Tensor) -> Tensor:
+        """Return the mean of ``turns``, ``[num_pairs]``, of the device and type of ``like``; nothing waits."""
+        return _sent(self.turns(positions).mean(dim=0), like.device, like.dtype)
+
+
+def _sent(turns: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    turns = turns.to(dtype)
+    # From memory that is not pinned the CPU would wait until everything that the GPU has to do is done.
+    return (turns.pin_memory() if device.type == "cuda" else turns).to(device, non_blocking=True)

@@ -4,6 +4,7 @@ A block's score is the mean of its tokens' scores over tokens, layers and KV hea
 equal ones the older. A policy that looks at places alone is asked on the CPU, where nothing has to be waited for.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -122,7 +123,7 @@ def choose_by_scores(
         mark_filled(together)
         if sum_over_ranks is not None:
             sum_over_ranks(totals)
-        starts = [0, *torch.tensor(batch.kv_lens_cpu).cumsum(0).tolist()]
+        starts = [0, *itertools.accumulate(batch.kv_lens_cpu)]
         chosen = _choose_lowest(totals, plans, starts)
         if of_layers:
             chosen = _with_scores(chosen, plans, torch.cat(of_layers), starts, window)

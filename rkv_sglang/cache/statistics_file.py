@@ -53,6 +53,7 @@ def load_statistics(path: Path, made_from: Mapping[str, str], device: torch.devi
             statistics = QueryStatistics(
                 torch.view_as_complex(file.get_tensor("means")).to(device), file.get_tensor("mean_lengths").to(device)
             )
+            statistics.check_numbers()
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} does not hold statistics of this model's queries: {one_line(error)}") from None
     return statistics

@@ -40,8 +40,10 @@ class RandomAttention:
         num_tokens, num_kv_heads, _ = inputs.keys.shape
         indices = torch.arange(num_tokens - inputs.queries.shape[0], device=inputs.keys.device)
         heads = torch.arange(num_kv_heads, device=indices.device) + inputs.first_kv_head
+        # Filled where it is needed: a number that is brought there would be waited for.
+        layer = torch.full((1,), inputs.layer, device=indices.device)
         drawn = mix_(mix_(indices) ^ (num_tokens + inputs.evicted_tokens))
-        return self.of_heads(drawn.repeat(1, num_kv_heads, 1), torch.tensor([inputs.layer]), heads)[0]
+        return self.of_heads(drawn.repeat(1, num_kv_heads, 1), layer, heads)[0]
 
     def score_places(self, places: Places) -> Tensor:
         """See ``Policy.score_places``."""

@@ -56,4 +56,4 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path, content: bytes | None) 
 )
 def test_statistics_that_cannot_be_are_refused(means: torch.Tensor, lengths: torch.Tensor, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
-        QueryStatistics(means, lengths)
+        QueryStatistics(means, lengths).check_numbers()

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import requests
 import sglang as sgl
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from devtools.tiny_models import EOS_ID, tiny_model_path, tiny_tokenizer
 from tests.e2e.workload import Setting, assert_same_tokens, oracle, random_ids, six_prompts
@@ -28,6 +31,7 @@ IGNORE_EOS = {"max_new_tokens": NUM_TOKENS, "ignore_eos": True}
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     flags = ["--model-path", str(MODEL), "--page-size", "16", "--max-total-tokens", "8192", "--enable-metrics"]
+    flags += ["--schedule-policy", "lpm", "--enable-cache-report", "--enable-return-hidden-states"]
     env = {"RKV_PROBE_MAX_PRIVATE": str(SETTING.budget + SETTING.buffer)}
     with Server([*flags, *SETTING.flags], env=env) as server:
         yield server
@@ -69,6 +73,52 @@ def test_streaming_gives_the_same_tokens_piece_by_piece(server):
     chunks = list(server.stream(list(prompt), IGNORE_EOS))
     assert len(chunks) > 50
     assert_as_the_oracle(chunks[-1]["output_ids"], prompt, "streamed")
+
+
+def test_a_stream_in_larger_pieces_gives_the_same_tokens(server):
+    prompt = six_prompts()[3]
+    chunks = list(server.stream(list(prompt), {**IGNORE_EOS, "stream_interval": 40}))
+    assert len(chunks) < 10
+    assert_as_the_oracle(chunks[-1]["output_ids"], prompt, "streamed")
+
+
+def test_hidden_states_are_those_that_the_next_tokens_come_from(server):
+    prompt = six_prompts()[4]
+    answer = server.generate(list(prompt), IGNORE_EOS, return_hidden_states=True)
+    assert_as_the_oracle(answer["output_ids"], prompt, "with hidden states")
+    of_prompt, *of_outputs = answer["meta_info"]["hidden_states"]
+    states = torch.tensor([of_prompt[-1], *of_outputs])
+    (file,) = MODEL.glob("*.safetensors")
+    logits = states @ load_file(file)["lm_head.weight"].T
+    assert logits.argmax(dim=1).tolist() == answer["output_ids"][: len(states)]
+    assert len(states) >= NUM_TOKENS - 1
+
+
+def test_a_completion_repeats_its_prompt_if_asked_and_says_what_was_cached(server):
+    prompt = six_prompts()[5]
+    text = tiny_tokenizer().decode(prompt)
+    body = {"model": "default", "prompt": text, "max_tokens": NUM_TOKENS, "temperature": 0}
+    whole, plain = (
+        requests.post(f"{server.url}/v1/completions", json=body | more, timeout=120).json()
+        for more in ({"echo": True, "logprobs": 1}, {})
+    )
+    (first,), (second,) = whole["choices"], plain["choices"]
+    assert first["text"] == text + second["text"]
+    assert len(first["logprobs"]["tokens"]) == whole["usage"]["prompt_tokens"] + whole["usage"]["completion_tokens"]
+    # Whole pages of the prompt; the last of its tokens is always computed.
+    cached = plain["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert 0 < cached < plain["usage"]["prompt_tokens"] and cached % 16 == 0
+
+
+def test_a_score_is_the_models_own(server):
+    prompt, items, labels = list(six_prompts()[2]), [[5, 6, 7], [8, 9]], [11, 12, 13]
+    body = {"model": "default", "query": prompt, "items": items, "label_token_ids": labels, "apply_softmax": True}
+    found = requests.post(f"{server.url}/v1/score", json=body, timeout=120).json()["scores"]
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    for item, scores in zip(items, found, strict=True):
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*prompt, *item]])).logits[0, -1]
+        assert scores == pytest.approx(logits[labels].softmax(dim=0).tolist(), abs=1e-4)
 
 
 def test_parallel_samples_of_one_prompt_share_it_and_answer_alike(server):

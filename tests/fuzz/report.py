@@ -10,6 +10,7 @@ from benchmarks.common.schema import Row, Value, read_table
 from benchmarks.common.tables import FUZZ, MUTATIONS, POOL_MACHINE
 from tests.fuzz.campaign import Outcome
 from tests.fuzz.draw.servers import is_tight
+from tests.fuzz.schedule import ServerConfig
 
 # Columns of which the run's JSON says how often each value was tried.
 AXES = (
@@ -30,6 +31,12 @@ AXES = (
 )
 
 
+def _model_of(server: ServerConfig) -> str:
+    """Return a server's model, and what is other than a plain pool of it."""
+    kind = "" if server.kv_dtype == "auto" else f" in {server.kv_dtype}"
+    return server.model + kind + (" with data-parallel attention" if server.attn_dp_size > 1 else "")
+
+
 def row_of(outcome: Outcome) -> Row:
     """Return the row of one schedule."""
     schedule, record, counts = outcome.schedule, outcome.record, outcome.verdict.counts
@@ -41,7 +48,7 @@ def row_of(outcome: Outcome) -> Row:
         "seed": schedule.seed,
         "policy": server.policy,
         "granularity": server.granularity,
-        "model": server.model if server.kv_dtype == "auto" else f"{server.model} in {server.kv_dtype}",
+        "model": _model_of(server),
         "budget": server.budget,
         "buffer": server.buffer,
         "window": server.window,

@@ -79,8 +79,8 @@ def _run_process(schedules: list[Schedule], env: dict[str, str]) -> list[Record]
             records[line["of"]].setdefault("alone", {})[line["index"]] = line
             records[line["of"]]["violations"] += line["violations"]
     for line in others:
-        if line["number"] < len(records):
-            records[line["number"]]["violations"] += line["violations"]
+        if line.get("number", len(records)) < len(records):
+            _add_rank(records[line["number"]], line)
     if answer["status"] == "ok" and len(records) == len(schedules):
         return records
     has_hung = bool(records) and any(found.get("violation") == "hang" for found in records[-1]["violations"])
@@ -95,6 +95,19 @@ def _run_process(schedules: list[Schedule], env: dict[str, str]) -> list[Record]
         records[-1]["violations"].append(died)
         return records
     return [*records, {"number": started - 1, "violations": [died]}]
+
+
+def _add_rank(record: Record, other: Record) -> None:
+    """Add what another rank wrote of a schedule: violations, and all else where it had requests of its own."""
+    record["violations"] += other["violations"]
+    if "outputs" not in other or "outputs" not in record:
+        return
+    for name in ("outputs", "prompts", "infos", "retractions"):
+        record[name] |= other[name]
+    record["compactions"] += other["compactions"]
+    record["stats"] = {name: value + other["stats"][name] for name, value in record["stats"].items()}
+    for name in ("passes", "max_running", "seconds"):
+        record[name] = max(record[name], other[name])
 
 
 def _read(path: Path) -> Iterable[Record]:

@@ -46,6 +46,7 @@ class ServerConfig:
         mixed_chunk: Whether requests decode inside prefill batches.
         kv_dtype: ``--kv-cache-dtype``.
         prompt_budget: ``--kv-prompt-budget``.
+        attn_dp_size: Ranks that have requests and a pool of their own; all other counts are those of one rank.
     """
 
     policy: str
@@ -67,6 +68,7 @@ class ServerConfig:
     mixed_chunk: bool = False
     kv_dtype: str = "auto"
     prompt_budget: int = 0
+    attn_dp_size: int = 1
 
     @property
     def flags(self) -> list[str]:
@@ -79,15 +81,17 @@ class ServerConfig:
             ("--kv-window", self.window),
             ("--page-size", self.page_size),
             ("--max-total-tokens", self.pool),
-            ("--max-running-requests", self.max_running),
+            ("--max-running-requests", self.max_running * self.attn_dp_size),
             ("--kv-cache-dtype", self.kv_dtype),
             ("--kv-prompt-budget", self.prompt_budget),
         ):
             flags += [name, str(value)]
         if self.chunk_size:
-            flags += ["--chunked-prefill-size", str(self.chunk_size)]
+            flags += ["--chunked-prefill-size", str(self.chunk_size * self.attn_dp_size)]
         if self.tp_size > 1:
             flags += ["--tp-size", str(self.tp_size)]
+        if self.attn_dp_size > 1:
+            flags += ["--attn-dp-size", str(self.attn_dp_size)]
         if self.priority:
             flags += ["--enable-priority-scheduling", "--priority-scheduling-preemption-threshold", "0"]
         if self.policy == "triattention":
@@ -115,9 +119,12 @@ class ServerConfig:
     @property
     def env(self) -> dict[str, str]:
         """Variables that the server needs besides its flags."""
-        if self.kv_dtype == "auto":
-            return {}
-        return {"RKV_STAND_IN_FP8": ",".join(f"{k_scale}:{v_scale}" for k_scale, v_scale in FP8_SCALES)}
+        variables = {}
+        if self.kv_dtype != "auto":
+            variables["RKV_STAND_IN_FP8"] = ",".join(f"{k_scale}:{v_scale}" for k_scale, v_scale in FP8_SCALES)
+        if self.attn_dp_size > 1:
+            variables["RKV_STAND_IN_PADDING"] = "1"
+        return variables
 
     @property
     def block(self) -> int | None:
@@ -233,6 +240,11 @@ class Schedule:
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(self.to_json() + "\n")
+
+    def rank_of(self, index: int) -> int:
+        """Return the rank that a request is sent to: with data-parallel attention, that of the one it waits for."""
+        after = self.requests[index].after
+        return index % self.server.attn_dp_size if after is None else self.rank_of(after)
 
     def without_request(self, index: int) -> "Schedule":
         """Return it without one request and those that wait for it."""

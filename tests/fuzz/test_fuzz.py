@@ -41,8 +41,8 @@ def test_random_schedules_give_right_tokens_and_lose_nothing(rng):
     schedules = []
     for _ in range(SERVERS):
         block = rng.randrange(10**6)
-        if server_of(block).tp_size > 1:
-            # Two ranks take the time of many schedules.
+        # Two ranks take the time of many schedules.
+        while server_of(block).tp_size > 1:
             block += 1
         schedules += [schedule_of(block * BLOCK + i) for i in range(OF_ONE_SERVER)]
     problems = [
@@ -51,6 +51,17 @@ def test_random_schedules_give_right_tokens_and_lose_nothing(rng):
         if outcome.verdict.problems
     ]
     assert problems == []
+
+
+def test_with_data_parallel_attention_the_answers_of_all_ranks_are_right(rng):
+    block = rng.randrange(10**6)
+    while server_of(block).attn_dp_size == 1:
+        block += 1
+    schedules = (schedule_of(block * BLOCK + i) for i in range(BLOCK))
+    schedule = next(own for own in schedules if {own.rank_of(index) for index in range(len(own.requests))} == {0, 1})
+    (outcome,) = run_and_check([schedule])
+    assert not outcome.verdict.problems, f"python -m tests.fuzz --replay {schedule.seed}"
+    assert len(outcome.record["outputs"]) == len(schedule.requests)
 
 
 def test_a_server_that_asks_its_model_before_it_serves_has_room_for_that(rng):

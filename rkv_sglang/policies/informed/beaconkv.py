@@ -77,7 +77,7 @@ def turned(rope: Rope, vectors: Tensor, positions: range | list[int], *, back: b
     Args:
         vectors: ``[num_kv_heads, num_positions, gqa_group_size, head_dim]``.
     """
-    turns = rope.turns(positions).to(vectors.device, torch.complex64)[:, None]
+    turns = rope.turns_on(positions, vectors.device)[:, None]
     return rope.with_pairs(vectors, rope.pairs(vectors) * (turns.conj() if back else turns))
 
 

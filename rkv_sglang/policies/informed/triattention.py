@@ -59,7 +59,9 @@ class TriAttention:
         layer = statistics.of_layers(inputs.layer, 1)
         logical_len = num_tokens + inputs.evicted_tokens
         # [num_qo_heads, num_pairs]
-        queries = expected_queries(rope, layer)[0] * rope.turns([logical_len])[0].to(layer.means)
+        queries = (
+            expected_queries(rope, layer)[0] * rope.turns_on([logical_len], layer.means.device, layer.means.dtype)[0]
+        )
         spread = lengthwise(rope, layer)[0]
         pairs = rope.pairs(inputs.keys[: num_tokens - len(inputs.queries)])
         queries, spread = (part.view(num_kv_heads, -1, rope.num_pairs) for part in (queries, spread))
@@ -85,8 +87,7 @@ def best_of_group(queries: Tensor, spread: Tensor, pairs: Tensor, prompt_len: in
 
 def expected_queries(rope: Rope, statistics: QueryStatistics) -> Tensor:
     """Return ``a * mu * mean over d of e^(i w d)``, of the shape and type of ``statistics.means``."""
-    ahead = rope.turns(DISTANCES).mean(dim=0) * rope.factor
-    return statistics.means * ahead.to(statistics.means)
+    return statistics.means * (rope.mean_turn_on(DISTANCES, statistics.means) * rope.factor)
 
 
 def lengthwise(rope: Rope, statistics: QueryStatistics) -> Tensor:

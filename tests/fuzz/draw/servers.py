@@ -14,7 +14,8 @@ WAYS = [(name, way) for way in (HEAD, REQUEST) for name, policy in POLICIES.item
 # Each in turn has all of these: overlap scheduling, the radix cache.
 SWITCHES = [(True, True), (False, True), (True, False), (False, False)]
 # What every second server is of: a model, or the numbers of the pool.
-KINDS = ("fp8_e4m3", SLIDING_MODEL, "qwen3-moe", IMAGE_MODEL, "fp8_e5m2")
+EXPERTS_MODEL = "qwen3-moe"
+KINDS = ("fp8_e4m3", SLIDING_MODEL, EXPERTS_MODEL, IMAGE_MODEL, "fp8_e5m2")
 # They ask how positions turn keys: known of one kind of rotation, and asked for at every start.
 _ASK_THE_MODEL = ("triattention", "beaconkv")
 # Of whom histories do not fit the pool.
@@ -51,8 +52,12 @@ def server_of(block: int) -> ServerConfig:
         kv_dtype = kind
     elif kind is not None:
         model = kind
+    attn_dp_size = 1
+    # Drawn apart, so that other seeds stay what they were.
+    if kind == EXPERTS_MODEL and random.Random(f"ranks {block}").random() < 0.5:
+        tp_size = attn_dp_size = 2
     chunk_size = rng.choice([0, 0, 16, 32])
-    mixes = sees_nothing and rng.random() < 0.3
+    mixes = sees_nothing and rng.random() < 0.3 and attn_dp_size == 1
     if mixes:
         # SGLang counts the requests that decode as part of a chunk.
         chunk_size = max(32, 2 * page_size)
@@ -80,6 +85,7 @@ def server_of(block: int) -> ServerConfig:
         model=model,
         mixed_chunk=mixes,
         kv_dtype=kv_dtype,
+        attn_dp_size=attn_dp_size,
         prompt_budget=draw_prompt_budget(random.Random(f"prompts {block}"), kind, window, unit),
     )
 

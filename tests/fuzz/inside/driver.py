@@ -38,6 +38,9 @@ class Driver:
 
     def __init__(self, schedules: list[Schedule], path: str, tp_rank: int) -> None:
         self._schedules = schedules
+        self._has_own_requests = schedules[0].server.attn_dp_size > 1
+        # Whether what comes in and goes out does so elsewhere.
+        self._follows = tp_rank > 0 and not self._has_own_requests
         self._tp_rank = tp_rank
         self._path = path + (f".rank{tp_rank}" if tp_rank else "")
         self._scheduler: Any = None
@@ -77,7 +80,7 @@ class Driver:
     # What comes in.
 
     def _after_pull(self, pulled: list[Any] | None, *args: object) -> list[Any] | None:
-        # Only the rank that reads the socket gets a list; the others get theirs by broadcast.
+        # Only a rank that reads a socket gets a list; the others get theirs by broadcast.
         if pulled is None:
             return None
         from sglang.srt.managers.io_struct import FlushCacheReqInput, ShutdownReq
@@ -94,7 +97,8 @@ class Driver:
                 self._number += 1
                 self._asked, schedule = None, self._schedules[self._number]
                 self._write(started=self._number)
-            self._run = Run(self._number, schedule, self._scheduler.tokenizer)
+            rank = self._tp_rank if self._has_own_requests else 0
+            self._run = Run(self._number, schedule, self._scheduler.tokenizer, rank)
             self._idle_passes = 0
             self._stats_before = _stats()
             return [FlushCacheReqInput()]
@@ -108,10 +112,20 @@ class Driver:
             self._violations.append({"violation": "hang", "missing": run.unanswered()})
             self._end_run()
             os._exit(3)
-        if run.is_done() and self._idle_passes >= SETTLED:
+        if self._all_agree(run.is_done() and self._idle_passes >= SETTLED):
             self._end_run()
             due.append(Note(ended=self._number))
         return due
+
+    def _all_agree(self, is_done: bool) -> bool:
+        """Return whether all ranks that have requests have nothing more to do; all of them ask at every pass."""
+        if not self._has_own_requests:
+            return is_done
+        import torch
+
+        agreed = torch.tensor(int(is_done))
+        torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MIN, group=self._scheduler.tp_cpu_group)
+        return bool(agreed)
 
     def _after_receive(self, received: list[Any], *args: object, **kwargs: object) -> list[Any]:
         from sglang.srt.managers import scheduler as module
@@ -121,7 +135,7 @@ class Driver:
         # The scheduler's own test switch, for the one pass that now begins.
         module.TEST_RETRACT, module.TEST_RETRACT_INTERVAL = retracts, 1
         module.TEST_RETRACT_NO_PREFILL_BS = 2**31
-        if self._tp_rank:
+        if self._follows:
             self._watch()
             for note in notes:
                 if note.ended is not None:
@@ -155,7 +169,7 @@ class Driver:
         from sglang.srt.managers.io_struct import AbortReq, BatchTokenIDOutput, unwrap_from_pickle
 
         run = self._run
-        if run is None or self._tp_rank or not isinstance(output, AbortReq | BatchTokenIDOutput):
+        if run is None or self._follows or not isinstance(output, AbortReq | BatchTokenIDOutput):
             return
         take(run.outputs, output)
         if isinstance(output, BatchTokenIDOutput) and output.customized_info is not None:

@@ -18,10 +18,14 @@ class Note:
 
 
 class Run:
-    """One schedule that is being run: what is due at which pass, and what has come of it."""
+    """One schedule that is being run: what is due at which pass, and what has come of it; on one rank.
 
-    def __init__(self, number: int, schedule: Schedule, tokenizer: Any) -> None:
+    With data-parallel attention each rank has requests of its own, and the first one tells all of the events.
+    """
+
+    def __init__(self, number: int, schedule: Schedule, tokenizer: Any, rank: int) -> None:
         self.number = number
+        self._rank = rank
         self._tokenizer = tokenizer
         self.passes = 0
         self.max_running = 0
@@ -34,9 +38,10 @@ class Run:
         self.cause = BY_PRIORITY
         self._schedule = schedule
         self._server = schedule.server
-        self._to_send = list(range(len(schedule.requests)))
-        self._to_abort = [i for i, r in enumerate(schedule.requests) if r.abort_at is not None]
-        self._to_cut = [i for i, r in enumerate(schedule.requests) if r.abort_after is not None]
+        self._to_send = [i for i in range(len(schedule.requests)) if schedule.rank_of(i) == rank]
+        # Only the first rank's aborts reach anybody.
+        self._to_abort = [i for i, r in enumerate(schedule.requests) if r.abort_at is not None and rank == 0]
+        self._to_cut = [i for i in self._to_send if schedule.requests[i].abort_after is not None and rank == 0]
         self._events = list(schedule.events)
         self._ended_at: dict[int, int] = {}
         self._is_paused = False
@@ -73,7 +78,12 @@ class Run:
         return [rid for rid, output in self.outputs.items() if output["finish_reason"] is None]
 
     def questions(self) -> list[tuple[int, Schedule]]:
-        """Return a schedule for each request that must be compared with itself alone, and the request's index."""
+        """Return a schedule for each request that must be compared with itself alone, and the request's index.
+
+        None with data-parallel attention, where all ranks would have to run each.
+        """
+        if self._server.attn_dp_size > 1:
+            return []
         plain: dict[str, Any] = {"after": None, "continues": False, "at_pass": 0, "abort_at": None, "abort_after": None}
         asked = []
         for index, request in enumerate(self._schedule.requests):
@@ -84,7 +94,8 @@ class Run:
         return asked
 
     def is_done(self) -> bool:
-        return not self._to_send and not self.unanswered() and not self._is_paused
+        # A pause that no event ends is ended by the first rank.
+        return not self._to_send and not self.unanswered() and (self._rank > 0 or not self._is_paused)
 
     def due(self) -> list[Any]:
         """Return what comes in at this pass, and go on to the next."""
@@ -94,6 +105,8 @@ class Run:
             self._events.remove(event)
             self.cause = CAUSES.get(event.kind, self.cause)
             due += self._messages(event.kind)
+        if self._rank:
+            due.clear()
         for index in range(len(self._schedule.requests)):
             output = self.outputs.get(self._rid(index))
             if output is not None and output["finish_reason"] is not None:
@@ -105,7 +118,7 @@ class Run:
                 self._to_send.remove(index)
                 due.append(self._message(index, request))
         due += self._aborts()
-        if self._is_paused and not self._events and not due:
+        if self._is_paused and not self._events and not due and not self._rank:
             due += self._messages("continue")
         self.passes += 1
         return due
@@ -139,7 +152,8 @@ class Run:
         due = []
         for index in list(self._to_abort):
             at_pass = self._schedule.requests[index].abort_at
-            if at_pass is not None and self.passes >= at_pass and self._rid(index) in self.outputs:
+            is_sent = self._rid(index) in self.outputs or self._schedule.rank_of(index) != self._rank
+            if at_pass is not None and self.passes >= at_pass and is_sent:
                 self._to_abort.remove(index)
                 due.append(AbortReq(rid=self._rid(index)))
         for index in list(self._to_cut):

@@ -7,6 +7,8 @@
                          The value is those scales, ``K:V`` of each layer; new weights double them.
 ``RKV_STAND_IN_PADDING`` the backend torch_native says, as those of a GPU do, how long a request is that only fills up a
                          batch; on a CPU SGLang asks it that where ranks step together, and it has no answer.
+``RKV_STAND_IN_PINNING`` memory that is asked for page-locked is plain: without a GPU there is no other, and SGLang's
+                         LoRA asks for it everywhere.
 """
 
 import multiprocessing
@@ -31,6 +33,21 @@ def register() -> None:
         from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
         TorchNativeAttnBackend.get_cpu_graph_seq_len_fill_value = lambda backend: 1
+    if os.environ.get("RKV_STAND_IN_PINNING"):
+        _pin_nothing()
+
+
+def _pin_nothing() -> None:
+    import torch
+
+    torch.Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[method-assign]
+    for name in ("tensor", "empty", "zeros", "ones"):
+        make = getattr(torch, name)
+
+        def without(*args: Any, make: Any = make, pin_memory: bool = False, **kwargs: Any) -> Any:
+            return make(*args, **kwargs)
+
+        setattr(torch, name, without)
 
 
 def _trtllm_mha(runner: Any) -> Any:

@@ -27,7 +27,6 @@ from rkv_sglang.kernels.score.per_head.attention import (
     query_alignment,
 )
 from rkv_sglang.kernels.score.per_head.farthest import choose_farthest
-from rkv_sglang.kernels.transfer import to_device
 
 
 @triton.jit(do_not_specialize=(*VARYING_SIZES, "num_unscored"), do_not_specialize_on_alignment=BATCH_POINTERS)
@@ -150,7 +149,7 @@ def beaconkv_scores_paged(
     # [num_layers, num_requests, num_kv_heads, window, group_size, head_dim]
     grouped = torch.unflatten(queries, 3, (keys.num_kv_heads, group_size)).transpose(2, 3)
     positions = [n - window + step for n in logical_lens for step in range(window)]
-    back = _turns(rope, positions, keys).conj().view(num_requests, 1, window, 1, rope.num_pairs)
+    back = rope.turns_on(positions, keys.device).conj().view(num_requests, 1, window, 1, rope.num_pairs)
     still = rope.with_pairs(grouped, rope.pairs(grouped) * back).to(queries.dtype)
     known = torch.zeros(
         (num_layers, num_requests, keys.num_kv_heads, most, group_size, head_dim),
@@ -164,7 +163,7 @@ def beaconkv_scores_paged(
     chosen = choose_farthest(known.flatten(4).float(), [count + window for count in num_old], num_beacons, window)
     num_heads = num_layers * keys.num_kv_heads
     found = known.take_along_dim(chosen[..., None, None], dim=3)
-    ahead = _turns(rope, logical_lens, keys).view(num_requests, 1, 1, 1, rope.num_pairs)
+    ahead = rope.turns_on(logical_lens, keys.device).view(num_requests, 1, 1, 1, rope.num_pairs)
     asking = torch.cat(
         [rope.with_pairs(found, rope.pairs(found) * ahead).to(queries.dtype), grouped[:, :, :, -num_recent:]], dim=3
     )
@@ -195,11 +194,6 @@ def beaconkv_scores_paged(
     counts = [min(num_beacons, count + window) for count in num_old]
     # Copies: each is kept until its request's next compaction, and a view would keep those of all.
     return scores, tuple(found[:, request, :, :count].clone() for request, count in enumerate(counts))
-
-
-def _turns(rope: Rope, positions: Sequence[int], keys: PagedBuffers) -> Tensor:
-    numbers = torch.view_as_real(rope.turns(positions)).flatten().tolist()
-    return torch.view_as_complex(to_device(numbers, torch.float32, keys.device).view(-1, rope.num_pairs, 2))
 
 
 # (name, kernel, signature, constexprs, num_warps, num_stages)

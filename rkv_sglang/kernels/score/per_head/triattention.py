@@ -20,7 +20,6 @@ from rkv_sglang.kernels.score.checks import check_pool
 from rkv_sglang.kernels.score.config import NUM_STAGES
 from rkv_sglang.kernels.score.device import BATCH_POINTERS, VARYING_SIZES, decode_fp8, key_rows
 from rkv_sglang.kernels.score.pool_pass import POINTER_TYPES, aot_constants, pass_constants
-from rkv_sglang.kernels.transfer import to_device
 from rkv_sglang.policies.informed.triattention import LEAST_DEVIATION, expected_queries, lengthwise
 
 LEAST = tl.constexpr(LEAST_DEVIATION)
@@ -176,8 +175,7 @@ def triattention_scores_paged(
         )
     if 2 * num_pairs > keys.head_dim:
         raise ValueError(f"{num_pairs} pairs are more than a head_dim of {keys.head_dim} has")
-    turns = torch.view_as_real(rope.turns(logical_lens)).flatten().tolist()
-    phases = torch.view_as_complex(to_device(turns, torch.float32, keys.device).view(batch.num_requests, num_pairs, 2))
+    phases = rope.turns_on(logical_lens, keys.device)
     # [num_layers, num_requests, num_qo_heads, num_pairs, 2]
     queries = torch.view_as_real(expected_queries(rope, statistics)[:, None] * phases[None, :, None])
     scores = torch.empty((num_layers, keys.num_kv_heads, batch.num_tokens), dtype=torch.float32, device=keys.device)
