@@ -5,7 +5,7 @@ point in ``GROUP``, the name of the policy on the left and its class on the righ
 """
 
 from dataclasses import is_dataclass, replace
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import Any
 
 from rkv_sglang.config import GRANULARITIES, NO_POLICY, REQUEST, PolicyConfig
@@ -25,7 +25,7 @@ from rkv_sglang.policies.random_attention import RandomAttention
 from rkv_sglang.policies.rkv import RKV
 from rkv_sglang.policies.snapkv import SnapKV
 from rkv_sglang.policies.streaming_llm import StreamingLLM
-from rkv_sglang.policy_names import GROUP, policy_names
+from rkv_sglang.policy_names import brought_policies, policy_names
 
 POLICIES: dict[str, type[Policy]] = {
     "rkv": RKV,
@@ -115,7 +115,7 @@ def default_settings(name: str) -> dict[str, Any]:
 
 
 def _find(name: str) -> type[Any]:
-    brought = tuple(entry_points(group=GROUP, name=name))
+    brought = [point for point in brought_policies() if point.name == name]
     if name == NO_POLICY:
         raise ValueError(f"policy {name!r} scores nothing: choose one of {', '.join(policy_names()[1:])}")
     providers = ["rkv_sglang"] * (name in POLICIES) + [_package(point) for point in brought]

@@ -2,7 +2,6 @@
 
 import functools
 import random
-from importlib.metadata import EntryPoints
 
 import pytest
 
@@ -10,15 +9,13 @@ from devtools.launch_lines import KINDS, LINES, PAGE, judge
 from devtools.model_shapes import SHAPES
 from rkv_sglang import policy_names
 from rkv_sglang.integration.doctor import launch
-from rkv_sglang.policies import registry
 from tests.docs.pages import table
 
 
 @pytest.fixture(autouse=True)
 def packages_are_looked_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes longer than all else here."""
-    monkeypatch.setattr(registry, "entry_points", lambda **asked: ())
-    monkeypatch.setattr(policy_names, "entry_points", lambda **asked: EntryPoints())
+    monkeypatch.setattr(policy_names, "entry_points", lambda **asked: ())
     monkeypatch.setattr(launch, "entry_points", functools.cache(launch.entry_points))
 
 

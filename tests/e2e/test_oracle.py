@@ -9,9 +9,9 @@ from devtools.tiny_models import TINY_MODELS, tiny_model_path
 from tests.e2e.workload import Setting, assert_same_tokens, greedy, oracle, six_prompts
 from tests.support.harness.scheduler import run_scheduler
 
-NUM_TOKENS = 210
+NUM_TOKENS = 140
 # No multiple of any page size but 1, nor of each other.
-SETTINGS = (Setting(budget=37, buffer=23), Setting(budget=50, buffer=31, window=5))
+SETTINGS = (Setting(budget=37, buffer=23), Setting(budget=43, buffer=19, window=5))
 
 PAGE_SIZES = (1, 16, 64)
 OVERLAP = ((), ("--disable-overlap-schedule",))

@@ -18,7 +18,7 @@ from tests.support.oracle.dense import dense_generate
 from tests.support.oracle.policy_scores import score_function
 
 BUDGET, BUFFER = 37, 23
-NUM_TOKENS = 180
+NUM_TOKENS = 125
 CALIBRATION = {"questions": 2, "answer_tokens": 40}
 
 

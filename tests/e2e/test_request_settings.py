@@ -62,13 +62,13 @@ def test_eight_requests_with_eight_settings_answer_as_alone(page_size):
 def test_small_budgets_never_run_out_of_query_rows():
     """There is a query row for every so many tokens of the server's own capacity; a smaller one is reserved as much."""
     prompts = six_prompts()
-    batch = [asking(prompts[4], Setting(budget=9, buffer=1), 120) for _ in range(40)]
+    batch = [asking(prompts[4], Setting(budget=9, buffer=1), 50) for _ in range(24)]
     batch += [asking(prompts[5], None, 60) for _ in range(4)]
     server = Setting(budget=100, buffer=20)
     result = run_scheduler([*FLAGS, "--max-total-tokens", "1024", *server.flags], batch)
     result.assert_clean()
-    expected = oracle(MODEL, prompts[4], 120, Setting(budget=9, buffer=1), result.outputs[0].output_ids)
-    for output in result.outputs[:40]:
+    expected = oracle(MODEL, prompts[4], 50, Setting(budget=9, buffer=1), result.outputs[0].output_ids)
+    for output in result.outputs[:24]:
         assert_same_tokens(output.output_ids, expected, "small budget")
 
 
@@ -90,17 +90,17 @@ def test_a_small_budget_is_served_where_the_servers_own_would_not_fit(page_size)
     """What is reserved for its query row must not be more than the pool has."""
     prompt, setting = six_prompts()[0], Setting(budget=20, buffer=5)
     flags = [*FLAGS, "--max-total-tokens", "256", "--page-size", str(page_size), *Setting(budget=200, buffer=100).flags]
-    result = run_scheduler(flags, [asking(prompt, setting, 300) for _ in range(2)], timeout=90)
+    result = run_scheduler(flags, [asking(prompt, setting, 200) for _ in range(2)], timeout=90)
     result.assert_clean()
     for output in result.outputs:
-        expected = oracle(MODEL, prompt, 300, setting, output.output_ids)
+        expected = oracle(MODEL, prompt, 200, setting, output.output_ids)
         assert_same_tokens(output.output_ids, expected, "small budget, small pool")
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_half_without_a_policy_in_a_crowded_pool(page_size):
     prompts = six_prompts()
-    batch = [asking(prompts[i % 6], SERVER if i % 2 else None, 90 + 10 * i) for i in range(16)]
+    batch = [asking(prompts[i % 6], SERVER if i % 2 else None, 60 + 6 * i) for i in range(16)]
     result = run_scheduler([*FLAGS, "--max-total-tokens", "1024", "--page-size", str(page_size), *SERVER.flags], batch)
     result.assert_clean()
     assert result.probe.retractions == 0

@@ -101,7 +101,7 @@ def test_log_probabilities_go_on_over_a_restore():
     prompts = some_prompts(30, 20, 12)
     starts = (0, -1, 7)
     requests = [
-        greedy(prompt, 400, return_logprob=True, logprob_start_len=start)
+        greedy(prompt, 345, return_logprob=True, logprob_start_len=start)
         for prompt, start in zip(prompts, starts, strict=True)
     ]
     num_slots, interval = POOLS[1]
@@ -109,7 +109,7 @@ def test_log_probabilities_go_on_over_a_restore():
     result.assert_clean()
     assert sum(map(len, restores_of(result))) >= 2
     for i, (prompt, start, output) in enumerate(zip(prompts, starts, result.outputs, strict=True)):
-        expected = expected_of(result, i, prompt, 400)
+        expected = expected_of(result, i, prompt, 345)
         assert_same_tokens(output.output_ids, expected, f"request {i}")
         assert output.output_logprobs == pytest.approx(expected.logprobs, abs=1e-3)
         assert len(output.input_logprobs) == (0 if start < 0 else len(prompt) - start)
@@ -119,11 +119,11 @@ def test_a_stateful_policy_remembers_over_a_restore():
     prompts = some_prompts(30, 20, 12, seed=8)
     num_slots, interval = POOLS[1]
     flags = [*FLAGS, *pool(num_slots), *SETTING.flags, "--kv-policy", "h2o"]
-    result = run_scheduler(flags, [greedy(prompt, 400) for prompt in prompts], env=retracting(interval))
+    result = run_scheduler(flags, [greedy(prompt, 345) for prompt in prompts], env=retracting(interval))
     result.assert_clean()
     assert sum(map(len, restores_of(result))) >= 2
     for i, (prompt, output) in enumerate(zip(prompts, result.outputs, strict=True)):
-        expected = expected_of(result, i, prompt, 400, score=score_function("h2o"))
+        expected = expected_of(result, i, prompt, 345, score=score_function("h2o"))
         assert_same_tokens(output.output_ids, expected, f"request {i}")
 
 

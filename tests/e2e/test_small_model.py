@@ -12,6 +12,8 @@ from tests.support.oracle.dense import DenseResult
 pytestmark = pytest.mark.server
 
 NUM_TOKENS = 205
+# Of the one alone, two compactions and some tokens after them.
+NUM_ALONE = 130
 SETTING = Setting(budget=45, buffer=37)
 QUESTIONS = (
     "How many sheep does each of seven farmers own if they own 84 together and share alike?",
@@ -48,10 +50,11 @@ def prompts() -> list[tuple[int, ...]]:
 
 def assert_as_the_oracle(found: list[int], expected: DenseResult) -> None:
     """Equal up to the oracle's first near-tie, of scores or of logits, and that must not come early."""
-    certain = expected.num_certain_outputs()
+    certain = min(expected.num_certain_outputs(), len(found))
     assert found[:certain] == expected.output_ids[:certain]
-    agreeing = next((i for i, (a, b) in enumerate(zip(found, expected.output_ids, strict=True)) if a != b), NUM_TOKENS)
-    assert agreeing >= 200, f"{agreeing} tokens agree, {certain} of them are certain"
+    pairs = zip(found, expected.output_ids, strict=False)
+    agreeing = next((i for i, (a, b) in enumerate(pairs) if a != b), len(found))
+    assert agreeing >= len(found) - 5, f"{agreeing} tokens agree, {certain} of them are certain"
 
 
 def test_six_at_once_and_one_alone_answer_as_the_oracle(server):
@@ -59,7 +62,9 @@ def test_six_at_once_and_one_alone_answer_as_the_oracle(server):
     assert len({prompt[:SHARED_PREFIX_LEN] for prompt in ids[:4]}) == 1
     params = {"max_new_tokens": NUM_TOKENS, "ignore_eos": True}
     answers = server.generate_many([list(prompt) for prompt in ids], params)
-    answers.append(server.generate(list(ids[2]), params))
+    assert all(len(answer["output_ids"]) == NUM_TOKENS for answer in answers)
+    answers.append(server.generate(list(ids[2]), {**params, "max_new_tokens": NUM_ALONE}))
+    assert answers[-1]["meta_info"]["kv_compactions"] == 2
     server.assert_clean()
     assert answers[-1]["meta_info"]["cached_tokens"] >= SHARED_PREFIX_LEN // 16 * 16
     for prompt, answer in zip([*ids, ids[2]], answers, strict=True):

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from rkv_sglang import policy_names
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.startup.server_args import RKVServerArgs, read_config
-from rkv_sglang.policies import make_policy, registry
+from rkv_sglang.policies import make_policy
 from tests.garbage.neighbours import any_value, assert_flat, assert_one_line
 
 
@@ -59,7 +60,7 @@ class Point:
 def point(monkeypatch: pytest.MonkeyPatch) -> Point:
     """The only entry point that there is."""
     point = Point()
-    monkeypatch.setattr(registry, "entry_points", lambda **asked: (point,))
+    monkeypatch.setattr(policy_names, "entry_points", lambda **asked: (point,))
     return point
 
 

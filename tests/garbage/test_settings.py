@@ -3,7 +3,6 @@
 import argparse
 import json
 import random
-from importlib.metadata import EntryPoints
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from rkv_sglang.integration.doctor.arguments import read_arguments, server_parse
 from rkv_sglang.integration.doctor.command_line import read_launch
 from rkv_sglang.integration.runtime.requests import config_for, marked_prompt_len, wants_trace
 from rkv_sglang.integration.startup.server_args import RKVServerArgs, config_from_args, read_config
-from rkv_sglang.policies import POLICIES, make_policy, registry
+from rkv_sglang.policies import POLICIES, make_policy
 from tests.garbage.neighbours import any_value, assert_flat, assert_one_line, damaged, mutated, nested
 
 SERVER = PolicyConfig(budget=32, buffer=16, trace=True)
@@ -111,8 +110,7 @@ NO_PARAMETERS: dict[str, Any] = {"kv_policy_config": {}}
 @pytest.fixture(autouse=True)
 def no_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     """To look through all installed packages takes longer than all else here."""
-    monkeypatch.setattr(registry, "entry_points", lambda **asked: ())
-    monkeypatch.setattr(policy_names, "entry_points", lambda **asked: EntryPoints())
+    monkeypatch.setattr(policy_names, "entry_points", lambda **asked: ())
 
 
 def read(settings: dict[str, Any]) -> None:

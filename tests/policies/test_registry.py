@@ -1,5 +1,6 @@
 """Policies by name: what a config builds, what other packages bring, and one line for everything that does not fit."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from rkv_sglang import policy_names as names
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.policies import (
     POLICIES,
@@ -198,6 +200,21 @@ def test_a_process_that_finds_the_package_on_its_path_has_the_policy() -> None:
     env = {"PYTHONPATH": f"{THIRD_PARTY_DIR}:{PROJECT_ROOT}", "PATH": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.returncode) == ("EveryNth(stride=4, kernel_size=5)\n", 0), done.stderr
+
+
+def test_packages_are_looked_through_again_only_when_one_came_or_went(tmp_path, monkeypatch) -> None:
+    num_looks, look = [], names.entry_points
+    monkeypatch.setattr(names, "entry_points", lambda **asked: num_looks.append(1) or look(**asked))
+    for name in ("first", "second"):
+        for _ in range(3):
+            assert problem_of(name).startswith(f"--kv-policy {name!r} is unknown: ")
+        # Into the same folder, which is on the path already the second time.
+        bring(tmp_path, monkeypatch, name, f"{name} = json:loads")
+        for _ in range(3):
+            assert "is not a dataclass" in problem_of(name)
+    shutil.rmtree(tmp_path / "first-1.0.dist-info")
+    assert problem_of("first").startswith("--kv-policy 'first' is unknown: ")
+    assert len(num_looks) == 4
 
 
 @pytest.mark.parametrize(

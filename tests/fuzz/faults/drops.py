@@ -33,7 +33,7 @@ DROPS = (
         _RUNTIME,
         "kv.kv_allocated_len = kv.kv_committed_len = job.plan.kept_len",
         "kv.kv_committed_len = job.plan.kept_len",
-        ("tests/e2e/test_drop.py", "-k", "six_hundred_slots"),
+        ("tests/e2e/test_drop.py", "-k", "three_hundred_slots"),
     ),
     Mutant(
         "blocks are scored by the last layer alone",

@@ -25,7 +25,11 @@ from tests.support.harness.gate import Arrival, Control
 from tests.support.harness.probe_log import ProbeLog
 
 # Small enough to start fast, large enough for any tiny test; a test that needs pressure names its own.
-DEFAULT_FLAGS = ["--max-total-tokens", "4096", "--max-running-requests", "16", "--random-seed", "1"]
+# A row of the map as long as the models allow takes a seventh of every step, which checks all rows, and a start longer.
+DEFAULT_FLAGS = [
+    *("--max-total-tokens", "4096", "--max-running-requests", "16", "--random-seed", "1"),
+    *("--context-length", "4096"),
+]
 _START_TIMEOUT_S = 240.0
 
 

@@ -33,7 +33,11 @@ from tests.support.harness.probe_log import ProbeLog
 
 # A scheduler with nothing to do looks for requests all the time, on a core that tests need.
 _ALWAYS = ["--sleep-on-idle"]
-DEFAULT_FLAGS = ["--max-total-tokens", "16384", "--max-running-requests", "64", "--random-seed", "1"]
+# The length is as much as all models of the tests have; rows of the map that are longer make every step slower.
+DEFAULT_FLAGS = [
+    *("--max-total-tokens", "16384", "--max-running-requests", "64", "--random-seed", "1"),
+    *("--context-length", "8192"),
+]
 # On a busy machine, raise it from outside.
 START_TIMEOUT_S = float(os.environ.get("RKV_TEST_START_TIMEOUT_S", "300"))
 _LAUNCH = [sys.executable, "-m", "sglang.launch_server"]

@@ -51,6 +51,9 @@ class StaleBindings:
                 for name in [name for name, value in list(vars(module).items()) if value is original]:
                     setattr(module, name, wrapped)
                     num_replaced += 1
+                    self._holders[id(wrapped)].append(module)
+        # It may be hooked once more; nobody else holds it who was there before.
+        self._known[id(wrapped)] = wrapped
         return num_replaced
 
     def _new_modules(self) -> list[ModuleType]:
