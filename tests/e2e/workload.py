@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from devtools.tiny_models import VOCAB_SIZE
 from tests.support.harness.scheduler import Request, RunResult
 from tests.support.oracle.decoder import load_model
@@ -17,6 +19,8 @@ from tests.support.oracle.masked_compact import MaskedResult, masked_compact
 from tests.support.oracle.policy_scores import score_function
 from tests.support.oracle.scores import ScoreFunction
 
+# As those of ``DenseResult.num_certain_outputs``.
+SCORE_TOLERANCE, LOGIT_TOLERANCE = 3e-8, 1e-4
 SHARED_PREFIX_LEN = 71
 
 
@@ -130,12 +134,19 @@ def greedy(prompt: tuple[int, ...] | list[int], max_new_tokens: int, **fields: o
 
 
 def assert_same_tokens(found: list[int], expected: DenseResult | MaskedResult, name: str) -> None:
-    """Assert equal answers. They may part only where the oracle itself was at a near-tie, which is then shown."""
+    """Assert equal answers. Where they part behind a near-tie of the oracle, which inputs are drawn shows nothing.
+
+    Then the test is skipped, and says so. Scores that are exactly equal are no near-tie: all choose by place then.
+    """
     for i, (token, right) in enumerate(zip(found, expected.output_ids, strict=True)):
         if token != right:
             margins = [
                 float(c.margins.min()) for c in expected.compactions if isinstance(c, Compaction) and c.num_outputs <= i
             ]
+            if any(0 < margin < SCORE_TOLERANCE for margin in margins) or min(expected.logit_gaps[: i + 1]) < (
+                LOGIT_TOLERANCE
+            ):
+                pytest.skip(f"{name}: a near-tie decides token {i}: margins {margins}, gap {expected.logit_gaps[i]}")
             raise AssertionError(
                 f"{name}: token {i} is {token} instead of {right}; logit gap there {expected.logit_gaps[i]:.2e}, "
                 f"smallest score margins of the compactions before: {[f'{m:.1e}' for m in margins]}"

@@ -10,8 +10,8 @@ LENGTHS = (
     Mutant(
         "the logical length is one too long",
         _LENGTHS,
-        "return resident_len + self.evicted_tokens\n",
-        "return resident_len + self.evicted_tokens + 1\n",
+        "return resident_len + self.evicted_tokens + self.prefix_gap\n",
+        "return resident_len + self.evicted_tokens + self.prefix_gap + 1\n",
         ("tests/e2e/test_policies.py", "-k", "random-qwen3"),
     ),
     Mutant(

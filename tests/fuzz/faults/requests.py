@@ -75,7 +75,7 @@ REQUESTS = (
     Mutant(
         "an answer that comes back marked goes into the tree",
         _ADMISSION,
-        "    if carried > 0 and get_runtime().may_compact(req):",
+        "    if carried > 0 and runtime.may_compact(req):",
         "    if False:",
         _MARKED,
     ),

@@ -86,6 +86,7 @@ class Pools:
             device="cpu",
         )
         self.scheduler = SimpleNamespace(
+            device="cpu",
             enable_overlap=False,
             forward_ct=0,
             max_total_num_tokens=size,
