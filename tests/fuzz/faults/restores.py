@@ -21,7 +21,7 @@ RESTORES = (
     Mutant(
         "later tokens of a restored request have the position of resident ones",
         "integration/hooks/restore.py",
-        "    if is_any_restored:\n",
+        "    if is_any_restored or any(used_by(req) is not None for req in batch.reqs):\n",
         "    if False:\n",
         _RESTORED,
     ),
@@ -119,8 +119,8 @@ RESTORES = (
     Mutant(
         "who fits neither way waits for ever",
         _HOOKS,
-        "    if not end_if_hopeless(req):\n        enqueue",
-        "    if True:\n        enqueue",
+        "    if not end_without_prefix(parts, req) and not end_if_hopeless(req):\n        enqueue",
+        "    if not end_without_prefix(parts, req):\n        enqueue",
         _WAITING,
     ),
     Mutant(
