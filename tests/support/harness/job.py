@@ -193,7 +193,7 @@ class _Run:
             raise _Timeout
 
     def _speak(self, port_args: Any, inputs: list[str], tokenizer: Any) -> dict[str, dict[str, Any]]:
-        from sglang.srt.managers.io_struct import ShutdownReq, sock_recv, sock_send
+        from sglang.srt.managers.io_struct import ShutdownReq, sock_recv
         from sglang.srt.utils.network import get_zmq_socket
 
         context = zmq.Context(1)
@@ -208,7 +208,7 @@ class _Run:
                 self._job["requests"], itertools.cycle(to_schedulers), strict=False
             ):
                 outputs[rid] = empty_output(len(request.input_ids))
-                sock_send(to_scheduler, generate_message(rid, request, tokenizer))
+                self._send(to_scheduler, generate_message(rid, request, tokenizer))
             while any(output["finish_reason"] is None for output in outputs.values()):
                 if from_scheduler.poll(100):
                     take(outputs, sock_recv(from_scheduler))
@@ -216,7 +216,7 @@ class _Run:
                     self._check_alive()
             # Not before all answers are here: a scheduler that ends takes those with it that its socket still holds.
             # The gate holds it back until the idle checks have run.
-            sock_send(to_schedulers[0], ShutdownReq())
+            self._send(to_schedulers[0], ShutdownReq())
             while self._is_scheduler_alive():
                 if from_scheduler.poll(100):
                     take(outputs, sock_recv(from_scheduler))
@@ -226,6 +226,16 @@ class _Run:
             # Without this, messages that a dead scheduler never took would keep the context open for ever.
             context.destroy(linger=0)
         return outputs
+
+    def _send(self, to_scheduler: Any, message: Any) -> None:
+        """Send unless nobody is there any more: one that runs by itself may have ended, and a socket would wait."""
+        from sglang.srt.managers.io_struct import sock_send
+
+        while not to_scheduler.poll(100, zmq.POLLOUT):
+            self._check_alive()
+            if not self._is_scheduler_alive():
+                return
+        sock_send(to_scheduler, message)
 
     def _is_scheduler_alive(self) -> bool:
         return any(process.is_alive() for process in self._schedulers)

@@ -1,5 +1,6 @@
 """The harness itself, on SGLang without a policy: what it runs is right, and what it must notice it does notice."""
 
+import multiprocessing
 import random
 import time
 from functools import cache
@@ -7,8 +8,10 @@ from functools import cache
 import psutil
 import pytest
 import torch
+import zmq
 
 from devtools.tiny_models import VOCAB_SIZE, tiny_model_path
+from tests.support.harness.job import _Run
 from tests.support.harness.scheduler import (
     LauncherRefused,
     Output,
@@ -228,3 +231,10 @@ def test_a_server_that_refuses_is_seen_to_exit() -> None:
     exit_code, output = Server(flags("--no-such-flag")).start_and_expect_exit()
     assert exit_code == 2
     assert "unrecognized arguments: --no-such-flag" in output
+
+
+@pytest.mark.timeout(30)
+def test_a_message_to_a_scheduler_that_has_ended_is_dropped(tmp_path):
+    with zmq.Context() as context, context.socket(zmq.PUSH) as socket, socket.bind(f"ipc://{tmp_path}/nobody"):
+        connection, _other = multiprocessing.Pipe()
+        _Run({"timeout": 20.0}, connection)._send(socket, object())
