@@ -52,7 +52,7 @@ SMOKE: dict[str, Any] = {
 SETTINGS = ("rkv:1024:128", "rkv:1024:128:granularity=request")
 SMOKE_SETTINGS = ("rkv:32:16",)
 RACE_LAYERS = 8
-# What a server of all layers takes at the default sizes, and one of a race; with 0.8 of the GPU left to SGLang's pools.
+# What a server of all layers takes at the default sizes, and one of a race.
 STEPS_GIB, RACE_GIB = 38.0, 12.0
 # The first batch builds what is built lazily, and fills no graph that a later one needs.
 WARM_UP_TOKENS = 16

@@ -8,6 +8,7 @@ import pytest
 
 from tests.fuzz.expected import FP8_DTYPES, expected_of
 from tests.fuzz.schedule import FuzzRequest, Schedule, ServerConfig, rid_of
+from tests.support.oracle.dense import SCORE_TOLERANCE
 
 # What an answer may be ended for once its request was preempted; the request can be sent again.
 ENDED_AFTER_PREEMPTION = (
@@ -19,9 +20,7 @@ ENDED_AS_ITS_TURN_CAME = "Aborted"
 # Said of a request that was ended while its grammar was made; SGLang then has it generate a token after another prompt.
 ENDED_BEFORE_ITS_GRAMMAR = "Aborted by AbortReq."
 LOGPROB_TOLERANCE = 1e-3
-# Where two scores lie closer, another order of summation may choose otherwise: some ten times what it was seen to
-# change. Those of beaconkv are softmax weights near 1, which in fp32 lie 6e-8 apart.
-SCORE_TOLERANCE = 3e-8
+# Scores of beaconkv are softmax weights near 1, which in fp32 lie 6e-8 apart.
 SCORE_TOLERANCES = {"beaconkv": 3e-7}
 # In fp8 the last bit of fp32 may round a number to its neighbour, up to a quarter away, here and there one of a key.
 FP8_TOLERANCES = {"logit_tolerance": 0.05, "score_tolerance": 3e-4}

@@ -15,6 +15,10 @@ from transformers import PreTrainedModel
 from tests.support.oracle.decoder import Decoder, DecodeSteps, Fp8, LayerCache, load_model, one_thread
 from tests.support.oracle.scores import ScoreFunction, ScoreInputs, rkv_scores
 
+# Where two logits or two scores lie closer, another order of summation may choose otherwise: some ten times what it was
+# seen to change in tiny models.
+LOGIT_TOLERANCE, SCORE_TOLERANCE = 1e-4, 3e-8
+
 
 @dataclass(frozen=True)
 class Compaction:
@@ -56,11 +60,10 @@ class DenseResult:
     resident_lens: list[int] = field(default_factory=list)
     compactions: list[Compaction] = field(default_factory=list)
 
-    def num_certain_outputs(self, *, logit_tolerance: float = 1e-4, score_tolerance: float = 3e-8) -> int:
-        """Return how many leading output tokens no near-tie, of logits or of scores at a cut, puts in doubt.
-
-        The tolerances are some ten times what another order of summation was seen to change in tiny models.
-        """
+    def num_certain_outputs(
+        self, *, logit_tolerance: float = LOGIT_TOLERANCE, score_tolerance: float = SCORE_TOLERANCE
+    ) -> int:
+        """Return how many leading output tokens no near-tie, of logits or of scores at a cut, puts in doubt."""
         by_logits = next((i for i, gap in enumerate(self.logit_gaps) if gap < logit_tolerance), len(self.output_ids))
         close_cuts = (c.num_outputs for c in self.compactions if c.margins.min() < score_tolerance)
         return min(by_logits, next(close_cuts, by_logits))
