@@ -93,16 +93,17 @@ def dense_prefix(
     *,
     window: int = 8,
     score: ScoreFunction,
+    fp8: Fp8 | None = None,
 ) -> Prefix:
     """Keep ``budget`` tokens of a document per layer and KV head: the first 4, the last ``window``, the best between.
 
     All tokens of document and task are scored, as a prompt's compaction scores them, but with the queries of the last
-    ``window`` tokens of the task.
+    ``window`` tokens of the task. ``fp8`` says how the cache rounds what it takes.
     """
     model = model if isinstance(model, PreTrainedModel) else load_model(Path(model))
     decoder = Decoder(model)
     length, ids = len(document_ids), [*document_ids, *task_ids]
-    caches = decoder.new_caches(len(ids), window)
+    caches = decoder.new_caches(len(ids), window, fp8)
     with one_thread():
         _, queries = decoder._forward_layers(ids, 0, caches)
         for layer_cache, layer_queries in zip(caches, queries, strict=True):
