@@ -269,7 +269,7 @@ def test_whether_a_prompt_is_compacted_is_decided_once(rng):
         asking({"create": NAME, "length": 30, "budget": 20}, random_ids(rng, 36)),
         request,
         asking({"delete": NAME}, [5], at_step=108),
-        greedy(prompt, 50, when_idle=True),
+        greedy(prompt, 50, at_step=400),
     ]
     requests[3].sampling_params["custom_params"] = {"kv_prompt_budget": 30}
     flags = [*FLAGS, "--max-total-tokens", "100", *setting.flags]
