@@ -51,10 +51,15 @@ class Prefixes:
         with _showing("tokens"):
             document_ids = self._ids(document, special=True)
             task_ids = self._ids(REPEAT if task is None else task)
-        wish = {"create": name, "length": len(document_ids), "budget": budget}
         if task is None:
-            task_ids = [*task_ids, *document_ids]
-            judge = "repeat"
+            return self.create_of_ids(name, document_ids, [*task_ids, *document_ids], budget, "repeat")
+        return self.create_of_ids(name, document_ids, task_ids, budget, judge)
+
+    def create_of_ids(
+        self, name: str, document_ids: Sequence[int], task_ids: Sequence[int], budget: int, judge: str | None = None
+    ) -> Any:
+        """Do what ``create`` does with tokens, sent as they are."""
+        wish = {"create": name, "length": len(document_ids), "budget": budget}
         if judge is not None:
             wish["judge"] = judge
         with _showing(f"{len(document_ids)} tokens and {len(task_ids)} that judge them"):
