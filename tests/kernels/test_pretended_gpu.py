@@ -6,6 +6,7 @@ is tested elsewhere; this is about the Python around it, for which a CPU and a G
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,16 +16,18 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
+from rkv_sglang.algorithm import document_attention
 from rkv_sglang.algorithm.query_statistics import QueryStatistics
 from rkv_sglang.cache import compact, prompt
 from rkv_sglang.cache.block_choice import choose_by_scores
 from rkv_sglang.cache.compact import DueRequest
-from rkv_sglang.config import REQUEST, PolicyConfig
+from rkv_sglang.config import BY_REPEAT, BY_TASK, REQUEST, PolicyConfig
+from rkv_sglang.integration.runtime.prefixes.judging import DocumentAttention
 from rkv_sglang.kernels import dispatch, warmup
 from rkv_sglang.policies import POLICIES, granularities_of, is_blind, make_policy
 from rkv_sglang.policies.base import ScoreInputs, as_scored
 from rkv_sglang.sizes.compaction_plan import plan_drop
-from rkv_sglang.sizes.prompt_plan import PromptPlan
+from rkv_sglang.sizes.prompt_plan import PrefixPlan, PromptPlan
 from tests.kernels import test_gpu
 from tests.policies.cases import model_with_statistics
 
@@ -127,6 +130,44 @@ def test_a_compacted_prompt_stays_on_its_device_and_waits_for_nothing(
             model=model,
         )
     assert {"_select_kept_kernel", "_move_kept_kernel"} <= set(launched)
+
+
+@pytest.mark.parametrize("judge", [BY_TASK, BY_REPEAT])
+def test_a_judged_document_stays_on_its_device_and_waits_for_nothing(
+    seed: int, judge: str, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Several blocks of everything.
+    monkeypatch.setattr(document_attention, "JUDGING_BYTES", 2**14)
+    monkeypatch.setattr(document_attention, "REPEAT_CHUNK", 50)
+    case = test_gpu.Case(seed, torch.bfloat16, 1)
+    slots, (num_layers, _, _, *head_shape) = case.slots, case.queries.shape
+    length, first = len(slots) // 2 - 1, len(slots) - (len(slots) // 2 - 1 if judge == BY_REPEAT else 30)
+    length = length if judge == BY_REPEAT else first
+    scored: Any = SimpleNamespace(
+        buffers=case.buffers, attention=test_gpu.some_model(), follow_scales=lambda: case.buffers.set_scales(*ones)
+    )
+    ones = [[1.0] * num_layers] * 2
+    req_to_token = torch.zeros(3, len(slots) + 5, dtype=torch.int32, device=DEVICE)
+    req = SimpleNamespace(kv=SimpleNamespace(req_pool_idx=1))
+    judging = DocumentAttention(judge, length, first, len(slots), scored, req_to_token, req)
+    new_slots, plan = slots[:40].clone(), PrefixPlan(length, length, 40)
+    with NoWaitingCopy():
+        for place in range(0, len(slots), 37):
+            queries = torch.randn(min(37, len(slots) - place), *head_shape, device=DEVICE, dtype=torch.bfloat16)
+            for layer in range(num_layers):
+                judging.see(layer, queries, place)
+        judging.finish()
+        verdict = judging.verdict(make_policy(PolicyConfig()), WINDOW)
+        prompt.compact_prompts(
+            case.buffers,
+            [DueRequest(plan, slots[:length], length)],
+            [new_slots],
+            lambda part, layers: verdict.queries[layers, None],
+            verdict.policy,
+            WINDOW,
+        )
+    assert judging.is_complete and launched
+    assert set(launched) <= {"_select_kept_kernel", "_move_kept_kernel"}
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
