@@ -17,9 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 from rkv_sglang.algorithm import document_attention
+from rkv_sglang.algorithm.model_attention import ModelAttention
 from rkv_sglang.algorithm.query_statistics import QueryStatistics
 from rkv_sglang.cache import compact, prompt
 from rkv_sglang.cache.block_choice import choose_by_scores
+from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import DueRequest
 from rkv_sglang.config import BY_REPEAT, BY_TASK, REQUEST, PolicyConfig
 from rkv_sglang.integration.runtime.prefixes.judging import DocumentAttention
@@ -136,32 +138,32 @@ def test_a_compacted_prompt_stays_on_its_device_and_waits_for_nothing(
 def test_a_judged_document_stays_on_its_device_and_waits_for_nothing(
     seed: int, judge: str, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Several blocks of everything.
+    # Several blocks and chunks of everything.
     monkeypatch.setattr(document_attention, "JUDGING_BYTES", 2**14)
-    monkeypatch.setattr(document_attention, "REPEAT_CHUNK", 50)
-    case = test_gpu.Case(seed, torch.bfloat16, 1)
-    slots, (num_layers, _, _, *head_shape) = case.slots, case.queries.shape
-    length, first = len(slots) // 2 - 1, len(slots) - (len(slots) // 2 - 1 if judge == BY_REPEAT else 30)
-    length = length if judge == BY_REPEAT else first
-    scored: Any = SimpleNamespace(
-        buffers=case.buffers, attention=test_gpu.some_model(), follow_scales=lambda: case.buffers.set_scales(*ones)
+    monkeypatch.setattr(document_attention, "REPEAT_CHUNK", 20)
+    num_layers, num_slots, num_kv_heads, head_dim, length, input_len = 2, 200, 2, 32, 40, 84
+    sides = [[torch.zeros(num_slots, num_kv_heads, head_dim, device=DEVICE)] * num_layers for _ in "kv"]
+    ones = [1.0] * num_layers
+    buffers = KVBuffers.from_layers(*sides, dtype=torch.float32, key_scales=ones, value_scales=ones)
+    pool: Any = SimpleNamespace(
+        buffers=buffers, attention=ModelAttention(), follow_scales=lambda: buffers.set_scales(ones, ones)
     )
-    ones = [[1.0] * num_layers] * 2
-    req_to_token = torch.zeros(3, len(slots) + 5, dtype=torch.int32, device=DEVICE)
+    req_to_token = torch.zeros(3, 90, dtype=torch.int32, device=DEVICE)
     req = SimpleNamespace(kv=SimpleNamespace(req_pool_idx=1))
-    judging = DocumentAttention(judge, length, first, len(slots), scored, req_to_token, req)
-    new_slots, plan = slots[:40].clone(), PrefixPlan(length, length, 40)
+    first = length if judge == BY_TASK else input_len - length
+    judging = DocumentAttention(judge, length, first, input_len, pool, req_to_token, req)
+    slots = torch.arange(1, num_slots, device=DEVICE)
     with NoWaitingCopy():
-        for place in range(0, len(slots), 37):
-            queries = torch.randn(min(37, len(slots) - place), *head_shape, device=DEVICE, dtype=torch.bfloat16)
+        for place in range(0, input_len, 60):
+            queries = torch.randn(min(60, input_len - place), 2 * num_kv_heads, head_dim, device=DEVICE)
             for layer in range(num_layers):
                 judging.see(layer, queries, place)
         judging.finish()
         verdict = judging.verdict(make_policy(PolicyConfig()), WINDOW)
         prompt.compact_prompts(
-            case.buffers,
-            [DueRequest(plan, slots[:length], length)],
-            [new_slots],
+            buffers,
+            [DueRequest(PrefixPlan(length, verdict.resident_len, 30), slots[:length], length)],
+            [slots[-30:]],
             lambda part, layers: verdict.queries[layers, None],
             verdict.policy,
             WINDOW,

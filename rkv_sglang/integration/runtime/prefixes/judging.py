@@ -1,20 +1,34 @@
-"""What is seen of those who judge a document, layer by layer while its request is prefilled."""
+"""Queries of those who judge a document, seen layer by layer while its request is prefilled."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from rkv_sglang.algorithm.document_attention import add_attention
+from rkv_sglang.algorithm.model_attention import ModelAttention
+from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.step_tensors import read_slots
 from rkv_sglang.policies import GivenScores, Policy
 
-if TYPE_CHECKING:
-    from rkv_sglang.integration.runtime.parts import Scored
+
+class Pool(Protocol):
+    """The KV pool, and how the model attends to it; see ``parts.Scored``."""
+
+    @property
+    def buffers(self) -> KVBuffers:
+        """All layers of this rank."""
+
+    @property
+    def attention(self) -> ModelAttention:
+        """How logits are made."""
+
+    def follow_scales(self) -> None:
+        """Bring the factors of an fp8 pool up to date."""
 
 
 @dataclass(frozen=True)
@@ -119,20 +133,20 @@ class DocumentAttention(Judging):
         judge: As in ``add_attention``.
         length: Tokens of the document.
         first, input_len: As for ``Judging``.
-        scored: The pool, and how the model attends.
+        pool: Where the keys are.
         req_to_token: The index map.
         req: The request of the prompt.
     """
 
     def __init__(
-        self, judge: str, length: int, first: int, input_len: int, scored: Scored, req_to_token: Tensor, req: Any
+        self, judge: str, length: int, first: int, input_len: int, pool: Pool, req_to_token: Tensor, req: Any
     ) -> None:
-        super().__init__(first, input_len, scored.buffers.keys.num_layers)
+        super().__init__(first, input_len, pool.buffers.keys.num_layers)
         self._judge = judge
-        self._scored = scored
+        self._pool = pool
         self._req_to_token = req_to_token
         self._req = req
-        self._shape = (self.num_layers, scored.buffers.keys.num_kv_heads, length)
+        self._shape = (self.num_layers, pool.buffers.keys.num_kv_heads, length)
         self._scores: Tensor | None = None
         self._slots: Tensor | None = None
         # Layer, queries, and the place of the first.
@@ -151,7 +165,7 @@ class DocumentAttention(Judging):
     def verdict(self, policy: Policy, window: int) -> Verdict:
         assert self._scores is not None
         nothing = self._scores.new_empty(self.num_layers, window, 0, 0)
-        scores = GivenScores(self._scores, self._scored.buffers.keys.first_layer)
+        scores = GivenScores(self._scores, self._pool.buffers.keys.first_layer)
         return Verdict(scores, self._shape[2], nothing)
 
     def _begin(self, place: int, end: int) -> None:
@@ -159,18 +173,19 @@ class DocumentAttention(Judging):
         if self._waiting is not None and self._waiting[2] + len(self._waiting[1]) != place:
             self._waiting = None
         if end > self.first:
-            self._scored.follow_scales()
+            self._pool.follow_scales()
             # Anew in each pass: the radix tree may have put others of the same content in their place.
             self._slots = read_slots(self._req_to_token, [self._req.kv.req_pool_idx], [end])[0]
 
     def _take(self, layer: int, queries: Tensor, place: int) -> None:
-        self._waiting = (layer, queries, place)
+        # A copy: the tensor is the model's, and of all requests of the batch.
+        self._waiting = (layer, queries.clone(), place)
 
     def _judge_waiting(self) -> None:
         if self._waiting is None:
             return
         (layer, queries, place), self._waiting = self._waiting, None
-        slots, buffers = self._slots, self._scored.buffers
+        slots, buffers = self._slots, self._pool.buffers
         assert slots is not None
         if self._scores is None:
             self._scores = torch.zeros(self._shape, dtype=torch.float32, device=queries.device)
@@ -183,6 +198,6 @@ class DocumentAttention(Judging):
             place,
             self.input_len,
             lambda head, places: buffers.keys_of_head(layer, head, slots[places]),
-            self._scored.attention,
+            self._pool.attention,
         )
         self._num_judged[layer] += len(queries)
