@@ -26,6 +26,7 @@ LAYERS = (
     "policies",
     "kernels",
     "cache",
+    "client",
     "view",
     "plan_command",
     "patching",
@@ -279,7 +280,9 @@ def test_the_arithmetic_of_sizes_imports_no_engine_and_no_gpu_code():
     assert heavy_imports(f"import {names}") == ("[]", 0)
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["doctor", "--help"], ["view", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["doctor", "--help"], ["view", "--help"], ["prefix", "--help"], ["--version"]]
+)
 def test_the_command_shows_its_help_without_engine_and_gpu_code(argv: list[str]):
     assert heavy_imports(f"from rkv_sglang.cli import main; main({argv})") == ("[]", 0)
 
