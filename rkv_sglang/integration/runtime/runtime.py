@@ -251,7 +251,9 @@ class Runtime:
         # From here on tokens and slots no longer match, so the tree must not take this request's tail.
         job.req.skip_radix_cache_insert = True
         kv.kv_allocated_len = kv.kv_committed_len = job.plan.kept_len
-        is_needed_soon = job.config.buffer <= self.config.window or isinstance(job.plan, PromptPlan)
+        # A request that was computed again keeps up to a block more than its budget, and is due that much sooner.
+        steps_left = job.config.capacity - job.plan.budget
+        is_needed_soon = steps_left <= self.config.window or isinstance(job.plan, PromptPlan)
         if self.parts.scored is not None and not is_needed_soon:
             self.parts.scored.query_window.release(kv.req_pool_idx)
         job.state.record(job.plan)
