@@ -10,6 +10,20 @@ _DELETED = (_TESTS, "-k", "gives_all_back")
 
 PREFIXES = (
     Mutant(
+        "a prompt that stayed whole is compacted once a prefix is deleted",
+        "integration/runtime/prompts/pending.py",
+        "pool_size = parts.pool_size_for(req) if state.pool_size is None else state.pool_size",
+        "pool_size = parts.pool_size_for(req)",
+        (_TESTS, "-k", "decided_once"),
+    ),
+    Mutant(
+        "a long answer keeps a prefix from being made",
+        "integration/runtime/prefixes/room.py",
+        "if state is not None and state.evicted_tokens > 0:",
+        "if False:",
+        (_TESTS, "-k", "outgrown_the_pool"),
+    ),
+    Mutant(
         "a named prefix may be evicted",
         _MAKING,
         "    return tree_cache.lock(result.last_device_node)",
@@ -66,14 +80,14 @@ PREFIXES = (
         (_TESTS, "-k", "waits_for_its_slots"),
     ),
     Mutant(
-        "a task that the tree has is not computed",
+        "a prefix's task is taken from the tree",
         _HOOKS,
         "return min(max_prefix_len, made.length)",
         "return max_prefix_len",
         _SHARED,
     ),
     Mutant(
-        "a document is judged by another layer's queries",
+        "a prefix's document is judged by another layer's queries",
         _MAKING,
         "lambda part, layers: queries[layers, None],",
         "lambda part, layers: queries.roll(1, 0)[layers, None],",
