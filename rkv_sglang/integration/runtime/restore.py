@@ -25,6 +25,7 @@ from rkv_sglang.integration.runtime.requests import (
     trace_of,
 )
 from rkv_sglang.integration.runtime.runtime import Runtime
+from rkv_sglang.kernels.transfer import sent
 from rkv_sglang.sizes.reservation import most_growth, tokens_to_reserve
 
 logger = logging.getLogger(__name__)
@@ -237,12 +238,11 @@ def add_evicted_tokens(forward_batch: Any, batch: Any) -> None:
         return
     positions = forward_batch.positions
     offsets = evicted.repeat_interleave(torch.tensor(batch.extend_lens))
-    offsets = offsets.pin_memory() if positions.is_cuda else offsets
-    offsets = offsets.to(positions, non_blocking=True)
+    offsets = sent(offsets.to(positions.dtype), positions.device)
     forward_batch.positions = positions + offsets
     if forward_batch.mrope_positions is not None:
         forward_batch.mrope_positions = forward_batch.mrope_positions + offsets
-    setattr(forward_batch, EVICTED_ATTRIBUTE, evicted.to(positions.device, non_blocking=True))
+    setattr(forward_batch, EVICTED_ATTRIBUTE, sent(evicted, positions.device))
 
 
 def end_if_hopeless(req: Any) -> bool:

@@ -89,8 +89,8 @@ PREFIXES = (
     Mutant(
         "a prefix's document is judged by another layer's queries",
         _MAKING,
-        "lambda part, layers: queries[layers, None],",
-        "lambda part, layers: queries.roll(1, 0)[layers, None],",
+        "lambda part, layers: verdict.queries[layers, None],",
+        "lambda part, layers: verdict.queries.roll(1, 0)[layers, None],",
         _SHARED,
     ),
 )
