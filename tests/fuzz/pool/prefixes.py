@@ -82,11 +82,11 @@ class NamedPrefixes:
             numbers: Of the tokens of document and task, ``[tokens]``, int64.
         """
         prefix = made_by(req)
-        assert prefix is not None
+        assert prefix is not None and prefix.judging is not None
         places = torch.arange(first, len(numbers), dtype=torch.float32)
         queries = places.view(-1, 1, 1).expand(-1, NUM_QO_HEADS, HEAD_DIM)
         for layer in range(self._pools.num_layers):
-            prefix.see(layer, self._pools.num_layers, queries, first, len(numbers))
+            prefix.judging.see(layer, queries, first)
         forward_mode = SimpleNamespace(is_extend=lambda: True)
         make_prefixes(self._parts, self._pools.runtime.policy, SimpleNamespace(forward_mode=forward_mode, reqs=[req]))
         if not prefix.is_made:
