@@ -244,9 +244,49 @@ def test_who_makes_a_prefix_waits_for_its_slots_and_nobody_is_preempted(rng):
     assert [len(output.output_ids) for output in result.outputs] == [70, 60, 1]
 
 
+def test_whether_a_prompt_is_compacted_is_decided_once(rng):
+    prompt, setting = random_ids(rng, 50), Setting(budget=12, buffer=8, window=4)
+    request = greedy(prompt, 50, at_step=100)
+    request.sampling_params["custom_params"] = {"kv_prompt_budget": 30}
+    # Of 100 slots it could take all, with both prompts: but not beside a prefix, which is deleted as it decodes.
+    requests = [
+        asking({"create": NAME, "length": 30, "budget": 20}, random_ids(rng, 36)),
+        request,
+        asking({"delete": NAME}, [5], at_step=108),
+        greedy(prompt, 50, at_step=400),
+    ]
+    requests[3].sampling_params["custom_params"] = {"kv_prompt_budget": 30}
+    flags = [*FLAGS, "--max-total-tokens", "100", *setting.flags]
+    result = run_scheduler(flags, requests, env={"RKV_PROBE_MAX_LOCKED": "20"})
+    result.assert_clean()
+    assert result.outputs[2].info["kv_prefix"] == {"deleted": NAME}
+    for i, prompt_budget in ((1, None), (3, 30)):
+        output = result.outputs[i]
+        sizes = {"budget": 12, "buffer": 8, "window": 4, "prompt_budget": prompt_budget}
+        expected = dense_generate(MODEL, prompt, 50, **sizes, guessed_output_ids=output.output_ids)
+        assert_same_tokens(output.output_ids, expected, f"prompt budget {prompt_budget}")
+        assert output.info["kv_compactions"] == len(expected.compactions)
+
+
 # Small enough that histories soon outgrow what the prefix leaves of the pool.
 SMALL = Setting(budget=10, buffer=6, window=4)
 SMALL_CREATE = {"create": NAME, "length": 40, "budget": 16}
+
+
+def test_a_prefix_is_made_beside_an_answer_that_has_outgrown_the_pool(rng):
+    requests = [
+        greedy(random_ids(rng, 8), 160),
+        asking(SMALL_CREATE, random_ids(rng, 49), at_step=130),
+        asking({"delete": NAME}, [5], at_step=140),
+    ]
+    flags = [*FLAGS, "--max-total-tokens", "110", *SMALL.flags]
+    result = run_scheduler(flags, requests, env={"RKV_PROBE_MAX_LOCKED": "16"})
+    result.assert_clean()
+    assert result.probe.retractions == 0 and len(result.outputs[0].output_ids) == 160
+    assert [output.info["kv_prefix"] for output in result.outputs[1:]] == [
+        {"name": NAME, "length": 40, "budget": 16, "judge": "policy"},
+        {"deleted": NAME},
+    ]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from rkv_sglang.config import BY_POLICY, PREFIX_FIELD, PolicyConfig
 from rkv_sglang.integration.runtime.parts import Parts
 from rkv_sglang.integration.runtime.prefixes.asked import Asked
 from rkv_sglang.integration.runtime.prefixes.named import made_by, unsay
-from rkv_sglang.integration.runtime.requests import CONFIG_ATTRIBUTE
+from rkv_sglang.integration.runtime.requests import CONFIG_ATTRIBUTE, known_state_of
 from rkv_sglang.sizes.pages import ceil_to_page
 
 # What attention is added up in may take, of all documents together that are being judged by it. It comes out of what
@@ -90,7 +90,12 @@ def _needed(parts: Parts, req: Any) -> int:
     if config is None:
         # As SGLang counts: a page more, and one token.
         return ceil_to_page(num_seen, page_size) + min(left, _most_new(parts, num_seen)) + page_size + 1
-    return ceil_to_page(num_seen + min(left, config.capacity), page_size)
+    most = num_seen + min(left, config.capacity)
+    state = known_state_of(req)
+    if state is not None and state.evicted_tokens > 0:
+        # One that could not be computed again comes back with what it holds, and then waits for a window of queries.
+        most = min(most, state.held_prompt_len + config.capacity + config.window)
+    return ceil_to_page(most, page_size)
 
 
 def _most_new(parts: Parts, num_seen: int) -> int:
