@@ -7,7 +7,6 @@ _NAMED, _HOOKS = "integration/runtime/prefixes/named.py", "integration/hooks/res
 _TESTS = "tests/e2e/test_prefixes.py"
 _SHARED = (_TESTS, "-k", "oracle_says and rkv")
 _DELETED = (_TESTS, "-k", "gives_all_back")
-_JUDGED = ("tests/e2e/test_prefix_judges.py",)
 
 PREFIXES = (
     Mutant(
@@ -85,13 +84,13 @@ PREFIXES = (
         "integration/runtime/prefixes/judging.py",
         "        self._waiting = (layer, queries.clone(), place)\n",
         "        self._waiting = (layer, queries.clone(), place)\n        self._judge_waiting()\n",
-        _JUDGED,
+        ("tests/integration/runtime/test_judging.py",),
     ),
     Mutant(
         "a document is judged by a task that sees the next token",
         "algorithm/document_attention.py",
         "is_later = keys > places[:, None]",
         "is_later = keys > places[:, None] + 1",
-        _JUDGED,
+        ("tests/algorithm/test_document_attention.py",),
     ),
 )
