@@ -93,8 +93,8 @@ def dense_prefix(
     *,
     window: int = 8,
     score: ScoreFunction,
-    num_judging: int | None = None,
     fp8: Fp8 | None = None,
+    num_judging: int | None = None,
 ) -> Prefix:
     """Keep ``budget`` tokens of a document per layer and KV head: the first 4, the last ``window``, the best between.
 
