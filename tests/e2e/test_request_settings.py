@@ -311,7 +311,8 @@ def test_the_command_makes_a_prefix_of_two_files_lists_and_deletes_it(server, tm
     document_ids, task_ids = tokenizer(document)["input_ids"], tokenizer(task)["input_ids"]
     create = ["create", "--name", "gates", "--document", str(tmp_path / "doc"), "--task", str(tmp_path / "task")]
     status, line = ran(*create, "--budget", "32")
-    assert status == 0 and line.startswith(f"gates: 32 of {len(document_ids)} tokens; requests go on from it with")
+    made = f"gates: 32 of {len(document_ids)} tokens, judged by policy"
+    assert status == 0 and line.startswith(f"{made}; requests go on from it with")
     status, line = ran(*create, "--budget", "32")
     assert status == 1 and "the server refuses (status 400): kv_prefix 'gates' is there already: take another" in line
     status, line = ran(*create, "--budget", "3000")
@@ -322,7 +323,7 @@ def test_the_command_makes_a_prefix_of_two_files_lists_and_deletes_it(server, tm
     assert_same_tokens(
         used["output_ids"], dense_generate(MODEL, prompt, 9, budget=32, buffer=16, prefix=prefix), "behind two files"
     )
-    assert ran("list") == (0, f"gates: 32 of {len(document_ids)} tokens\n")
+    assert ran("list") == (0, f"{made}\n")
     assert ran("delete", "--name", "gates") == (0, "gates is deleted\n")
 
 
