@@ -153,7 +153,7 @@ def _ask_with_prefixes(
         for judge in judges:
             behind = [*repeat, *asked.document] if judge == REPEATED else asked.task
             for kept in lengths:
-                prefixes.create_of_ids(NAME, asked.document, behind, kept, judge)
+                prefixes.create(NAME, asked.document, behind, kept, judge)
                 study.note(judge or setting.name, kept, _share(server, asked, [], NAME))
                 prefixes.delete(NAME)
 

@@ -74,7 +74,7 @@ def knows_judge(server: Server, judge: str, text: Sequence[int], budget: int) ->
     """
     prefixes, name = Prefixes(server.url), f"tried with {judge}"
     try:
-        prefixes.create_of_ids(name, text, text, budget, judge)
+        prefixes.create(name, text, text, budget, judge)
     except ValueError as error:
         if re.search(_UNKNOWN_FORM, str(error)):
             return False
