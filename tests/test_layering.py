@@ -209,6 +209,12 @@ def test_no_modules_import_each_other_in_a_circle_even_for_types():
     assert circle(there_and_back) == ["rkv_sglang.a", "rkv_sglang.b", "rkv_sglang.c.d"]
 
 
+def test_what_goes_to_a_device_goes_where_it_is_seen_to_be_pinned():
+    """A copy from other memory is waited for whatever it is asked for, which no test without a GPU would notice."""
+    allowed = {f"{PACKAGE}.kernels.transfer", f"{PACKAGE}.algorithm.rope", f"{PACKAGE}.cache.host_copy"}
+    assert {name for name, source in package_sources().items() if "non_blocking" in source} == allowed
+
+
 def test_every_hook_is_made_in_the_room_of_hooks():
     makers = modules_that_make_hooks(package_sources())
     assert makers and all(module.startswith(f"{PACKAGE}.integration.hooks.") for module in makers)

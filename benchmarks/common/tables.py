@@ -367,9 +367,16 @@ FUZZ = Table(
         Column("tokenizer", int, "", "1: the scheduler has one, for stop strings and grammars"),
         Column("mixed_chunk", int, "", "1: requests decode inside prefill batches"),
         Column("tight_pool", int, "", "1: histories do not fit the pool, so preempted requests are restored"),
+        Column("named_prefixes", int, "", "1: requests make, use, list and delete named prefixes"),
         Column("requests", int, "", "requests of the schedule"),
         Column("own_settings", int, "requests", "with a budget of their own, or without a policy"),
         Column("penalties", int, "requests", "with penalties on what they generated"),
+        Column("prefixes_made", int, "requests", "that made a named prefix"),
+        Column("prefixes_deleted", int, "requests", "that deleted one"),
+        Column("behind_prefix", int, "requests", "that went on from one, and whose answers were compared"),
+        Column(
+            "prefix_refusals", int, "requests", "answered with 400 and a line about named prefixes, as they had to be"
+        ),
         Column("aborts", int, "requests", "to be aborted"),
         Column("forced_retractions", int, "", "times that a request was retracted by force"),
         Column("pauses", int, "", "times that the server was paused"),

@@ -266,7 +266,7 @@ def test_garbage_gets_400_and_one_line_from_every_endpoint_and_nothing_stays_of_
 def test_a_prefix_is_made_used_listed_and_deleted_over_http(server):
     document, prompt = six_prompts()[3], list(six_prompts()[4])
     create = {"create": "handbook", "length": 100, "budget": 32}
-    info = {"name": "handbook", "length": 100, "budget": 32}
+    info = {"name": "handbook", "length": 100, "budget": 32, "judge": "policy"}
 
     def ask(ids, value, path="/generate"):
         params = {"temperature": 0, "max_new_tokens": 9, "ignore_eos": True, "custom_params": {"kv_prefix": value}}
