@@ -12,14 +12,13 @@ from typing import Any
 
 from rkv_sglang.client.prefixes import Prefixes
 from rkv_sglang.client.server import API_KEY_VARIABLE
-from rkv_sglang.config import PREFIX_FIELD
+from rkv_sglang.config import BY_POLICY, BY_TASK, PREFIX_FIELD
 from rkv_sglang.messages import one_line, shown
 from rkv_sglang.user_files import check_writable, read_text, reason
 from rkv_sglang.view.record_text import text_trace
 from rkv_sglang.view.trace import DOCUMENT, write_trace
 
 ACTIONS = ("create", "list", "delete")
-JUDGES = ("policy", "task")
 
 
 def add_prefix_flags(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +37,9 @@ def add_prefix_flags(parser: argparse.ArgumentParser) -> None:
         "--no-task", action="store_true", help="the document is judged by its own repetition, for whatever may come"
     )
     create.add_argument(
-        "--judge", choices=JUDGES, help="by what the task judges: the server's policy (default), or all its attention"
+        "--judge",
+        choices=(BY_POLICY, BY_TASK),
+        help="by what the task judges: the server's policy (default), or all its attention",
     )
     create.add_argument(
         "--save-trace",

@@ -11,12 +11,11 @@ from tqdm import tqdm
 
 from rkv_sglang.client.server import answered, raise_refusal, server_info
 from rkv_sglang.client.tokens import Tokenizer
-from rkv_sglang.config import PREFIX_FIELD
+from rkv_sglang.config import BY_REPEAT, PREFIX_FIELD
 from rkv_sglang.messages import shown
 
 # Behind a document that is to be judged by its own repetition.
 REPEAT = "\n\nRepeat the text above, word for word:\n\n"
-JUDGE_WITHOUT_TASK = "repeat"
 # A request that asks for nothing else needs a token, and every vocabulary has this one.
 ANY_TOKEN = 0
 # A document may be long, and the server busy with others.
@@ -69,7 +68,7 @@ class Prefixes:
             traced: Whether ``kv_trace`` is to say what is kept, under ``document``.
         """
         behind = [*self.tokenizer().ids(REPEAT), *document] if task is None else task
-        judge = JUDGE_WITHOUT_TASK if task is None else judge
+        judge = BY_REPEAT if task is None else judge
         wish = {"create": name, "length": len(document), "budget": budget}
         wish |= {} if judge is None else {"judge": judge}
         with _showing(f"{len(document)} tokens and {len(behind)} that judge them"):

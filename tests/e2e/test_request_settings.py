@@ -336,6 +336,10 @@ def test_the_command_makes_a_prefix_of_two_files_lists_and_deletes_it(server, tm
     status, line = ran("list")
     assert status == 0 and line.startswith(said)
     assert ran("delete", "--name", "gates") == (0, "gates is deleted\n")
+    # Without the task, by the document again.
+    status, line = ran(*create[:-2], "--no-task", "--budget", "32")
+    assert status == 0 and line.startswith(f"{said}, judged by repeat; requests")
+    assert ran("delete", "--name", "gates") == (0, "gates is deleted\n")
 
 
 @pytest.mark.server
