@@ -284,7 +284,7 @@ def test_a_prefix_is_made_beside_an_answer_that_has_outgrown_the_pool(rng):
     result.assert_clean()
     assert result.probe.retractions == 0 and len(result.outputs[0].output_ids) == 160
     assert [output.info["kv_prefix"] for output in result.outputs[1:]] == [
-        {"name": NAME, "length": 40, "budget": 16},
+        {"name": NAME, "length": 40, "budget": 16, "judge": "policy"},
         {"deleted": NAME},
     ]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from devtools.tiny_models import SLIDING_WINDOW, tiny_model_path
-from rkv_sglang.config import HEAD, REQUEST
+from rkv_sglang.config import BY_POLICY, HEAD, REQUEST
 from rkv_sglang.sizes.compaction_plan import block_of_pages
 
 # What the dense oracle knows of a request's sampling parameters.
@@ -196,7 +196,8 @@ class FuzzRequest:
     @property
     def made(self) -> dict[str, Any]:
         """What answers say of the named prefix that it makes."""
-        return {"name": self.prefix["create"], "length": self.prefix["length"], "budget": self.prefix["budget"]}
+        sizes = {name: self.prefix[name] for name in ("length", "budget")}
+        return {"name": self.prefix["create"], **sizes, "judge": self.prefix.get("judge", BY_POLICY)}
 
     @property
     def needs_itself_alone(self) -> bool:

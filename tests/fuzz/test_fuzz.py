@@ -181,7 +181,8 @@ def test_a_record_of_named_prefixes_that_differs_in_one_thing_is_not_passed(runs
     assert counts["refused for a prefix"] == 2
     rids = [rid_of(record["number"], index) for index in range(len(schedule.requests))]
     said = record["infos"][rids[2]]["kv_prefix"]
-    assert said == {"name": "a", "length": 15, "budget": 8} and record["infos"][rids[3]]["kv_prefix"] == [said]
+    assert said == {"name": "a", "length": 15, "budget": 8, "judge": "policy"}
+    assert record["infos"][rids[3]]["kv_prefix"] == [said]
 
     def saying(index, value):
         info = {**record["infos"].get(rids[index], {}), "kv_prefix": value}
