@@ -32,7 +32,7 @@ def test_tokens_are_those_of_one_rank_though_one_idles_and_the_other_is_preempte
     flags = ["--model-path", str(model), "--tp-size", str(tp_size), "--attn-dp-size", "2"]
     flags += ["--max-total-tokens", "90", *setting.flags]
     env = ON_A_CPU | {"SGLANG_CPU_OMP_THREADS_BIND": "|".join("0101"[:tp_size])}
-    result = run_scheduler(flags, requests, controls=controls, env=env)
+    result = run_scheduler(flags, requests, controls=controls, env=env, timeout=120)
     restores = outputs_at_restores(result, rid_of(0))
     assert len(restores) == 1
     for i, (prompt, length, output) in enumerate(zip(prompts, LENGTHS, result.outputs, strict=True)):
