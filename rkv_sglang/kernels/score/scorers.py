@@ -25,6 +25,7 @@ from rkv_sglang.policies import (
     H2O,
     RKV,
     BeaconKV,
+    GivenScores,
     Half,
     KeyDiff,
     LongFlow,
@@ -226,6 +227,11 @@ def _random_attention(policy: RandomAttention, inputs: PagedInputs) -> Tensor:
     return spread(policy.of_heads(hashed, layers, heads), places, keys, inputs.batch.window)
 
 
+def _given(policy: GivenScores, inputs: PagedInputs) -> Tensor:
+    first = inputs.keys.first_layer - policy.first_layer
+    return policy.scores[first : first + inputs.keys.num_layers]
+
+
 # By exact class: what a subclass overrides, a kernel would not know.
 PAGED_SCORERS: dict[type, PagedScorer] = {
     RKV: _rkv,
@@ -241,6 +247,7 @@ PAGED_SCORERS: dict[type, PagedScorer] = {
     Half: _half,
     TriAttention: _triattention,
     BeaconKV: _beaconkv,
+    GivenScores: _given,
 }
 
 
