@@ -86,13 +86,17 @@ def streamer_class(base: Any) -> Any:
         has_additional_customized_info = True
 
         def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[list[Any]]]:
+            from sglang.srt.managers.utils import is_health_check_generate_req
+
             if not any(req.finished() for req in reqs):
                 return {}
             infos = [answer_info(req) if req.finished() else {} for req in reqs]
             for req in reqs:
                 if req.finished() and (state := known_state_of(req)) is not None:
                     state.drop_tensors()
-                    get_runtime().stats.count_answer(state)
+                    # Nobody asked for those, and an idle server has thousands.
+                    if not is_health_check_generate_req(req):
+                        get_runtime().stats.count_answer(state)
             return {key: [[info[key]] if key in info else [] for info in infos] for key in (*KEYS, *OPTIONAL_KEYS)}
 
     return PolicyOutputStreamer
@@ -141,6 +145,7 @@ STREAMER_HOOKS: tuple[Hook, ...] = (
                 "build_additional_customized_info has_additional_customized_info",
             ),
             *names(REQ, "decode_batch_idx extend_batch_idx extend_end finished origin_input_ids output_ids"),
+            f"{MANAGERS}.utils.is_health_check_generate_req",
         ),
     ),
     Hook(
