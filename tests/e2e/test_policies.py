@@ -19,6 +19,11 @@ from tests.support.oracle.policy_scores import score_function
 
 BUDGET, BUFFER = 37, 23
 NUM_TOKENS = 125
+# By what these models attend to, stretches of all three kinds.
+THOUGHTS = {
+    "llama-gqa": {"negligible": 0.001, "execution_up_to": 0.91, "transition_above": 0.916, "rounds": 2},
+    "qwen3": {"negligible": 0.01, "execution_up_to": 0.08, "transition_above": 0.096, "rounds": 2},
+}
 CALIBRATION = {"questions": 2, "answer_tokens": 40}
 
 
@@ -42,6 +47,9 @@ def test_tokens_equal_the_dense_oracle(policy, model_name, page_size, tmp_path):
         parameters = {"theta": 10000.0}
     if policy == "triattention":
         flags += ["--kv-policy-config", json.dumps(CALIBRATION)]
+    if policy == "thinkv":
+        flags += ["--kv-policy-config", json.dumps(THOUGHTS[model_name])]
+        parameters = {**THOUGHTS[model_name], "buffer": BUFFER}
     requests = [greedy(prompt, NUM_TOKENS) for prompt in prompts]
     result = run_scheduler(flags, requests, env={"XDG_CACHE_HOME": str(tmp_path)})
     result.assert_clean()

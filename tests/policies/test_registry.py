@@ -32,7 +32,7 @@ from tests.support.harness.environment import PROJECT_ROOT
 THIRD_PARTY_DIR = PROJECT_ROOT / "tests" / "policies" / "third_party"
 BUILT_IN = (
     *("rkv", "snapkv", "h2o", "streaming_llm", "keydiff", "manifoldkv", "longflow", "random", "random_attention"),
-    *("gkv", "half", "triattention", "beaconkv"),
+    *("gkv", "half", "triattention", "beaconkv", "thinkv"),
 )
 
 
@@ -87,7 +87,7 @@ def test_where_each_choice_can_be_made() -> None:
     granularities = {name: granularities_of(policy) for name, policy in POLICIES.items()}
     assert granularities == {
         **dict.fromkeys(BUILT_IN, ("head", "request")),
-        **dict.fromkeys(("manifoldkv", "longflow", "gkv", "half", "triattention", "beaconkv"), ("head",)),
+        **dict.fromkeys(("manifoldkv", "longflow", "gkv", "half", "triattention", "beaconkv", "thinkv"), ("head",)),
         "random_attention": ("request", "head"),
     }
     assert granularities_of(OfAnotherPackage) == ("head",)

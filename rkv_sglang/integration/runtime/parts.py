@@ -24,7 +24,15 @@ from rkv_sglang.integration.startup.policy_trial import score_problem
 from rkv_sglang.kernels.dispatch import runs_triton
 from rkv_sglang.kernels.paged_batch import FP8_DTYPES
 from rkv_sglang.kernels.warmup import warm_up
-from rkv_sglang.policies import POLICIES, Policy, keeps_prompt_hits, memory_numbers, needs_rope, needs_statistics
+from rkv_sglang.policies import (
+    POLICIES,
+    Policy,
+    keeps_prompt_hits,
+    memory_numbers,
+    needs_rope,
+    needs_statistics,
+    observes,
+)
 from rkv_sglang.sizes.query_rows import num_query_rows
 
 # How much more than what a policy remembers a compaction holds meanwhile.
@@ -124,6 +132,12 @@ def scored_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy
         ),
     )
     attention = attention_of(layers, model_runner.model, policy, config.policy)
+    if observes(policy) and parallel.attn_tp_size > 1:
+        raise RefusedError(
+            f"--kv-policy {config.policy} cannot be used with {parallel.attn_tp_size} tensor-parallel ranks: what it "
+            "decides for all layers it would decide on each rank by the KV heads of that rank; set --tp-size 1 or "
+            "choose another --kv-policy"
+        )
     req_to_token = model_runner.req_to_token_pool.req_to_token
     num_requests = req_to_token.shape[0]
     query_window = QueryWindow(
