@@ -15,13 +15,15 @@ from rkv_sglang.algorithm.validation import check_keys, check_queries
 EXECUTION, REASONING, TRANSITION = 0, 1, 2
 SHRINKS_AS = (1, 2, 0)
 LEAST_KEPT = 4
+# Bounds of a sparsity between which every number lies, so that all is reasoning.
+ONE_KIND = (-1.0, 2.0)
 # Rows of a table, ``[5, num_segments]``, int64: the kind of each segment; how often it shrank; its candidates that are
 # held; how many of them its level allows; how many stay once the budget is filled up.
 KIND, LEVEL, HELD, AIM, KEPT = range(5)
 
 
-def sparsity(queries: Tensor, keys: Tensor, negligible: float, model: ModelAttention) -> Tensor:
-    """Return the share of tokens that get next to no attention in one layer, the mean of the window's steps.
+def sparsities(queries: Tensor, keys: Tensor, negligible: float, model: ModelAttention) -> Tensor:
+    """Return the share of tokens that get next to no attention in one layer, of each of the last steps.
 
     Of a step: the largest logit of each query group, its softmax over all tokens up to the step, the mean over KV
     heads; the share of these that are below ``negligible`` times the largest.
@@ -32,7 +34,7 @@ def sparsity(queries: Tensor, keys: Tensor, negligible: float, model: ModelAtten
         negligible: In [0, 1].
 
     Returns:
-        A number in [0, 1], ``[]``, fp32.
+        Numbers in [0, 1], ``[window]``, fp32.
 
     Raises:
         ValueError: A shape, dtype or device does not fit.
@@ -49,7 +51,7 @@ def sparsity(queries: Tensor, keys: Tensor, negligible: float, model: ModelAtten
     # [window, L]
     attention = logits.masked_fill(is_later, -torch.inf).softmax(dim=2).mean(dim=0)
     is_negligible = (attention < negligible * attention.amax(dim=1, keepdim=True)) & ~is_later
-    return (is_negligible.sum(dim=1) / (last_seen[:, 0] + 1)).mean()
+    return is_negligible.sum(dim=1) / (last_seen[:, 0] + 1)
 
 
 def kind_of(sparse: Tensor, execution_up_to: float, transition_above: float) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from rkv_sglang.algorithm.centroids import nearest_to_centroids
 from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION
-from rkv_sglang.algorithm.thoughts import AIM, HELD, KEPT, kind_of, next_table, sizes_of_levels, sparsity
+from rkv_sglang.algorithm.thoughts import AIM, HELD, KEPT, kind_of, next_table, sizes_of_levels, sparsities
 from tests.algorithm.cases import fresh_seed
 from tests.support.oracle import thoughts as oracle
 
@@ -58,7 +58,7 @@ def test_sparsity_is_its_definition(attempt: int) -> None:
     queries = 3 * torch.randn(window, num_kv_heads * group_size, head_dim)
     keys = torch.randn(num_tokens, num_kv_heads, head_dim)
     for negligible in (0.0, 0.01, 0.3, 1.0):
-        found = float(sparsity(queries, keys, negligible, PLAIN_ATTENTION))
+        found = float(sparsities(queries, keys, negligible, PLAIN_ATTENTION).mean())
         by_head = queries.double().unflatten(1, (num_kv_heads, group_size)).permute(1, 2, 0, 3).numpy()
         expected = oracle.sparsity_of_layer(
             by_head, keys.double().transpose(0, 1).numpy(), negligible, lambda product: product / head_dim**0.5

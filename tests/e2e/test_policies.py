@@ -69,7 +69,7 @@ def test_tokens_equal_the_dense_oracle(policy, model_name, page_size, tmp_path):
 
 
 def the_file_in(folder: Path) -> Path:
-    (path,) = folder.glob("rkv_sglang/query_statistics/*.safetensors")
+    (path,) = folder.glob("rkv_sglang/*/*.safetensors")
     return path
 
 
@@ -102,8 +102,12 @@ def assert_measured_right(model_path: Path, statistics: Path) -> None:
         torch.testing.assert_close(found, pairs.abs().mean(dim=0), atol=1e-4, rtol=1e-4)
 
 
-def test_two_starts_measure_the_same_and_another_models_file_is_refused(tmp_path):
-    flags = ["--kv-policy", "triattention", "--kv-budget", str(BUDGET), "--model-path"]
+@pytest.mark.parametrize(
+    ("policy", "what"),
+    [("triattention", "statistics of this model's queries"), ("thinkv", "bounds of this model's thoughts")],
+)
+def test_two_starts_measure_the_same_and_another_models_file_is_refused(policy, what, tmp_path):
+    flags = ["--kv-policy", policy, "--kv-budget", str(BUDGET), "--model-path"]
     config = ["--kv-policy-config", json.dumps(CALIBRATION)]
     files = []
     for name in ("first", "second"):
@@ -115,7 +119,7 @@ def test_two_starts_measure_the_same_and_another_models_file_is_refused(tmp_path
     config[1] = json.dumps({**CALIBRATION, "statistics": str(files[0])})
     with pytest.raises(SchedulerFailed) as caught:
         run_scheduler([*flags, str(tiny_model_path("llama-gqa")), *config], [])
-    assert f"{files[0]} does not hold statistics of this model's queries: its model is " in caught.value.log
+    assert f"{files[0]} does not hold {what}: its model is " in caught.value.log
 
 
 def test_a_stateful_policy_forgets_what_a_retraction_dropped():

@@ -17,6 +17,9 @@ THINKV_DEFAULTS = {
     "rounds": 4,
     "execution_up_to": None,
     "transition_above": None,
+    "statistics": "",
+    "questions": 32,
+    "answer_tokens": 2048,
 }
 # Between them lies what random queries do.
 THOUGHT_BOUNDS = {"execution_up_to": 0.35, "transition_above": 0.45}

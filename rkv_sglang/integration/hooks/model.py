@@ -70,7 +70,7 @@ def record_queries(layer: Any, q: Any, k: Any, v: Any, forward_batch: Any, *args
     if forward_batch.forward_mode.is_decode():
         runtime.record_queries(layer.layer_id, q, forward_batch)
     elif runtime.meter is not None:
-        runtime.meter.add(layer.layer_id, q, forward_batch.positions)
+        runtime.meter.add(layer.layer_id, q, k, forward_batch.positions)
     elif runtime.is_bound and runtime.parts.prefixes.in_making:
         see_tasks(runtime.parts, layer.layer_id, q, forward_batch)
 

@@ -9,9 +9,18 @@ import torch
 from torch import Tensor
 
 from rkv_sglang.algorithm.centroids import nearest_to_centroids
-from rkv_sglang.algorithm.thoughts import AIM, HELD, REASONING, kind_of, next_table, sizes_of_levels, sparsity
+from rkv_sglang.algorithm.thoughts import (
+    AIM,
+    HELD,
+    ONE_KIND,
+    REASONING,
+    kind_of,
+    next_table,
+    sizes_of_levels,
+    sparsities,
+)
 from rkv_sglang.policies.base import ScoreInputs
-from rkv_sglang.policies.parameters import check_at_least, check_fraction
+from rkv_sglang.policies.parameters import check_at_least, check_calibration, check_fraction
 
 # Layers whose attention tells what kind of thought it is.
 NUM_OBSERVED = 4
@@ -45,6 +54,9 @@ class ThinKV:
         rounds: Rounds of the k-means, 0 or more.
         execution_up_to: Sparsity up to which a segment is execution; None, as the next: measured by the server.
         transition_above: Sparsity above which it is transition.
+        statistics: Path of a file of both bounds; empty: the server makes one when it first starts with the model.
+        questions: Questions that the model is asked for it, 1 to 32.
+        answer_tokens: Length of each answer.
     """
 
     default_buffer: ClassVar[int] = 128
@@ -54,6 +66,9 @@ class ThinKV:
     rounds: int = 4
     execution_up_to: float | None = None
     transition_above: float | None = None
+    statistics: str = ""
+    questions: int = 32
+    answer_tokens: int = 2048
 
     def __post_init__(self) -> None:
         check_at_least("buffer", self.buffer, 1)
@@ -61,6 +76,7 @@ class ThinKV:
             raise ValueError(f"buffer must be at most {MOST_IN_SEGMENT}, the tokens of a segment, got {self.buffer}")
         check_at_least("rounds", self.rounds, 0)
         check_fraction("negligible", self.negligible)
+        check_calibration(self.questions, self.answer_tokens)
         if (self.execution_up_to is None) != (self.transition_above is None):
             raise ValueError("execution_up_to and transition_above are two bounds of one measure: give both or none")
         low, high = self.bounds
@@ -71,7 +87,7 @@ class ThinKV:
     def bounds(self) -> tuple[float, float]:
         """Both bounds; without any, everything is reasoning."""
         if self.execution_up_to is None or self.transition_above is None:
-            return -1.0, 2.0
+            return ONE_KIND
         return self.execution_up_to, self.transition_above
 
     def observed_layers(self, layers: Sequence[int]) -> list[int]:
@@ -85,7 +101,7 @@ class ThinKV:
 
     def observe(self, layers: Sequence[ScoreInputs]) -> Tensor:
         """See ``Policy``: return the table of segments, ``[5, num_segments]``, int64."""
-        sparse = [sparsity(own.queries, own.keys, self.negligible, own.model) for own in layers]
+        sparse = [sparsities(own.queries, own.keys, self.negligible, own.model).mean() for own in layers]
         kind = kind_of(torch.stack(sparse).mean(), *self.bounds)
         return next_table(layers[0].observed, kind, *_sizes(layers[0]), self.buffer)
 
