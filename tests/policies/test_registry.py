@@ -141,7 +141,7 @@ def test_snapkv_is_rkv_without_redundancy() -> None:
         ("beaconkv", {"num_beacons": 61}, "num_recent 4 and num_beacons 61 are together more than 64"),
         ("triattention", {"questions": 33}, "questions must be at most 32, got 33"),
         ("triattention", {"answer_tokens": 0}, "answer_tokens must be at least 1, got 0"),
-        ("thinkv", {"buffer": 257}, "buffer must be at most 256, the tokens of a segment, got 257"),
+        ("thinkv", {"buffer": 129}, "buffer must be at most 128, the tokens of a segment, got 129"),
         ("thinkv", {"rounds": -1}, "rounds must be at least 0, got -1"),
         ("thinkv", {"questions": 33}, "questions must be at most 32, got 33"),
         ("thinkv", {"transition_above": 0.9}, "execution_up_to and transition_above are two bounds of one measure"),

@@ -24,8 +24,8 @@ from rkv_sglang.policies.parameters import check_at_least, check_calibration, ch
 
 # Layers whose attention tells what kind of thought it is.
 NUM_OBSERVED = 4
-# A program of the kernel looks at a whole segment.
-MOST_IN_SEGMENT = 256
+# A program of the kernel looks at a whole segment, and has no registers for a longer one.
+MOST_IN_SEGMENT = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class ThinKV:
     each are too many; that a key is taken once; the number of rounds.
 
     Attributes:
-        buffer: Length of a segment, at most 256; the buffer of the server unless it is given.
+        buffer: Length of a segment, at most 128; the buffer of the server unless it is given.
         negligible: Share of the largest attention, in [0, 1].
         rounds: Rounds of the k-means, 0 or more.
         execution_up_to: Sparsity up to which a segment is execution; None, as the next: measured by the server.

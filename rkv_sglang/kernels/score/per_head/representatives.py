@@ -17,7 +17,6 @@ from rkv_sglang.algorithm.centroids import SAME_DISTANCE
 from rkv_sglang.algorithm.thoughts import AIM, HELD, sizes_of_levels
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
 from rkv_sglang.kernels.score.checks import check_pool
-from rkv_sglang.kernels.score.config import NUM_STAGES
 from rkv_sglang.kernels.score.device import BATCH_POINTERS, VARYING_SIZES, key_rows, load_tile
 from rkv_sglang.kernels.score.places import places_of, spread
 from rkv_sglang.kernels.score.pool_pass import POINTER_TYPES, aot_constants, pass_constants
@@ -28,8 +27,12 @@ SAME = tl.constexpr(1.0 + SAME_DISTANCE)
 CHOSEN_SCORE = tl.constexpr(CHOSEN)
 # Dimensions that are read at a time for the distance to one key, and to all centroids: more of these takes too many
 # registers, and fewer too much of the interpreter's time.
-WIDTH = 32
+WIDTH = 16
 CENTROID_WIDTH, INTERPRETED_WIDTH = 1, 16
+# Centroids that are looked at together, and the warps that hold the distances of a segment's keys to them in their
+# registers.
+SLOTS = 32
+NUM_WARPS = 8
 
 
 @triton.jit
@@ -47,7 +50,7 @@ def _apart(rows, inside, other, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, E4M
 
 @triton.jit
 def _to_centroids(rows, inside, weights, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, E4M3: tl.constexpr):
-    """Return the squared distances of keys to the means that ``weights``, ``[BLOCK_S, BLOCK_K]``, make of them."""
+    """Return the squared distances of keys to the means that ``weights``, ``[BLOCK_S, SLOTS]``, make of them."""
     distances = tl.zeros(weights.shape, tl.float32)
     for start in range(0, HEAD_DIM, WIDTH):
         keys = load_tile(rows, inside, start, HEAD_DIM, WIDTH, E4M3).to(tl.float32)
@@ -55,6 +58,18 @@ def _to_centroids(rows, inside, weights, HEAD_DIM: tl.constexpr, WIDTH: tl.const
         difference = keys[:, None, :] - centroids[None, :, :]
         distances += tl.sum(difference * difference, axis=2)
     return distances
+
+
+@triton.jit
+def _weights(joined, started, inside, slots):
+    """Return by how much each key counts for the centroids ``slots``, ``[BLOCK_S, SLOTS]``, fp32.
+
+    ``joined`` and ``started`` are the numbers of the centroids that keys joined and that start from them.
+    """
+    members = (inside[:, None] & (joined[:, None] == slots[None, :])).to(tl.float32)
+    counts = tl.sum(members, axis=0)
+    starts = (started[:, None] == slots[None, :]).to(tl.float32)
+    return tl.where((counts > 0)[None, :], members / tl.maximum(counts, 1.0)[None, :], starts)
 
 
 @triton.jit(
@@ -81,6 +96,7 @@ def choose_representatives_kernel(
     ROUNDS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SLOTS: tl.constexpr,
     WIDTH: tl.constexpr,
     CENTROID_WIDTH: tl.constexpr,
 ):
@@ -102,8 +118,6 @@ def choose_representatives_kernel(
         base = tl.load(key_ptrs + layer).to(tl.pointer_type(ELEMENT)) + head * stride_head
         page_ptr = kv_indices_ptr + tl.load(kv_indptr_ptr + request)
         rows = key_rows(base, page_ptr, first + points, inside, stride_page, stride_slot, PAGE_SIZE, ALIGNMENT)
-        slots = tl.arange(0, BLOCK_K)
-        is_wanted = slots < wanted
 
         all_alike = tl.where(inside, 1.0 / held, 0.0)[:, None] + tl.zeros([BLOCK_S, 1], tl.float32)
         apart = tl.sum(_to_centroids(rows, inside, all_alike, HEAD_DIM, CENTROID_WIDTH, E4M3), axis=1)
@@ -117,20 +131,28 @@ def choose_representatives_kernel(
             to_best = _apart(rows, inside, base + other, HEAD_DIM, WIDTH, E4M3)
             apart = tl.where(step == 0, to_best, tl.minimum(apart, to_best))
 
-        starts = (started[:, None] == slots[None, :]).to(tl.float32)
-        distances = _to_centroids(rows, inside, starts, HEAD_DIM, CENTROID_WIDTH, E4M3)
-        for _ in tl.static_range(ROUNDS):
-            nearest = tl.argmin(tl.where(is_wanted[None, :], distances, float("inf")), axis=1)
-            joined = (inside[:, None] & (nearest[:, None] == slots[None, :])).to(tl.float32)
-            counts = tl.sum(joined, axis=0)
-            weights = tl.where((counts > 0)[None, :], joined / tl.maximum(counts, 1.0)[None, :], starts)
+        nearest = tl.full([BLOCK_S], -1, tl.int32)
+        for _ in range(ROUNDS):
+            least = tl.full([BLOCK_S], float("inf"), tl.float32)
+            joined = nearest
+            for some in range(0, BLOCK_K, SLOTS):
+                slots = some + tl.arange(0, SLOTS)
+                weights = _weights(joined, started, inside, slots)
+                distances = _to_centroids(rows, inside, weights, HEAD_DIM, CENTROID_WIDTH, E4M3)
+                distances = tl.where((slots < wanted)[None, :], distances, float("inf"))
+                own = tl.min(distances, axis=1)
+                nearest = tl.where(own < least, tl.argmin(distances, axis=1) + some, nearest)
+                least = tl.minimum(own, least)
+        for some in range(0, BLOCK_K, SLOTS):
+            slots = some + tl.arange(0, SLOTS)
+            weights = _weights(nearest, started, inside, slots)
             distances = _to_centroids(rows, inside, weights, HEAD_DIM, CENTROID_WIDTH, E4M3)
-        for step in range(wanted):
-            own = tl.sqrt_rn(tl.sum(tl.where((slots == step)[None, :], distances, 0.0), axis=1))
-            own = tl.where(inside & (taken == 0), own, float("inf"))
-            near = inside & (taken == 0) & (own <= tl.min(own, axis=0) * SAME)
-            best = tl.min(tl.where(near, points, BLOCK_S), axis=0)
-            taken = tl.where(points == best, 1, taken)
+            for step in range(some, tl.minimum(some + SLOTS, wanted)):
+                own = tl.sqrt_rn(tl.sum(tl.where((slots == step)[None, :], distances, 0.0), axis=1))
+                own = tl.where(inside & (taken == 0), own, float("inf"))
+                near = inside & (taken == 0) & (own <= tl.min(own, axis=0) * SAME)
+                best = tl.min(tl.where(near, points, BLOCK_S), axis=0)
+                taken = tl.where(points == best, 1, taken)
     scores = scores_ptr + layer_head * num_tokens + tl.load(token_indptr_ptr + request) + first + points
     is_taken = taken == 1
     tl.store(scores, tl.load(scores, mask=is_taken, other=0.0) + CHOSEN_SCORE, mask=is_taken)
@@ -185,24 +207,21 @@ def representatives_paged(
         *(keys.num_kv_heads, batch.num_tokens, len(request)),
         *(keys.stride_page, keys.stride_slot, keys.stride_head),
         **_constants(pass_constants(keys, WIDTH), segment, rounds, centroid_width),
-        num_warps=num_warps(segment),
-        num_stages=NUM_STAGES,
+        num_warps=NUM_WARPS,
+        num_stages=1,
     )
     return scores
-
-
-def num_warps(segment: int) -> int:
-    """Return the warps that hold the distances of a segment's keys to its centroids in their registers."""
-    return 8 if segment <= 128 else 16
 
 
 def _constants(of_pass: dict[str, Any], segment: int, rounds: int, centroid_width: int) -> dict[str, Any]:
     others = {name: value for name, value in of_pass.items() if name not in ("BLOCK", "BLOCK_D")}
     most = max(sizes_of_levels(segment)[1:], default=1)
+    block_k = max(16, int(triton.next_power_of_2(most)))
     return others | {
         "ROUNDS": rounds,
         "BLOCK_S": max(16, int(triton.next_power_of_2(segment))),
-        "BLOCK_K": max(16, int(triton.next_power_of_2(most))),
+        "BLOCK_K": block_k,
+        "SLOTS": min(SLOTS, block_k),
         "WIDTH": WIDTH,
         "CENTROID_WIDTH": centroid_width,
     }
@@ -216,12 +235,12 @@ AOT_CASES: list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]] = [
         choose_representatives_kernel,
         {name: _TYPES.get(name, "i32") for name in choose_representatives_kernel.arg_names if name.islower()},
         _constants(aot_constants(dtype, head_dim), segment, 4, CENTROID_WIDTH),
-        num_warps(segment),
-        NUM_STAGES,
+        NUM_WARPS,
+        1,
     )
     for name, dtype, head_dim, segment in (
         ("bf16", torch.bfloat16, 128, 128),
-        ("bf16", torch.bfloat16, 64, 256),
+        ("bf16", torch.bfloat16, 64, 64),
         ("fp32", torch.float32, 256, 128),
         ("e4m3", torch.float8_e4m3fn, 128, 128),
     )
