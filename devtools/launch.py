@@ -22,8 +22,8 @@ from typing import Any
 
 import psutil
 
-from rkv_sglang.view.http import open_url
-from rkv_sglang.view.record import stream_events
+from rkv_sglang.client.http import open_url
+from rkv_sglang.client.server import stream_events
 
 # The default attention backend on x86 needs AMX kernels; without a GPU SGLang would size its pool by all free memory.
 CPU_FLAGS = (

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from rkv_sglang import __version__
+from rkv_sglang.client.command import add_prefix_flags, run_prefix
 from rkv_sglang.patching.command import add_patch_flags, run_patch
 from rkv_sglang.plan_command import add_plan_flags, print_plan
 from rkv_sglang.view.command import add_view_flags, run_view
@@ -43,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     view = commands.add_parser("view", help="write an HTML page that shows which tokens of an answer the cache kept")
     add_view_flags(view)
     view.set_defaults(run=run_view)
+    prefix = commands.add_parser(
+        "prefix", help="have a server compress a document once, under a name that requests share; list, delete"
+    )
+    add_prefix_flags(prefix)
+    prefix.set_defaults(run=run_prefix)
     patch = commands.add_parser("patch", help="put the patches for SGLang into one on disk, take them out, or look")
     add_patch_flags(patch)
     patch.set_defaults(run=run_patch)

@@ -14,6 +14,9 @@ POLICY_FIELD = "kv_policy"
 PARAMETERS_FIELD = "kv_policy_config"
 # Under this name requests make and use named prefixes.
 PREFIX_FIELD = "kv_prefix"
+# Who judges the document of one: the server's policy, all of the task, or the document itself, repeated.
+BY_POLICY, BY_TASK, BY_REPEAT = "policy", "task", "repeat"
+JUDGES = (BY_POLICY, BY_TASK, BY_REPEAT)
 # Holds the policy's flags for programs that make the record of server arguments themselves and cannot pass them on.
 ARGS_VARIABLE = "RKV_SGLANG_ARGS"
 # First tokens of a prompt that stay when it is compacted, attention sinks (arXiv 2309.17453).

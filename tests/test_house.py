@@ -119,7 +119,7 @@ def test_names_that_benchmarks_share_are_said_once():
 
 
 def test_servers_are_spoken_to_in_one_place_that_needs_no_proxy_for_this_machine():
-    own, clients = "rkv_sglang.view.http", {"urllib.request", "http.client", "requests", "httpx", "urllib3"}
+    own, clients = "rkv_sglang.client.http", {"urllib.request", "http.client", "requests", "httpx", "urllib3"}
     for room in (TOOLS, PACKAGE, BENCHMARKS):
         for module, source in sources(room).items():
             imported = {target for _, target in imported_modules(module, source)}

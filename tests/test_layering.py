@@ -26,6 +26,7 @@ LAYERS = (
     "policies",
     "kernels",
     "cache",
+    "client",
     "view",
     "plan_command",
     "patching",
@@ -207,6 +208,12 @@ def test_no_modules_import_each_other_in_a_circle_even_for_types():
     assert circle(there_and_back) == ["rkv_sglang.a", "rkv_sglang.b", "rkv_sglang.c.d"]
 
 
+def test_what_goes_to_a_device_goes_where_it_is_seen_to_be_pinned():
+    """A copy from other memory is waited for whatever it is asked for, which no test without a GPU would notice."""
+    allowed = {f"{PACKAGE}.kernels.transfer", f"{PACKAGE}.algorithm.rope", f"{PACKAGE}.cache.host_copy"}
+    assert {name for name, source in package_sources().items() if "non_blocking" in source} == allowed
+
+
 def test_every_hook_is_made_in_the_room_of_hooks():
     makers = modules_that_make_hooks(package_sources())
     assert makers and all(module.startswith(f"{PACKAGE}.integration.hooks.") for module in makers)
@@ -273,7 +280,9 @@ def test_the_arithmetic_of_sizes_imports_no_engine_and_no_gpu_code():
     assert heavy_imports(f"import {names}") == ("[]", 0)
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["doctor", "--help"], ["view", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["doctor", "--help"], ["view", "--help"], ["prefix", "--help"], ["--version"]]
+)
 def test_the_command_shows_its_help_without_engine_and_gpu_code(argv: list[str]):
     assert heavy_imports(f"from rkv_sglang.cli import main; main({argv})") == ("[]", 0)
 

@@ -18,7 +18,7 @@ from benchmarks.accuracy.store import Sample, SampleStore
 from benchmarks.common.asking import ask_side_by_side
 from benchmarks.common.settings import Setting, as_file_name
 from devtools.launch import Server, ServerError, has_gpu, launched_server
-from rkv_sglang.view.http import open_url
+from rkv_sglang.client.http import open_url
 
 # A large model is read from a disk, and a busy machine is slow.
 STARTUP_TIMEOUT_S = 7200

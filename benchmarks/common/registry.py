@@ -17,6 +17,8 @@ from benchmarks.common.tables import (
     MEMORY,
     MUTATIONS,
     POOL_MACHINE,
+    PREFIX_LOAD,
+    PREFIX_RECALL,
     QUALITY_FORCED,
     QUALITY_FREE,
     QUALITY_POSITION,
@@ -101,6 +103,11 @@ BENCHMARKS = (
     Benchmark("accuracy", "benchmarks.accuracy", (Plot("benchmarks.accuracy.report:plot", (ACCURACY,)),), _WORK),
     Benchmark("idle_cost", "benchmarks.idle_cost", (Plot("benchmarks.idle_cost:plot", (IDLE_COST, FIRST_TOKEN)),)),
     Benchmark("frontend", "benchmarks.frontend", (Plot("benchmarks.frontend.report:plot", (FRONTEND,)),)),
+    Benchmark(
+        "prefixes",
+        "benchmarks.prefixes",
+        (Plot("benchmarks.prefixes.report:plot", (PREFIX_LOAD, PREFIX_RECALL)),),
+    ),
     Benchmark("memory", "benchmarks.memory", (Plot("benchmarks.memory:plot", (MEMORY,)),)),
     # What is searched is the tests' own; here by name, as all of them.
     Benchmark("fuzz", "tests.fuzz", (Plot("tests.fuzz.report:plot_schedules", (FUZZ,)),)),

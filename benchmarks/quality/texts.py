@@ -5,58 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.common.notebook import REMARKS, STATIONS
+
 RECALL_QUESTION = (
     "Keep a notebook. Write down everyday remarks and the code of every station, and write the code of a station again "
     "whenever it is needed."
 )
 RECALL_FORMS = ("mixed", "early")
-# Each of them stands in a text once, and no remark of the notebook has a digit or one of these names in it.
-STATIONS = (
-    *("Alpha", "Bravo", "Delta", "Echo", "Hotel", "India", "Juliet", "Kilo", "Lima", "Mike", "Oscar", "Papa"),
-    *("Quebec", "Romeo", "Sierra", "Tango", "Victor", "Whiskey", "Yankee", "Zulu", "Apple", "Cherry", "Lemon", "Mango"),
-)
-REMARKS = (
-    "The morning was cold and the windows were covered with frost.",
-    "A grey cat slept on the wall beside the old post office.",
-    "Two children carried a basket of apples down the hill.",
-    "The bus was late again because of the work on the bridge.",
-    "Someone had left a green umbrella in the waiting room.",
-    "After lunch the wind turned and brought the smell of the sea.",
-    "The baker gave away the bread that he had not sold.",
-    "An old song was playing on the radio in the kitchen.",
-    "The library closes early in summer and late in winter.",
-    "My neighbour painted her front door in a bright yellow.",
-    "The river is higher than last week but the path is dry.",
-    "A letter came from my cousin who lives near the mountains.",
-    "The lamp in the corridor flickers when the lift moves.",
-    "We talked about the harvest and about the price of wood.",
-    "Swallows were circling above the roof of the church.",
-    "The doctor said that the knee needs rest and patience.",
-    "In the afternoon the market was full of visitors.",
-    "The clock in the hall has stopped and nobody winds it.",
-    "She planted roses where the old fence used to stand.",
-    "A thin layer of dust lay on all the books.",
-    "The soup was too salty but the dessert was excellent.",
-    "They are repairing the roof before the rain begins.",
-    "His bicycle has a new bell and a broken light.",
-    "The teacher read a story about a fox and a crow.",
-    "Clouds gathered in the west while we walked home.",
-    "The train to the coast was almost empty today.",
-    "I forgot my gloves and had to keep my hands in my pockets.",
-    "The coffee machine at work makes a strange noise.",
-    "A painter set up his easel by the harbour.",
-    "Our meeting was moved to the small room upstairs.",
-    "The garden gate needs oil because it squeaks.",
-    "Fresh snow had fallen on the fields during the night.",
-    "The museum shows pictures of ships and of storms.",
-    "She laughed at the joke although she knew it already.",
-    "The dog next door barks at every passing car.",
-    "We bought candles and matches for the evening.",
-    "The bridge is lit with blue lights after dark.",
-    "He keeps his tools in a wooden box under the stairs.",
-    "The new shop sells maps, ropes and warm blankets.",
-    "At noon the bells rang and the square became quiet.",
-)
 # Tokens of a line, roughly: how many lines make a text of a given length.
 _TOKENS_A_LINE = 13
 # How many lines after a fact it is asked for; long ones first, while there is room for them.

@@ -17,11 +17,11 @@ import psutil
 from benchmarks.common import settings
 from benchmarks.common.settings import STOCK_ENVIRONMENT, Setting
 from devtools.launch import Server, ServerError, has_gpu
+from rkv_sglang.client.http import open_url
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.policies import is_stateful, make_policy, memory_numbers
 from rkv_sglang.sizes.memory_plan import ModelShape
 from rkv_sglang.sizes.query_rows import num_query_rows
-from rkv_sglang.view.http import open_url
 
 STOCK, FP8 = "stock", "fp8"
 # Tokens singly and at once, as differences; the log tells the batch size every so many decode steps.

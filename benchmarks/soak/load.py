@@ -12,7 +12,7 @@ from typing import Any
 
 from devtools.launch import Server, ServerError
 from devtools.tiny_models import VOCAB_SIZE
-from rkv_sglang.view.http import open_url
+from rkv_sglang.client.http import open_url
 
 # How often each way to ask is taken.
 WAYS = {"whole": 5, "stream": 3, "abort": 1, "leave": 1}

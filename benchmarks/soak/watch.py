@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from devtools.launch import Server
-from rkv_sglang.view.http import open_url
+from rkv_sglang.client.http import open_url
 
 # Processes by what their titles contain; the first that fits.
 ROLES = ("scheduler", "detokenizer")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from rkv_sglang.kernels.gathered import as_numbers
 from rkv_sglang.kernels.paged_batch import PagedBuffers
 from rkv_sglang.kernels.transfer import to_device
 
@@ -55,6 +56,10 @@ class KVBuffers:
         """Take other factors of the layers, as ``from_layers`` does; written in place, on the current stream."""
         for side, scales in ((self.keys, key_scales), (self.values, value_scales)):
             side.scales.copy_(to_device(scales, torch.float32, side.device))
+
+    def keys_of_head(self, layer: int, head: int, slots: torch.Tensor) -> torch.Tensor:
+        """Return the keys of one head in some slots, dequantised, ``[len(slots), head_dim]`` fp32: a copy, no sync."""
+        return as_numbers(self.keys, layer, self.keys.tensors[layer].flatten(0, 1)[:, head].index_select(0, slots))
 
     def of_layers(self, layers: slice) -> "KVBuffers":
         """Return the pool of some layers only, which shares their tensors with this one; waits for nothing."""

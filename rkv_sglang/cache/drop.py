@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from rkv_sglang.cache.block_choice import BlockChoice
-from rkv_sglang.kernels.transfer import to_device
+from rkv_sglang.kernels.transfer import sent, to_device
 from rkv_sglang.sizes.compaction_plan import DropPlan
 
 
@@ -24,7 +24,7 @@ def drop_blocks(
     Args:
         req_to_token: Slot of every token, ``[max_requests, max_len]``, int32, contiguous.
         rows: Of each request its row; distinct.
-        plans, choices: Of each request; choices on any device.
+        plans, choices: Of each request; choices all on the map's device, or all on the CPU.
         page_size: Consecutive slots of a page, which a block consists of.
 
     Returns:
@@ -47,7 +47,7 @@ def drop_blocks(
     numbers = to_device([*itertools.chain(*known)], torch.int64, device)
     kept_start, target, dropped_start, tail_place, tail_target = torch.split(numbers, [len(part) for part in known])
     kept, dropped = (
-        torch.cat([part.to(device, non_blocking=True) for part in parts])
+        sent(torch.cat(parts), device)
         for parts in ([choice.kept for choice in choices], [choice.dropped for choice in choices])
     )
     offsets = torch.arange(block, device=device)

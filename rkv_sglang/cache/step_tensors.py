@@ -42,8 +42,8 @@ def subtract_evicted(
         seq_lens, seq_lens_cpu: ``[bs]``, int64, on the device and on the CPU.
         evicted: Tokens evicted of each request of the batch.
     """
-    evicted_cpu = torch.tensor(evicted, dtype=seq_lens_cpu.dtype, pin_memory=seq_lens.is_cuda)
-    return seq_lens - evicted_cpu.to(seq_lens, non_blocking=True), seq_lens_cpu - evicted_cpu
+    on_device = to_device(evicted, seq_lens.dtype, seq_lens.device)
+    return seq_lens - on_device, seq_lens_cpu - torch.tensor(evicted, dtype=seq_lens_cpu.dtype)
 
 
 def warm_up_step(query_window: QueryWindow, req_to_token: torch.Tensor) -> None:

@@ -106,7 +106,11 @@ def score_inputs(
 
 def _gather(buffers: PagedBuffers, layer: int, pages: Tensor, num_tokens: int) -> Tensor:
     """Return the first tokens of some pages, dequantised, ``[num_tokens, num_kv_heads, head_dim]`` fp32. A copy."""
-    tokens = buffers.tensors[layer][pages].flatten(0, 1)[:num_tokens]
+    return as_numbers(buffers, layer, buffers.tensors[layer][pages].flatten(0, 1)[:num_tokens])
+
+
+def as_numbers(buffers: PagedBuffers, layer: int, stored: Tensor) -> Tensor:
+    """Return what was copied out of one layer, dequantised, as fp32 of the same shape."""
     if buffers.dtype in FP8_DTYPES:
-        return tokens.view(buffers.dtype).float() * buffers.scales[layer]
-    return tokens.float()
+        return stored.view(buffers.dtype).float() * buffers.scales[layer]
+    return stored.float()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rkv_sglang.kernels.transfer import to_device
+from rkv_sglang.kernels.transfer import sent, to_device
 from rkv_sglang.sizes.pages import pages_needed
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -162,7 +162,7 @@ class PagedBatch:
         block[2 * (bs + 1) :] = torch.tensor(
             [0, *itertools.accumulate(num_pages), *last_page_lens, *prompt_lens, *budgets], dtype=torch.int32
         )
-        block = block.to(kv_indices.device, non_blocking=True)
+        block = sent(block, kv_indices.device)
         sizes = [2 * (bs + 1), bs + 1, bs, bs, bs]
         token_indptr, kv_indptr, kv_last_page_len, prompt_lens_device, budgets_device = torch.split(block, sizes)
         if page_table is not None:

@@ -1,6 +1,7 @@
 """Policies: rules that score the tokens of a request. ``registry`` has them by name."""
 
 from rkv_sglang.policies.base import (
+    GivenScores,
     Places,
     Policy,
     Scored,
@@ -40,6 +41,7 @@ __all__ = [
     "POLICIES",
     "RKV",
     "BeaconKV",
+    "GivenScores",
     "Half",
     "KeyDiff",
     "LongFlow",

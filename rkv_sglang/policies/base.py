@@ -158,6 +158,24 @@ class Policy(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class GivenScores:
+    """Stands in the place of a policy where the scores of one request are there already.
+
+    Attributes:
+        scores: Of all its tokens, those of the window too, ``[num_layers, num_kv_heads, L]``, fp32.
+        first_layer: Number in the whole model of the first of these layers.
+    """
+
+    scores: Tensor
+    first_layer: int = 0
+
+    def score(self, inputs: ScoreInputs) -> Tensor:
+        """Return those of a layer as ``Policy.score`` does; nothing but lengths is looked at."""
+        num_scored = len(inputs.keys) - len(inputs.queries)
+        return self.scores[inputs.layer - self.first_layer, :, :num_scored]
+
+
 def as_scored(result: Tensor | Scored) -> Scored:
     """Return what ``Policy.score`` returned, with the state that it means, and a choice as scores that lead to it."""
     scored = result if isinstance(result, Scored) else Scored(result, result)

@@ -23,6 +23,7 @@ class RequestState:
         prompt_len: Tokens of the prompt.
         max_new_tokens: Most tokens the request may generate.
         prefix_gap: Tokens by which the named prefix that the request goes on from counts more than its slots.
+        pool_size: What the pool had for the request and others when it was admitted; None before.
         evicted_tokens: Tokens evicted since the last prefill, those of the prompt among them.
         evicted_prompt_tokens: Those of the prompt.
         compactions: Compactions over the whole life of the request.
@@ -40,6 +41,7 @@ class RequestState:
     prompt_len: int
     max_new_tokens: int
     prefix_gap: int = 0
+    pool_size: int | None = None
     evicted_tokens: int = 0
     evicted_prompt_tokens: int = 0
     compactions: int = 0
@@ -82,6 +84,7 @@ class RequestState:
     def forget_cache(self) -> None:
         """Return to the state before any prefill, as after a retraction: nothing is resident, so nothing is evicted."""
         self.evicted_tokens = self.evicted_prompt_tokens = 0
+        self.pool_size = None
         self.next_check = 0
         self.drop_tensors()
 

@@ -7,9 +7,10 @@ import os
 import sys
 from pathlib import Path
 
+from rkv_sglang.client.server import API_KEY_VARIABLE
 from rkv_sglang.user_files import read_text, reason
 from rkv_sglang.view.page import page_html
-from rkv_sglang.view.record import API_KEY_VARIABLE, record
+from rkv_sglang.view.record import record
 from rkv_sglang.view.trace import Trace, read_trace, write_trace
 
 

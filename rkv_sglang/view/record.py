@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import urllib.error
-from collections.abc import Iterator
-from http.client import HTTPException
 from typing import Any
 
 from tqdm import tqdm
 
-from rkv_sglang.config import NO_POLICY
-from rkv_sglang.messages import one_line, shown
-from rkv_sglang.view.http import open_url
+from rkv_sglang.client.server import opened, raise_refusal, server_info, stream_events
+from rkv_sglang.messages import shown
 from rkv_sglang.view.token_text import token_texts
 from rkv_sglang.view.trace import Trace
 
-# On a command line a key is seen by everybody on the machine.
-API_KEY_VARIABLE = "RKV_SGLANG_API_KEY"
 ANSWER_TIMEOUT_S = 600
-INFO_TIMEOUT_S = 30
 # Every event repeats the whole answer so far, so a long answer comes in few of them.
 MOST_EVENTS = 64
 
@@ -37,7 +29,7 @@ def record(server: str, prompt: str, *, max_new_tokens: int, temperature: float,
             one line.
     """
     server = server.rstrip("/")
-    info = _server_info(server, api_key)
+    info = server_info(server, api_key, without="has no policy to look at: start it with --kv-policy rkv --kv-trace")
     payload = {
         "text": prompt,
         "stream": True,
@@ -76,20 +68,6 @@ def record(server: str, prompt: str, *, max_new_tokens: int, temperature: float,
         raise ValueError(f"{server} answers unlike SGLang with rkv_sglang ({shown(error)} in its answer)") from error
 
 
-def _server_info(server: str, api_key: str | None) -> dict[str, Any]:
-    """Return ``GET /server_info`` of a server with a policy."""
-    if not server.startswith(("http://", "https://")):
-        raise ValueError(f"--server {server} is no address: write http://{server}")
-    with _opened(server, "/server_info", None, INFO_TIMEOUT_S, api_key) as response:
-        try:
-            info = json.load(response)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{server} is no SGLang server: its /server_info is not JSON") from error
-    if not isinstance(info, dict) or info.get("kv_policy", NO_POLICY) == NO_POLICY:
-        raise ValueError(f"{server} has no policy to look at: start it with --kv-policy rkv --kv-trace")
-    return info
-
-
 def _generate(
     server: str, payload: dict[str, Any], incremental: bool, api_key: str | None
 ) -> tuple[str, list[list[Any]], dict[str, Any]]:
@@ -103,12 +81,12 @@ def _generate(
     meta_info: dict[str, Any] = {}
     total = payload["sampling_params"]["max_new_tokens"]
     with (
-        _opened(server, "/generate", payload, ANSWER_TIMEOUT_S, api_key) as response,
+        opened(server, "/generate", payload, ANSWER_TIMEOUT_S, api_key) as response,
         tqdm(total=total, unit="token", desc="answer", leave=False, disable=None) as progress,
     ):
         for event in stream_events(server, response):
             meta_info = event["meta_info"]
-            _raise_refusal(event)
+            raise_refusal(event)
             new_rows = meta_info["output_token_logprobs"]
             text = text + event["text"] if incremental else event["text"]
             rows = rows + new_rows if incremental else new_rows
@@ -118,67 +96,3 @@ def _generate(
     if "kv_trace" not in meta_info:
         raise ValueError(f"{server} recorded nothing: start it with --kv-policy rkv --kv-trace")
     return text, rows, meta_info
-
-
-def _raise_refusal(event: dict[str, Any]) -> None:
-    """Pass on that a server refuses or gives up a request whose stream had begun."""
-    reason = event["meta_info"].get("finish_reason")
-    if reason and reason["type"] == "abort":
-        raise ValueError(f"the server refuses: {one_line(reason.get('message'))}")
-
-
-def _opened(server: str, path: str, payload: dict[str, Any] | None, timeout_s: float, api_key: str | None) -> Any:
-    """Send a request and return the response; a GET without ``payload``."""
-    body = None if payload is None else json.dumps(payload).encode()
-    try:
-        return open_url(server + path, body=body, timeout_s=timeout_s, api_key=api_key)
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
-            raise ValueError(
-                f"the server wants its key (status {error.code}): give --api-key, or the variable {API_KEY_VARIABLE}"
-            ) from error
-        raise ValueError(f"the server refuses (status {error.code}): {_refusal(error)}") from error
-    except urllib.error.URLError as error:
-        raise ValueError(f"{server} does not answer ({one_line(error.reason)}): is a server running there?") from error
-    except (OSError, HTTPException, ValueError) as error:
-        raise ValueError(f"{server} does not answer as a server ({one_line(error)}): check --server") from error
-
-
-def stream_events(server: str, response: Any) -> Iterator[dict[str, Any]]:
-    """Yield the events of a streamed answer of SGLang, until it says that it is done.
-
-    Args:
-        server: What to call the server in a message.
-        response: The lines of the answer, bytes.
-
-    Raises:
-        ValueError: The server refused, broke off, or sent what is no JSON; one line.
-    """
-    try:
-        for line in response:
-            data = line.decode().strip().removeprefix("data:").strip()
-            if data == "[DONE]":
-                return
-            if data:
-                event = json.loads(data)
-                if "error" in event:
-                    raise ValueError(f"the server refuses: {one_line(_message(event))}")
-                yield event
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{server} answers unlike SGLang: an event of its stream is not JSON") from error
-    except (OSError, HTTPException) as error:
-        raise ValueError(f"{server} broke off in the middle of the answer ({one_line(error)})") from error
-    raise ValueError(f"{server} stopped in the middle of the answer: look into its log")
-
-
-def _refusal(error: urllib.error.HTTPError) -> str:
-    """Return what the server says, or the status's own words if that is not in its form."""
-    try:
-        return one_line(_message(json.load(error)))
-    except (OSError, HTTPException, ValueError, LookupError, TypeError, RecursionError):
-        return one_line(error.reason)
-
-
-def _message(answer: Any) -> Any:
-    said = answer["error"]
-    return said["message"] if isinstance(said, dict) else said

@@ -1,13 +1,12 @@
 """A document compressed once under a name, and requests that go on from it."""
 
-import random
 import re
 from functools import cache
 from typing import Any
 
 import pytest
 
-from devtools.tiny_models import tiny_model_path
+from tests.e2e.named_prefixes import BUDGET, CREATE, FLAGS, LENGTH, MODEL, NAME, NUM_TOKENS, asking, refusal_of, texts
 from tests.e2e.workload import (
     Setting,
     assert_same_tokens,
@@ -18,32 +17,10 @@ from tests.e2e.workload import (
     retracting,
 )
 from tests.support.harness.gate import Control
-from tests.support.harness.scheduler import Output, Request, rid_of, run_scheduler
+from tests.support.harness.scheduler import rid_of, run_scheduler
 from tests.support.oracle.dense import DenseResult, Prefix, dense_generate, dense_prefix
 
-MODEL = tiny_model_path("llama-gqa")
-FLAGS = ["--model-path", str(MODEL)]
-LENGTH, BUDGET = 90, 32
-NUM_TOKENS = 60
-NAME = "a handbook"
-CREATE: dict[str, Any] = {"create": NAME, "length": LENGTH, "budget": BUDGET}
 LOCKED = {"RKV_PROBE_MAX_LOCKED": str(BUDGET)}
-
-
-def asking(value: Any, prompt: list[int], num_tokens: int = 1, **fields: Any) -> Request:
-    request = greedy(prompt, num_tokens, **fields)
-    request.sampling_params["custom_params"] = {"kv_prefix": value}
-    return request
-
-
-@cache
-def texts(seed: int = 7) -> tuple[list[int], list[int], list[list[int]]]:
-    """Return a document, a task, and six prompts, of which four begin alike."""
-    rng = random.Random(seed)
-    shared = random_ids(rng, 37)
-    prompts = [[*shared, *random_ids(rng, length)] for length in (3, 9, 26, 1)]
-    prompts += [random_ids(rng, length) for length in (1, 47)]
-    return random_ids(rng, LENGTH), random_ids(rng, 21), prompts
 
 
 @cache
@@ -92,7 +69,7 @@ def test_requests_that_share_a_named_prefix_answer_as_the_oracle_says(policy, pa
     flags = [*FLAGS, "--page-size", str(page_size), *setting.flags, *extra]
     result = run_scheduler(flags, requests, env={"RKV_SGLANG_VERIFY": "1", **LOCKED})
     result.assert_clean()
-    info = {"name": NAME, "length": LENGTH, "budget": BUDGET}
+    info = {"name": NAME, "length": LENGTH, "budget": BUDGET, "judge": "policy"}
     assert [output.info.get("kv_prefix") for output in result.outputs] == [
         *(None, info),
         *[info] * 7,
@@ -109,13 +86,6 @@ def test_requests_that_share_a_named_prefix_answer_as_the_oracle_says(policy, pa
     assert result.outputs[9].cached_tokens >= len(whole) - page_size
     # Held for as long as it is there, and given back.
     assert [idle["protected"] for idle in result.probe.idles][-5:] == [0, BUDGET, BUDGET, BUDGET, 0]
-
-
-def refusal_of(output: Output) -> str:
-    assert output.finish_reason["type"] == "abort" and output.finish_reason["status_code"] == 400, output
-    message = output.finish_reason["message"]
-    assert "\n" not in message and "kv_prefix" not in output.info
-    return str(message)
 
 
 # What is asked, and what the line says of it; the prompts are 111 tokens.
@@ -140,6 +110,20 @@ BAD: list[tuple[Any, str]] = [
     ({**CREATE, "create": "b", "budget": 32.0}, "kv_prefix budget 32.0 is not an integer"),
     ({**CREATE, "create": "b", "length": 104}, "length 104 leaves 7 of the 111 tokens .* set it to 103 or less"),
     ({**CREATE, "create": "b", "length": 10**40}, "leaves 0 of the 111 tokens"),
+    ({**CREATE, "create": "b", "judge": "me"}, "kv_prefix judge 'me' is none of 'policy', 'task', 'repeat': set it to"),
+    ({**CREATE, "create": "b", "judge": ["task"]}, r"kv_prefix judge \['task'\] is none of"),
+    (
+        {**CREATE, "create": "b", "judge": "task", "length": 111},
+        "0 of the 111 .* tokens judge the .* set it to 110",
+    ),
+    (
+        {**CREATE, "create": "b", "judge": "repeat"},
+        "leaves 21 of the 111 tokens that came for the document again",
+    ),
+    (
+        {"create": "b", "length": 50, "budget": 32, "judge": "repeat"},
+        r"the last 50 tokens, and of these token 0 is \d+, in the document \d+: send the document, an instruction to",
+    ),
     ({**CREATE, "create": "b", "budget": 12}, "budget 12 leaves nothing to choose: the first 4 .* set it to 16 or"),
     ({**CREATE, "create": "b", "budget": 33}, r"no multiple of the page of 16 .* set it to 48"),
     ({**CREATE, "create": "b", "budget": 96}, "budget 96 is not less than the length of 90"),
@@ -198,7 +182,7 @@ def test_whatever_is_wrong_is_answered_in_one_line_and_changes_nothing():
     setting = Setting(budget=24, buffer=16)
     result = run_scheduler([*flags, *setting.flags], requests, env=LOCKED)
     result.assert_clean()
-    info = {"name": NAME, "length": LENGTH, "budget": BUDGET}
+    info = {"name": NAME, "length": LENGTH, "budget": BUDGET, "judge": "policy"}
     assert result.outputs[0].info["kv_prefix"] == info
     # While it is made, the name is taken and there is nothing to use.
     assert re.search("is being made: take another name", refusal_of(result.outputs[1]))
@@ -260,9 +244,49 @@ def test_who_makes_a_prefix_waits_for_its_slots_and_nobody_is_preempted(rng):
     assert [len(output.output_ids) for output in result.outputs] == [70, 60, 1]
 
 
+def test_whether_a_prompt_is_compacted_is_decided_once(rng):
+    prompt, setting = random_ids(rng, 50), Setting(budget=12, buffer=8, window=4)
+    request = greedy(prompt, 50, at_step=100)
+    request.sampling_params["custom_params"] = {"kv_prompt_budget": 30}
+    # Of 100 slots it could take all, with both prompts: but not beside a prefix, which is deleted as it decodes.
+    requests = [
+        asking({"create": NAME, "length": 30, "budget": 20}, random_ids(rng, 36)),
+        request,
+        asking({"delete": NAME}, [5], at_step=108),
+        greedy(prompt, 50, at_step=400),
+    ]
+    requests[3].sampling_params["custom_params"] = {"kv_prompt_budget": 30}
+    flags = [*FLAGS, "--max-total-tokens", "100", *setting.flags]
+    result = run_scheduler(flags, requests, env={"RKV_PROBE_MAX_LOCKED": "20"})
+    result.assert_clean()
+    assert result.outputs[2].info["kv_prefix"] == {"deleted": NAME}
+    for i, prompt_budget in ((1, None), (3, 30)):
+        output = result.outputs[i]
+        sizes = {"budget": 12, "buffer": 8, "window": 4, "prompt_budget": prompt_budget}
+        expected = dense_generate(MODEL, prompt, 50, **sizes, guessed_output_ids=output.output_ids)
+        assert_same_tokens(output.output_ids, expected, f"prompt budget {prompt_budget}")
+        assert output.info["kv_compactions"] == len(expected.compactions)
+
+
 # Small enough that histories soon outgrow what the prefix leaves of the pool.
 SMALL = Setting(budget=10, buffer=6, window=4)
 SMALL_CREATE = {"create": NAME, "length": 40, "budget": 16}
+
+
+def test_a_prefix_is_made_beside_an_answer_that_has_outgrown_the_pool(rng):
+    requests = [
+        greedy(random_ids(rng, 8), 160),
+        asking(SMALL_CREATE, random_ids(rng, 49), at_step=130),
+        asking({"delete": NAME}, [5], at_step=140),
+    ]
+    flags = [*FLAGS, "--max-total-tokens", "110", *SMALL.flags]
+    result = run_scheduler(flags, requests, env={"RKV_PROBE_MAX_LOCKED": "16"})
+    result.assert_clean()
+    assert result.probe.retractions == 0 and len(result.outputs[0].output_ids) == 160
+    assert [output.info["kv_prefix"] for output in result.outputs[1:]] == [
+        {"name": NAME, "length": 40, "budget": 16, "judge": "policy"},
+        {"deleted": NAME},
+    ]
 
 
 @pytest.mark.parametrize(

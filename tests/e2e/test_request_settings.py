@@ -11,9 +11,11 @@ import psutil
 import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
+from transformers import AutoTokenizer
 
 from devtools.tiny_models import tiny_model_path
 from rkv_sglang.cache.trace import kept_positions
+from rkv_sglang.cli import main
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.runtime.requests import config_for, marked_prompt_len, wants_trace
 from tests.e2e.workload import Setting, assert_same_tokens, greedy, oracle, six_prompts
@@ -263,7 +265,7 @@ def test_garbage_gets_400_and_one_line_from_every_endpoint_and_nothing_stays_of_
 def test_a_prefix_is_made_used_listed_and_deleted_over_http(server):
     document, prompt = six_prompts()[3], list(six_prompts()[4])
     create = {"create": "handbook", "length": 100, "budget": 32}
-    info = {"name": "handbook", "length": 100, "budget": 32}
+    info = {"name": "handbook", "length": 100, "budget": 32, "judge": "policy"}
 
     def ask(ids, value, path="/generate"):
         params = {"temperature": 0, "max_new_tokens": 9, "ignore_eos": True, "custom_params": {"kv_prefix": value}}
@@ -292,6 +294,36 @@ def test_a_prefix_is_made_used_listed_and_deleted_over_http(server):
     for path in ("/generate", "/v1/completions"):
         unknown = ask(prompt, "handbook", path)
         assert unknown.status_code == 400 and "kv_prefix 'handbook' is unknown here" in unknown.text
+
+
+@pytest.mark.server
+def test_the_command_makes_a_prefix_of_two_files_lists_and_deletes_it(server, tmp_path, capsys):
+    def ran(action, *flags):
+        status = main(["prefix", action, "--server", server.url, *flags])
+        out, err = capsys.readouterr()
+        assert out.count("\n") + err.count("\n") == 1
+        return status, out or err
+
+    document, task = "The north gate is locked at night.\n" * 6, "Which gate is it?"
+    (tmp_path / "doc").write_text(document)
+    (tmp_path / "task").write_text(task)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    document_ids, task_ids = tokenizer(document)["input_ids"], tokenizer(task)["input_ids"]
+    create = ["create", "--name", "gates", "--document", str(tmp_path / "doc"), "--task", str(tmp_path / "task")]
+    status, line = ran(*create, "--budget", "32")
+    assert status == 0 and line.startswith(f"gates: 32 of {len(document_ids)} tokens; requests go on from it with")
+    status, line = ran(*create, "--budget", "32")
+    assert status == 1 and "the server refuses (status 400): kv_prefix 'gates' is there already: take another" in line
+    status, line = ran(*create, "--budget", "3000")
+    assert status == 1 and "kv_prefix budget 3000 is not less than the length of" in line
+    prompt = list(six_prompts()[4])
+    used = server.generate(prompt, {"max_new_tokens": 9, "ignore_eos": True, "custom_params": {"kv_prefix": "gates"}})
+    prefix = dense_prefix(MODEL, document_ids, task_ids, 32, score=SERVER.score)
+    assert_same_tokens(
+        used["output_ids"], dense_generate(MODEL, prompt, 9, budget=32, buffer=16, prefix=prefix), "behind two files"
+    )
+    assert ran("list") == (0, f"gates: 32 of {len(document_ids)} tokens\n")
+    assert ran("delete", "--name", "gates") == (0, "gates is deleted\n")
 
 
 @pytest.mark.server

@@ -1,12 +1,14 @@
 """What must hold after a schedule: every request's tokens, what is said of its cache, and what is counted."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
-from tests.fuzz.expected import FP8_DTYPES, expected_of
+from tests.fuzz.expected.answers import FP8_DTYPES, expected_of
+from tests.fuzz.expected.history import History
+from tests.fuzz.inside.clean_up import FIRST_INDEX
 from tests.fuzz.schedule import FuzzRequest, Schedule, ServerConfig, rid_of
 from tests.support.oracle.dense import SCORE_TOLERANCE
 
@@ -42,12 +44,15 @@ def check(schedule: Schedule, record: dict[str, Any]) -> Verdict:
         verdict.problems.append(f"{violation['violation']}: {violation}")
     if "outputs" not in record:
         return verdict
-    for index, request in enumerate(schedule.requests):
-        rid = rid_of(record["number"], index)
-        if rid not in record["outputs"]:
+    for index in range(len(schedule.requests)):
+        if rid_of(record["number"], index) not in record["outputs"]:
             verdict.problems.append(f"request {index} was never sent")
-            continue
-        problems = _check_request(schedule, index, request, record, verdict.counts)
+    if verdict.problems:
+        return verdict
+    history = History(schedule, record)
+    verdict.problems += history.problems
+    for index, request in enumerate(schedule.requests):
+        problems = _check_request(schedule, index, request, record, history, verdict.counts)
         verdict.problems += [f"request {index}: {problem}" for problem in problems]
     verdict.problems += _check_counters(record)
     if record["retractions"] and not _may_preempt(schedule):
@@ -70,6 +75,7 @@ def _check_request(
     index: int,
     request: FuzzRequest,
     record: dict[str, Any],
+    history: History,
     counts: Counter[str],
 ) -> list[str]:
     rid = rid_of(record["number"], index)
@@ -90,22 +96,59 @@ def _check_request(
     is_cut = end["type"] == "abort"
     if is_cut:
         counts["aborted"] += 1
-        if not _may_be_cut(schedule, request, end, retractions):
+        if index in history.refused:
+            counts["refused for a prefix"] += 1
+        elif not _may_be_cut(schedule, request, end, retractions):
             problems.append(f"it was ended: {end}")
     elif end["type"] == "length" and len(tokens) != request.max_new_tokens:
-        problems.append(f"it was cut at {len(tokens)} of {request.max_new_tokens} tokens")
+        if history.may_be_short(index):
+            request = replace(request, max_new_tokens=len(tokens))
+        else:
+            problems.append(f"it was cut at {len(tokens)} of {request.max_new_tokens} tokens")
+    counts["prefixes made"] += info is not None and request.asks("create") and "kv_prefix" in info
+    counts["prefixes deleted"] += info is not None and request.asks("delete") and "kv_prefix" in info
+    if index in history.refused - history.gone:
+        return problems
+    maker = history.maker_of(index)
+    counts["behind a prefix"] += maker is not None and len(tokens) > 0
     if is_cut and end.get("message") == ENDED_BEFORE_ITS_GRAMMAR:
         counts["not compared"] += 1
     elif request.needs_itself_alone:
-        problems += _compare_alone(tokens, end, retractions, record.get("alone", {}).get(index), counts)
+        alone = record.get("alone", {}).get(index)
+        problems += _compare_alone(tokens, end, retractions, alone, counts)
     else:
         answer = output | {"info": info, "prompt": record["prompts"][rid]}
-        problems += compare_oracle(schedule.server, request, answer, retractions, counts)
+        problems += _compare_with_any(schedule.server, request, answer, retractions, history, maker, counts)
     if info is not None:
-        problems += _check_info(schedule.server, request, record, rid, info)
+        problems += _check_info(schedule.server, request, record, rid, info, history.held_by(index))
     else:
         problems.append("its answer does not say what happened to its cache")
     return problems
+
+
+def _compare_with_any(
+    server: ServerConfig,
+    request: FuzzRequest,
+    answer: dict[str, Any],
+    retractions: list[Any],
+    history: History,
+    maker: FuzzRequest | None,
+    counts: Counter[str],
+) -> list[str]:
+    """Compare an answer with the oracle's, for whatever named prefixes may have held of the pool.
+
+    That decides whether a long prompt is compacted, and nothing else of an answer.
+    """
+    first: list[str] = []
+    for held in history.may_be_held if request.kept_of_prompt(server) else (0,):
+        counted: Counter[str] = Counter()
+        pool = server.pool - held
+        problems = compare_oracle(server, request, answer, retractions, counted, maker=maker, pool=pool)
+        if not problems:
+            counts += counted
+            return []
+        first = first or problems
+    return first
 
 
 def _is_refused(schedule: Schedule, request: FuzzRequest, end: dict[str, Any]) -> bool:
@@ -137,7 +180,8 @@ def _compare_alone(
         # Computed again with full attention, it may go another way, and the oracle does not know these settings.
         counts["not compared"] += 1
         return []
-    (right,) = alone["outputs"].values()
+    # Behind it, in the order of their ids, only what was done to clean up; before it who made its prefix.
+    right = alone["outputs"][max(rid for rid in alone["outputs"] if int(rid[-3:]) < FIRST_INDEX)]
     counts["compared with itself alone"] += 1
     expected = right["output_ids"]
     if end["type"] == "abort":
@@ -155,15 +199,23 @@ def compare_oracle(
     output: dict[str, Any],
     retractions: list[Any],
     counts: Counter[str],
+    *,
+    maker: FuzzRequest | None = None,
+    pool: int | None = None,
 ) -> list[str]:
-    """Return what differs between an answer and the dense oracle's; counts what was compared."""
+    """Return what differs between an answer and the dense oracle's; counts what was compared.
+
+    Args:
+        maker: Who made the named prefix that the request went on from.
+        pool: What the pool has beside named prefixes, where that is not all.
+    """
     tokens, end, info = output["output_ids"], output["finish_reason"], output["info"]
     if not tokens:
         return []
     is_cut = end["type"] == "abort"
     # Where it may have a head start, its own limit says whether it is compacted at all.
     limit = len(tokens) if is_cut and not server.stagger else request.max_new_tokens
-    expected = expected_of(server, request, output["prompt"], limit, retractions, guess=tokens)
+    expected = expected_of(server, request, output["prompt"], limit, retractions, guess=tokens, maker=maker, pool=pool)
     counts["compared with the oracle"] += 1
     counts["compared after a preemption"] += bool(retractions)
     counts["compared after a restore"] += any(place["copied"] for place in retractions)
@@ -191,13 +243,13 @@ def compare_oracle(
 
 
 def _check_info(
-    server: ServerConfig, request: FuzzRequest, record: dict[str, Any], rid: str, info: dict[str, Any]
+    server: ServerConfig, request: FuzzRequest, record: dict[str, Any], rid: str, info: dict[str, Any], num_before: int
 ) -> list[str]:
     if info.get("kv_policy") != ("none" if request.no_policy else server.policy):
         return [f"its answer says policy {info.get('kv_policy')!r}"]
     own = [event for event in record["compactions"] if event["rid"] == rid]
     evicted = sum(event["from_len"] - event["to_len"] for event in own)
-    seen = len(record["prompts"][rid]) + max(len(record["outputs"][rid]["output_ids"]) - 1, 0)
+    seen = num_before + len(record["prompts"][rid]) + max(len(record["outputs"][rid]["output_ids"]) - 1, 0)
     problems = []
     if not record["retractions"].get(rid):
         if (info["kv_compactions"], info["kv_evicted_tokens"]) != (len(own), evicted):

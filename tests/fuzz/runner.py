@@ -60,6 +60,9 @@ def _run_process(schedules: list[Schedule], env: dict[str, str]) -> list[Record]
     variables = {"RKV_SGLANG_VERIFY": "1", "XDG_CACHE_HOME": str(_cache_home(server.model))}
     if server.block is not None:
         variables["RKV_PROBE_MOVES_NOTHING"] = "1"
+    if server.serves_prefixes:
+        # How many exactly, the driver says.
+        variables["RKV_PROBE_MAX_LOCKED"] = str(server.pool)
     job = {
         "flags": with_defaults(server.flags, ["--random-seed", "1", *device_flags()]),
         "env": child_environment(folder / "probe.jsonl", {**variables, **binding, **server.env, **env}),
@@ -104,7 +107,7 @@ def _add_rank(record: Record, other: Record) -> None:
     record["violations"] += other["violations"]
     if "outputs" not in other or "outputs" not in record:
         return
-    for name in ("outputs", "prompts", "infos", "retractions"):
+    for name in ("outputs", "prompts", "infos", "retractions", "sent", "ended"):
         record[name] |= other[name]
     record["compactions"] += other["compactions"]
     record["stats"] = {name: value + other["stats"][name] for name, value in record["stats"].items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from devtools.tiny_models import SLIDING_WINDOW, tiny_model_path
-from rkv_sglang.config import HEAD, REQUEST
+from rkv_sglang.config import BY_POLICY, HEAD, REQUEST
 from rkv_sglang.sizes.compaction_plan import block_of_pages
 
 # What the dense oracle knows of a request's sampling parameters.
@@ -114,6 +114,12 @@ class ServerConfig:
         return self.budget + self.buffer
 
     @property
+    def serves_prefixes(self) -> bool:
+        """Whether it can make named prefixes."""
+        has_one_rank = self.tp_size == self.attn_dp_size == 1
+        return self.granularity == HEAD and self.radix and has_one_rank and self.model != SLIDING_MODEL
+
+    @property
     def least_budget(self) -> int:
         """The smallest that a request may ask for."""
         unit = self.block or 1
@@ -152,6 +158,7 @@ class FuzzRequest:
         ignore_eos: Whether tokens that end an answer are generated like others.
         abort_at: The pass at which it is aborted, counted from the schedule's start.
         abort_after: It is aborted once it has so many tokens.
+        prefix: What it asks of named prefixes, as ``kv_prefix``: a name to go on from, or an object.
         logprobs: Return log-probabilities of the output.
         prompt_logprobs: Return those of the prompt, too, which is then computed anew.
         params: Further sampling parameters; what the oracle does not know of makes it compared with itself alone.
@@ -171,6 +178,7 @@ class FuzzRequest:
     abort_at: int | None = None
     abort_after: int | None = None
     priority: int | None = None
+    prefix: Any = None
     logprobs: bool = False
     prompt_logprobs: bool = False
     params: Mapping[str, Any] = field(default_factory=dict)
@@ -178,6 +186,22 @@ class FuzzRequest:
     def capacity(self, server: ServerConfig) -> int:
         """Most generated tokens it may hold."""
         return (self.budget or server.budget) + (self.buffer or server.buffer)
+
+    def asks(self, action: str) -> bool:
+        """Return whether it asks this of named prefixes: ``create``, ``delete``, ``list`` or ``use``."""
+        return action == "use" if isinstance(self.prefix, str) else action in (self.prefix or {})
+
+    def kept_of_prompt(self, server: ServerConfig) -> int:
+        """Tokens of its prompt that stay where that is longer; 0: all."""
+        if self.no_policy or self.asks("use"):
+            return 0
+        return server.prompt_budget if self.prompt_budget is None else self.prompt_budget
+
+    @property
+    def made(self) -> dict[str, Any]:
+        """What answers say of the named prefix that it makes."""
+        sizes = {name: self.prefix[name] for name in ("length", "budget")}
+        return {"name": self.prefix["create"], **sizes, "judge": self.prefix.get("judge", BY_POLICY)}
 
     @property
     def needs_itself_alone(self) -> bool:
@@ -194,6 +218,8 @@ class FuzzRequest:
             custom["kv_buffer"] = self.buffer
         if self.prompt_budget is not None:
             custom["kv_prompt_budget"] = self.prompt_budget
+        if self.prefix is not None:
+            custom["kv_prefix"] = self.prefix
         if self.no_policy:
             custom["kv_policy"] = "none"
         if self.garbage:

@@ -42,7 +42,10 @@ def size(schedule: Schedule) -> tuple[int, int, int]:
     """Order schedules: requests and events first, then tokens, then settings of requests."""
     requests = schedule.requests
     tokens = sum(len(request.prompt) + request.max_new_tokens + request.at_pass for request in requests)
-    special = sum(bool(request.params) + (request.abort_at is not None) + request.logprobs for request in requests)
+    special = sum(
+        bool(request.params) + (request.abort_at is not None) + request.logprobs + request.asks("use")
+        for request in requests
+    )
     return len(requests) + len(schedule.events), tokens, special
 
 
@@ -71,7 +74,9 @@ def smaller(schedule: Schedule) -> Iterator[Schedule]:
             {"at_pass": 0},
             {"max_new_tokens": max(request.max_new_tokens // 2, 1)},
             {"max_new_tokens": max(request.max_new_tokens - 1, 1)},
-            {"prompt": request.prompt[: max(len(request.prompt) // 2, 1)]},
+            {"prefix": None if request.asks("use") else request.prefix},
+            # Of which a document is a part of its own length.
+            {} if request.asks("create") else {"prompt": request.prompt[: max(len(request.prompt) // 2, 1)]},
         )
         for change in plain:
             less_of_it = dataclasses.replace(request, **change)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from tests.fuzz.campaign import run_and_check
 from tests.fuzz.check import ENDED_IN_THE_QUEUE, check, compare_oracle
 from tests.fuzz.draw.schedules import BLOCK, schedule_of
 from tests.fuzz.draw.servers import server_of
-from tests.fuzz.expected import expected_of
+from tests.fuzz.expected.answers import expected_of
 from tests.fuzz.pool_machine import STEPS, run_search, run_steps
 from tests.fuzz.runner import run_schedules
 from tests.fuzz.schedule import CALIBRATION_ROOM, Event, FuzzRequest, Schedule, ServerConfig, rid_of
@@ -92,9 +92,24 @@ def test_a_schedule_is_the_same_each_time_and_survives_its_file(tmp_path, seed):
     assert schedule_of(seed).to_json() == schedule.to_json()
 
 
+def asking(prefix, *, prompt=PROMPT[:1], max_new_tokens=1, **fields):
+    return FuzzRequest(prompt=prompt, max_new_tokens=max_new_tokens, prefix=prefix, **fields)
+
+
+# A prefix that is made, used, listed, deleted, and asked for once more.
+PREFIX_REQUESTS = (
+    asking({"create": "a", "length": 15, "budget": 8}, prompt=PROMPT),
+    asking({"create": "a", "length": 14, "budget": 8}, prompt=PROMPT, at_pass=1),
+    asking("a", prompt=PROMPT[:3], max_new_tokens=30, after=0),
+    asking({"list": True}, after=0),
+    asking({"delete": "a"}, after=2),
+    asking("a", prompt=PROMPT[:3], max_new_tokens=30, after=4),
+)
+
+
 @pytest.fixture(scope="module")
 def runs():
-    """Return two schedules with their records: one with all kinds of answers, one whose requests outgrow the pool."""
+    """Return schedules with their records: all kinds of answers, requests that outgrow the pool, a named prefix."""
     requests = (
         FuzzRequest(prompt=PROMPT, max_new_tokens=40),
         FuzzRequest(prompt=PROMPT[:7], max_new_tokens=40, budget=9, abort_after=20),
@@ -107,6 +122,7 @@ def runs():
     kinds = {130: "retract", 145: "pause_retract", 148: "continue"}
     events = tuple(Event(at_pass=at_pass, kind=kind) for at_pass, kind in kinds.items())
     schedules = [mixed, Schedule(seed=1, server=SERVER, requests=long, events=events)]
+    schedules.append(Schedule(seed=2, server=SERVER, requests=PREFIX_REQUESTS))
     records = run_schedules(schedules)
     for schedule, record in zip(schedules, records, strict=True):
         assert check(schedule, record).problems == []
@@ -156,6 +172,41 @@ def test_a_record_that_differs_in_one_thing_is_not_passed(one_run):
     assert not check(all_ended, ended).problems and not check(one_ended, ended).problems
     without_events = dataclasses.replace(schedule, events=(), requests=schedule.requests[:3])
     assert any("ran out of memory" in problem for problem in check(without_events, record).problems)
+
+
+def test_a_record_of_named_prefixes_that_differs_in_one_thing_is_not_passed(runs):
+    schedule, record = runs[2]
+    counts = check(schedule, record).counts
+    assert (counts["prefixes made"], counts["prefixes deleted"], counts["behind a prefix"]) == (1, 1, 1)
+    assert counts["refused for a prefix"] == 2
+    rids = [rid_of(record["number"], index) for index in range(len(schedule.requests))]
+    said = record["infos"][rids[2]]["kv_prefix"]
+    assert said == {"name": "a", "length": 15, "budget": 8, "judge": "policy"}
+    assert record["infos"][rids[3]]["kv_prefix"] == [said]
+
+    def saying(index, value):
+        info = {**record["infos"].get(rids[index], {}), "kv_prefix": value}
+        return spoiled(record, infos={**record["infos"], rids[index]: info})
+
+    def ending(index, message):
+        end = {"type": "abort", "message": message, "status_code": 400}
+        output = {**record["outputs"][rids[index]], "finish_reason": end, "output_ids": []}
+        infos = {rid: info for rid, info in record["infos"].items() if rid != rids[index]}
+        return spoiled(record, outputs={**record["outputs"], rids[index]: output}, infos=infos)
+
+    tokens = list(record["outputs"][rids[2]]["output_ids"])
+    other = {**record["outputs"][rids[2]], "output_ids": [*tokens[:-1], tokens[-1] + 1]}
+    for wrong in (
+        *[saying(index, None) for index in (0, 2, 3, 4)],
+        *[saying(index, {**said, "length": 14}) for index in (0, 1, 2)],
+        *(saying(3, []), saying(3, [said, {**said, "name": "b"}]), saying(4, {"deleted": "b"}), saying(5, said)),
+        *[ending(index, "kv_prefix 'a' is unknown here: create it first") for index in (2, 4)],
+        *(ending(2, "kv_prefix 'a' was deleted while the request waited"), ending(0, "kv_prefix 'a' is there already")),
+        *(ending(0, "kv_prefix 'a' does not fit the KV pool of 128"), ending(3, "for no reason")),
+        spoiled(record, outputs={**record["outputs"], rids[2]: other}),
+        spoiled(record, flushes=[3]),
+    ):
+        assert check(schedule, wrong).problems, wrong
 
 
 def test_who_outgrew_the_pool_comes_back_from_a_copy_and_is_compared(runs):

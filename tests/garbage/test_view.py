@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from rkv_sglang.view import record as recorder
+from rkv_sglang.client import server as client
 from rkv_sglang.view.page import page_html
 from rkv_sglang.view.record import record
 from rkv_sglang.view.trace import Trace, read_trace, write_trace
@@ -108,7 +108,7 @@ def test_a_servers_answers_are_a_trace_or_one_line(
         content = b"".join(changed_lines)
         return body(damaged(rng, content) if rng.random() < 0.3 else content)
 
-    monkeypatch.setattr(recorder, "open_url", open_url)
+    monkeypatch.setattr(client, "open_url", open_url)
     outcomes: list[bool] = []
 
     def some() -> None:

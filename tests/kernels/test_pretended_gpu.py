@@ -6,6 +6,7 @@ is tested elsewhere; this is about the Python around it, for which a CPU and a G
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,16 +16,22 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
+from rkv_sglang.algorithm import document_attention
+from rkv_sglang.algorithm.model_attention import ModelAttention
 from rkv_sglang.algorithm.query_statistics import QueryStatistics
 from rkv_sglang.cache import compact, prompt
-from rkv_sglang.cache.block_choice import choose_by_scores
+from rkv_sglang.cache.block_choice import BlockChoice, choose_by_scores
+from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import DueRequest
-from rkv_sglang.config import REQUEST, PolicyConfig
+from rkv_sglang.cache.drop import drop_blocks
+from rkv_sglang.config import BY_REPEAT, BY_TASK, REQUEST, PolicyConfig
+from rkv_sglang.integration.runtime.prefixes.judging import DocumentAttention
 from rkv_sglang.kernels import dispatch, warmup
+from rkv_sglang.kernels.transfer import sent
 from rkv_sglang.policies import POLICIES, granularities_of, is_blind, make_policy
 from rkv_sglang.policies.base import ScoreInputs, as_scored
 from rkv_sglang.sizes.compaction_plan import plan_drop
-from rkv_sglang.sizes.prompt_plan import PromptPlan
+from rkv_sglang.sizes.prompt_plan import PrefixPlan, PromptPlan
 from tests.kernels import test_gpu
 from tests.policies.cases import model_with_statistics
 
@@ -105,6 +112,47 @@ def test_a_choice_of_blocks_stays_on_its_device_and_waits_for_nothing(
     assert all(own.kept.device == own.dropped.device == torch.device(DEVICE) for own in choices)
 
 
+@pytest.mark.parametrize("device", ["cpu", DEVICE])
+def test_blocks_that_were_chosen_anywhere_leave_a_row_and_nothing_waits(device: str, launched: list[str]) -> None:
+    plan = plan_drop(prompt_len=9, resident_len=9 + 64 + 32, budget=64, window=WINDOW, block=16)
+    counts = (plan.num_kept, plan.num_dropped)
+    choice = BlockChoice(*(torch.zeros(count, dtype=torch.int64, device=device) for count in counts))
+    req_to_token = torch.zeros(4, 128, dtype=torch.int32, device=DEVICE)
+    with NoWaitingCopy():
+        freed = drop_blocks(req_to_token, [3, 1], [plan] * 2, [choice] * 2, page_size=1)
+    assert freed.shape == (2 * 32,) and freed.device == torch.device(DEVICE)
+    # No kernel of this package.
+    assert launched == []
+
+
+class StandIn:
+    """In the place of a tensor: remembers how it is brought to a device."""
+
+    def __init__(self, device: str, pinned: bool = False) -> None:
+        self.device, self.pinned = torch.device(device), pinned
+        self.copies: list[tuple[bool, bool]] = []
+
+    def is_pinned(self) -> bool:
+        return self.pinned
+
+    def pin_memory(self) -> "StandIn":
+        self.pinned = True
+        return self
+
+    def to(self, device: torch.device, non_blocking: bool) -> "StandIn":
+        self.copies.append((self.pinned, non_blocking))
+        return self
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "is_pinned"), [("cpu", "cuda:0", True), ("cpu", "cpu", False), ("cuda:0", "cuda:0", False)]
+)
+def test_what_goes_to_a_gpu_comes_from_memory_that_nothing_is_waited_for(source, target, is_pinned) -> None:
+    tensor = StandIn(source)
+    sent(tensor, torch.device(target))  # type: ignore[arg-type]
+    assert tensor.copies == [(is_pinned, True)]
+
+
 @pytest.mark.parametrize("name", list(POLICIES))
 def test_a_compacted_prompt_stays_on_its_device_and_waits_for_nothing(
     seed: int, name: str, launched: list[str]
@@ -127,6 +175,44 @@ def test_a_compacted_prompt_stays_on_its_device_and_waits_for_nothing(
             model=model,
         )
     assert {"_select_kept_kernel", "_move_kept_kernel"} <= set(launched)
+
+
+@pytest.mark.parametrize("judge", [BY_TASK, BY_REPEAT])
+def test_a_judged_document_stays_on_its_device_and_waits_for_nothing(
+    seed: int, judge: str, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Several blocks and chunks of everything.
+    monkeypatch.setattr(document_attention, "JUDGING_BYTES", 2**14)
+    monkeypatch.setattr(document_attention, "REPEAT_CHUNK", 20)
+    num_layers, num_slots, num_kv_heads, head_dim, length, input_len = 2, 200, 2, 32, 40, 84
+    sides = [[torch.zeros(num_slots, num_kv_heads, head_dim, device=DEVICE)] * num_layers for _ in "kv"]
+    ones = [1.0] * num_layers
+    buffers = KVBuffers.from_layers(*sides, dtype=torch.float32, key_scales=ones, value_scales=ones)
+    pool: Any = SimpleNamespace(
+        buffers=buffers, attention=ModelAttention(), follow_scales=lambda: buffers.set_scales(ones, ones)
+    )
+    req_to_token = torch.zeros(3, 90, dtype=torch.int32, device=DEVICE)
+    req = SimpleNamespace(kv=SimpleNamespace(req_pool_idx=1))
+    first = length if judge == BY_TASK else input_len - length
+    judging = DocumentAttention(judge, length, first, input_len, pool, req_to_token, req)
+    slots = torch.arange(1, num_slots, device=DEVICE)
+    with NoWaitingCopy():
+        for place in range(0, input_len, 60):
+            queries = torch.randn(min(60, input_len - place), 2 * num_kv_heads, head_dim, device=DEVICE)
+            for layer in range(num_layers):
+                judging.see(layer, queries, place)
+        judging.finish()
+        verdict = judging.verdict(make_policy(PolicyConfig()), WINDOW)
+        prompt.compact_prompts(
+            buffers,
+            [DueRequest(PrefixPlan(length, verdict.resident_len, 30), slots[:length], length)],
+            [slots[-30:]],
+            lambda part, layers: verdict.queries[layers, None],
+            verdict.policy,
+            WINDOW,
+        )
+    assert judging.is_complete and launched
+    assert set(launched) <= {"_select_kept_kernel", "_move_kept_kernel"}
 
 
 @pytest.mark.parametrize("name", list(POLICIES))

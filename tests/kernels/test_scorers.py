@@ -27,6 +27,7 @@ from rkv_sglang.kernels.select import select_kept_paged
 from rkv_sglang.policies import (
     POLICIES,
     RKV,
+    GivenScores,
     Half,
     KeyDiff,
     LongFlow,
@@ -166,7 +167,7 @@ def check_close(mine: Tensor, expected: Tensor, atol: float | Tensor) -> None:
 
 
 def test_every_policy_of_this_package_has_one() -> None:
-    assert set(PAGED_SCORERS) == set(POLICIES.values())
+    assert set(PAGED_SCORERS) == {*POLICIES.values(), GivenScores}
 
 
 @pytest.mark.parametrize("kind", KEY_MAKERS)

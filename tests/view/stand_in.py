@@ -3,7 +3,7 @@
 import contextlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -13,17 +13,17 @@ INFO = {"model_path": "org/model", "tp_size": 1, "incremental_streaming_output":
 
 
 class StandIn:
-    """Answers to ``GET /server_info`` and ``POST /generate``: (status, content type, bytes) each.
+    """Answers by path: (status, content type, bytes) each, or what makes JSON of a request's decoded body.
 
     Attributes:
         url: Its address.
-        asked: Decoded bodies of the requests to ``/generate``.
+        asked: Decoded bodies of the requests that have one.
         keys: The bearer token of every request, None where there was none.
         api_key: What it wants; None for nothing.
     """
 
     def __init__(self) -> None:
-        self.answers: dict[str, tuple[int, str, bytes]] = {}
+        self.answers: dict[str, tuple[int, str, bytes] | Callable[[Any], Any]] = {}
         self.asked: list[Any] = []
         self.keys: list[str | None] = []
         self.api_key: str | None = None
@@ -51,15 +51,18 @@ def stand_in() -> Iterator[StandIn]:
 
         def do_POST(self) -> None:
             told.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self._answer()
+            self._answer(told.asked[-1])
 
-        def _answer(self) -> None:
+        def _answer(self, asked: Any = None) -> None:
             sent = self.headers["Authorization"]
             told.keys.append(sent and sent.removeprefix("Bearer "))
             if told.keys[-1] != told.api_key:
                 self.send_error(401)
                 return
-            status, kind, body = told.answers.get(self.path, (404, "text/html", b"<h1>nothing here</h1>"))
+            answer = told.answers.get(self.path, (404, "text/html", b"<h1>nothing here</h1>"))
+            if callable(answer):
+                answer = (200, "application/json", json.dumps(answer(asked)).encode())
+            status, kind, body = answer
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))

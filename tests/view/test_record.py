@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from rkv_sglang.view.http import is_loopback
+from rkv_sglang.client.http import is_loopback
 from rkv_sglang.view.record import record
 from tests.cache.trace_cases import random_history
 from tests.view.expected import trace_of

@@ -11,7 +11,7 @@ from rkv_sglang.algorithm import reference
 from rkv_sglang.algorithm.model_attention import ModelAttention
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import DueRequest
-from rkv_sglang.kernels.paged_batch import FP8_DTYPES, PagedBuffers
+from rkv_sglang.kernels.gathered import as_numbers
 from rkv_sglang.policies import RKV, Policy, ScoreInputs, as_scored, is_blind, observes
 
 # Of the spread of scores: below this, which of two is the better one is a matter of the order of summation.
@@ -56,7 +56,7 @@ def plain_scores(
     """
     inputs = replace(
         _inputs_of(buffers, request, layer, rows, queries, model),
-        values=_as_numbers(buffers.values, rows[1], layer),
+        values=as_numbers(buffers.values, layer, rows[1][layer]),
         observed=observed,
     )
     if type(policy) is not RKV:
@@ -102,7 +102,7 @@ def _inputs_of(
     """Return what ``plain_scores`` gives a policy, but values."""
     return ScoreInputs(
         queries=queries[layer],
-        keys=_as_numbers(buffers.keys, rows[0], layer),
+        keys=as_numbers(buffers.keys, layer, rows[0][layer]),
         prompt_len=request.plan.prompt_len,
         logical_len=request.logical_len,
         state=None if request.kept_state is None else request.kept_state[layer],
@@ -139,13 +139,6 @@ def rows_of(buffers: KVBuffers, slots: Tensor) -> tuple[Tensor, Tensor]:
     both = (buffers.keys, buffers.values)
     keys, values = (torch.stack([layer.flatten(0, 1)[slots] for layer in part.tensors]) for part in both)
     return keys, values
-
-
-def _as_numbers(buffers: PagedBuffers, rows: Tensor, layer: int) -> Tensor:
-    """Return copied rows of one layer as fp32."""
-    if buffers.dtype in FP8_DTYPES:
-        return rows[layer].view(buffers.dtype).float() * buffers.scales[layer]
-    return rows[layer].float()
 
 
 def checksums(buffers: KVBuffers, slots: Tensor) -> list[int]:

@@ -43,6 +43,7 @@ from rkv_sglang.integration.runtime.restore import (
     save_if_too_long,
     use_resident_ids,
 )
+from rkv_sglang.kernels.transfer import sent
 
 
 def copy_before_release(*, req: Any, **kwargs: Any) -> None:
@@ -97,7 +98,7 @@ def restore_before_extend(prepare: Callable[[Any], None], batch: Any) -> None:
     count_earlier_tokens(batch)
     if is_any_restored or any(used_by(req) is not None for req in batch.reqs):
         logical = logical_lens_of(batch, batch.orig_seq_lens.dtype)
-        batch.orig_seq_lens = logical.to(batch.orig_seq_lens.device, non_blocking=True)
+        batch.orig_seq_lens = sent(logical, batch.orig_seq_lens.device)
 
 
 def count_tokens_in_turn(batch: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from rkv_sglang.integration.runtime.requests import known_state_of
+from rkv_sglang.kernels.transfer import to_device
 
 
 def counted_token(req: Any, number: int, lag: int) -> int:
@@ -40,7 +41,7 @@ def count_next_tokens(batch: Any) -> None:
         # All but the token that this step feeds are in the cache, or were.
         num_cached = req.kv.kv_allocated_len + (0 if state is None else state.evicted_tokens)
         tokens.append(counted_token(req, num_cached - len(req.origin_input_ids), _lag(batch)))
-    batch.sampling_info.penalizer_orchestrator.cumulate_output_tokens(_to_device(tokens, batch.device))
+    batch.sampling_info.penalizer_orchestrator.cumulate_output_tokens(_ids(tokens, batch.device))
 
 
 def count_earlier_tokens(batch: Any) -> None:
@@ -56,7 +57,7 @@ def count_earlier_tokens(batch: Any) -> None:
         num_outputs = len(req.output_ids)
         if num_outputs > 0 and req.beam_group is None:
             tokens = [counted_token(req, number, _lag(batch)) for number in range(num_outputs)]
-            ids = _to_device(tokens, batch.device)
+            ids = _ids(tokens, batch.device)
             for penalizer in prepared:
                 _count(penalizer, row, ids)
 
@@ -87,6 +88,5 @@ def _lag(batch: Any) -> int:
     return int(batch.enable_overlap)
 
 
-def _to_device(tokens: list[int], device: Any) -> torch.Tensor:
-    ids = torch.tensor(tokens, dtype=torch.int64, pin_memory=str(device).startswith("cuda"))
-    return ids.to(device, non_blocking=True)
+def _ids(tokens: list[int], device: Any) -> torch.Tensor:
+    return to_device(tokens, torch.int64, torch.device(device))

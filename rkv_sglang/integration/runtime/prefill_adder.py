@@ -10,7 +10,7 @@ from typing import Any
 
 from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.prefixes.room import slots_to_come
-from rkv_sglang.integration.runtime.prompts.pending import budget_after_prefill, pending_budget
+from rkv_sglang.integration.runtime.prompts.pending import budget_after_prefill, note_admission, pending_budget
 from rkv_sglang.integration.runtime.requests import state_of
 from rkv_sglang.integration.runtime.restore import growth_after_prefill, host_copy_of, len_after_prefill
 from rkv_sglang.sizes.pages import ceil_to_page
@@ -93,6 +93,7 @@ def _exact_reservation(adder: Any, req: Any) -> Iterator[None]:
             budget.total_offset = reserved_before
             if len(adder.can_run_list) > num_admitted:
                 budget.total_offset += needed
+                note_admission(get_runtime().parts, req)
 
 
 def _least_growth(req: Any, resident_len: int, is_prompt_pending: bool) -> int:

@@ -25,6 +25,7 @@ from rkv_sglang.integration.runtime.requests import (
     trace_of,
 )
 from rkv_sglang.integration.runtime.runtime import Runtime
+from rkv_sglang.kernels.transfer import sent
 from rkv_sglang.sizes.reservation import most_growth, tokens_to_reserve
 
 logger = logging.getLogger(__name__)
@@ -46,11 +47,12 @@ def len_after_prefill(req: Any) -> int:
     return len(req.origin_input_ids) + len(req.output_ids) if copy is None else copy.num_tokens + 1
 
 
-def growth_after_prefill(req: Any, resident_len: int, *, is_restored: bool) -> int:
+def growth_after_prefill(req: Any, resident_len: int, *, is_restored: bool, pool_size: int | None = None) -> int:
     """Return by how many tokens a request with a policy can grow after a prefill that leaves it ``resident_len``.
 
     Args:
         is_restored: It comes back with what it kept, of its prompt too, instead of being computed (again).
+        pool_size: As for ``budget_after_prefill``.
     """
     runtime, state = get_runtime(), state_of(req)
     config = runtime.config_of(req)
@@ -62,7 +64,7 @@ def growth_after_prefill(req: Any, resident_len: int, *, is_restored: bool) -> i
         max_new_tokens=req.sampling_params.max_new_tokens,
         held_len=resident_len - prompt_len,
         prompt_len=prompt_len,
-        prompt_budget=0 if is_restored else budget_after_prefill(runtime.parts, config, req, resident_len),
+        prompt_budget=0 if is_restored else budget_after_prefill(runtime.parts, config, req, resident_len, pool_size),
         page_size=runtime.page_size,
     )
 
@@ -70,7 +72,8 @@ def growth_after_prefill(req: Any, resident_len: int, *, is_restored: bool) -> i
 def can_be_admitted(req: Any, resident_len: int, *, is_restored: bool) -> bool:
     """Return whether a request that holds so many tokens after its prefill ever fits the pool."""
     pool_size = get_runtime().parts.pool_size_for(req)
-    return growth_after_prefill(req, resident_len, is_restored=is_restored) <= most_growth(resident_len, pool_size)
+    growth = growth_after_prefill(req, resident_len, is_restored=is_restored, pool_size=pool_size)
+    return growth <= most_growth(resident_len, pool_size)
 
 
 def save_if_too_long(req: Any) -> None:
@@ -235,12 +238,11 @@ def add_evicted_tokens(forward_batch: Any, batch: Any) -> None:
         return
     positions = forward_batch.positions
     offsets = evicted.repeat_interleave(torch.tensor(batch.extend_lens))
-    offsets = offsets.pin_memory() if positions.is_cuda else offsets
-    offsets = offsets.to(positions, non_blocking=True)
+    offsets = sent(offsets.to(positions.dtype), positions.device)
     forward_batch.positions = positions + offsets
     if forward_batch.mrope_positions is not None:
         forward_batch.mrope_positions = forward_batch.mrope_positions + offsets
-    setattr(forward_batch, EVICTED_ATTRIBUTE, evicted.to(positions.device, non_blocking=True))
+    setattr(forward_batch, EVICTED_ATTRIBUTE, sent(evicted, positions.device))
 
 
 def end_if_hopeless(req: Any) -> bool:

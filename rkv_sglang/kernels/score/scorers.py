@@ -26,6 +26,7 @@ from rkv_sglang.policies import (
     H2O,
     RKV,
     BeaconKV,
+    GivenScores,
     Half,
     KeyDiff,
     LongFlow,
@@ -247,6 +248,11 @@ def _random_attention(policy: RandomAttention, inputs: PagedInputs) -> Tensor:
     return spread(policy.of_heads(hashed, layers, heads), places, keys, inputs.batch.window)
 
 
+def _given(policy: GivenScores, inputs: PagedInputs) -> Tensor:
+    first = inputs.keys.first_layer - policy.first_layer
+    return policy.scores[first : first + inputs.keys.num_layers]
+
+
 # By exact class: what a subclass overrides, a kernel would not know.
 PAGED_SCORERS: dict[type, PagedScorer] = {
     RKV: _rkv,
@@ -263,6 +269,7 @@ PAGED_SCORERS: dict[type, PagedScorer] = {
     TriAttention: _triattention,
     BeaconKV: _beaconkv,
     ThinKV: _thinkv,
+    GivenScores: _given,
 }
 
 

@@ -105,8 +105,8 @@ ENTRIES = (
     Mutant(
         "entries in fp8 are scored without their factors",
         _DISPATCH,
-        "return tokens.view(buffers.dtype).float() * buffers.scales[layer]",
-        "return tokens.view(buffers.dtype).float()",
+        "return stored.view(buffers.dtype).float() * buffers.scales[layer]",
+        "return stored.view(buffers.dtype).float()",
         _FACTORS,
     ),
     Mutant(

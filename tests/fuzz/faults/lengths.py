@@ -52,8 +52,8 @@ LENGTHS = (
     Mutant(
         "the lengths of the batch on the device are not shortened",
         "cache/step_tensors.py",
-        "return seq_lens - evicted_cpu.to(seq_lens, non_blocking=True), seq_lens_cpu - evicted_cpu",
-        "return seq_lens, seq_lens_cpu - evicted_cpu",
+        "return seq_lens - on_device, seq_lens_cpu - torch",
+        "return seq_lens, seq_lens_cpu - torch",
         ("tests/cache/test_step_tensors.py",),
     ),
     Mutant(

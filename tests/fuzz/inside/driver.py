@@ -153,6 +153,10 @@ class Driver:
             self._violations.append(line)
         elif line["event"] == "compaction":
             self._compactions.append(line)
+        elif line["event"] == "idle":
+            held = sum(prefix.budget for prefix in _prefixes().all())
+            if line["protected"] != held:
+                self._violations.append({"violation": "locked", "prefixes": held, **line})
         elif line["event"] == "step" and self._run is not None:
             self._run.max_running = max(self._run.max_running, len(line["batch"]))
             for entry in line["running"]:
@@ -166,9 +170,16 @@ class Driver:
     # What goes out.
 
     def _instead_of_send(self, send: Any, wrapper: Any, output: Any, *args: object, **kwargs: object) -> None:
-        from sglang.srt.managers.io_struct import AbortReq, BatchTokenIDOutput, unwrap_from_pickle
+        from sglang.srt.managers.io_struct import (
+            AbortReq,
+            BatchTokenIDOutput,
+            FlushCacheReqOutput,
+            unwrap_from_pickle,
+        )
 
         run = self._run
+        if run is not None and isinstance(output, FlushCacheReqOutput):
+            run.flushed(output.success)
         if run is None or self._follows or not isinstance(output, AbortReq | BatchTokenIDOutput):
             return
         take(run.outputs, output)
@@ -194,11 +205,12 @@ class Driver:
             and not req.finished()
             and self._run.must_copy(
                 req.rid,
+                prompt_len=len(req.origin_input_ids),
                 num_outputs=len(req.output_ids),
                 max_new_tokens=req.sampling_params.max_new_tokens,
                 evicted=evicted,
                 saved_len=req.kv.kv_allocated_len - num_dropped,
-                pool=self._scheduler.max_total_num_tokens,
+                pool=self._scheduler.max_total_num_tokens - _prefixes().held_beside(req),
             )
         )
 
@@ -239,6 +251,9 @@ class Driver:
             prompts=run.prompts,
             infos=run.infos,
             retractions=run.retractions,
+            sent=run.sent,
+            ended=run.ended,
+            flushes=run.flushes,
             compactions=self._compactions,
             violations=self._violations,
             stats=stats,
@@ -254,3 +269,9 @@ def _stats() -> dict[str, int]:
     from rkv_sglang.integration.runtime.current import get_runtime
 
     return get_runtime().stats.as_dict()
+
+
+def _prefixes() -> Any:
+    from rkv_sglang.integration.runtime.current import get_runtime
+
+    return get_runtime().parts.prefixes

@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from tests.fuzz.inside.clean_up import CleanUp
 from tests.fuzz.schedule import BY_PRIORITY, CAUSES, FuzzRequest, Schedule, rid_of
 from tests.support.harness.messages import empty_output, generate_message
 
@@ -34,6 +35,12 @@ class Run:
         self.infos: dict[str, dict[str, Any]] = {}
         self.prompts: dict[str, list[int]] = {}
         self.retractions: dict[str, list[dict[str, Any]]] = {}
+        # The pass at which each request was sent, in their order, and at which its end was seen; and how many were sent
+        # before each time that the cache was flushed.
+        self.sent: dict[str, int] = {}
+        self.ended: dict[str, int] = {}
+        self.flushes: list[int] = []
+        self._flushing: list[int] = []
         # Why a request is preempted that is in this pass.
         self.cause = BY_PRIORITY
         self._schedule = schedule
@@ -43,28 +50,41 @@ class Run:
         self._to_abort = [i for i, r in enumerate(schedule.requests) if r.abort_at is not None and rank == 0]
         self._to_cut = [i for i in self._to_send if schedule.requests[i].abort_after is not None and rank == 0]
         self._events = list(schedule.events)
-        self._ended_at: dict[int, int] = {}
+        self._requests: dict[str, FuzzRequest] = {}
+        self._clean_up = CleanUp(number, schedule)
         self._is_paused = False
 
     def _rid(self, index: int) -> str:
         return rid_of(self.number, index)
 
     def most_private(self, rid: str) -> int:
-        request = self._schedule.requests[int(rid[-3:])]
+        request = self._requests[rid]
         return 2**31 if request.no_policy else request.capacity(self._server)
 
     def knows(self, rid: str) -> bool:
         return rid in self.outputs
 
     def must_copy(
-        self, rid: str, *, num_outputs: int, max_new_tokens: int, evicted: int, saved_len: int, pool: int
+        self,
+        rid: str,
+        *,
+        prompt_len: int,
+        num_outputs: int,
+        max_new_tokens: int,
+        evicted: int,
+        saved_len: int,
+        pool: int,
     ) -> bool | None:
         """Return whether a request that loses its slots must be copied: it fits the pool so, and in no other way.
 
         None of one whose prompt may be compacted: what it needs for that is not counted here.
+
+        Args:
+            prompt_len: What is left of a named prefix included.
+            pool: Tokens that it has for this request and others, without what other prefixes hold.
         """
-        request, prompt_len = self._schedule.requests[int(rid[-3:])], len(self.prompts[rid])
-        if self._server.prompt_budget if request.prompt_budget is None else request.prompt_budget:
+        request = self._requests[rid]
+        if request.kept_of_prompt(self._server):
             return None
 
         def fits(resident_len: int) -> bool:
@@ -90,10 +110,28 @@ class Run:
             prompt = self.prompts.get(self._rid(index))
             if request.needs_itself_alone and not request.garbage and prompt is not None:
                 alone = dataclasses.replace(request, prompt=tuple(prompt), **plain)
-                asked.append((index, dataclasses.replace(self._schedule, requests=(alone,), events=())))
+                before = [dataclasses.replace(maker, **plain) for maker in self._makers_of(index)]
+                if before:
+                    alone = dataclasses.replace(alone, after=0)
+                asked.append((index, dataclasses.replace(self._schedule, requests=(*before, alone), events=())))
         return asked
 
+    def _makers_of(self, index: int) -> list[FuzzRequest]:
+        """Return who made the named prefix that a request went on from."""
+        used = self.infos.get(self._rid(index), {}).get("kv_prefix")
+        makers = [one for one in self._schedule.requests if one.asks("create")]
+        return [one for one in makers if self._schedule.requests[index].asks("use") and one.made == used]
+
+    def flushed(self, is_flushed: bool) -> None:
+        """Take the answer to one flush; the first is that of the driver, before anything was sent."""
+        if self._flushing:
+            num_sent = self._flushing.pop(0)
+            self.flushes += [num_sent] * is_flushed
+
     def is_done(self) -> bool:
+        return self._is_answered() and self._clean_up.is_done(self.infos)
+
+    def _is_answered(self) -> bool:
         # A pause that no event ends is ended by the first rank.
         return not self._to_send and not self.unanswered() and (self._rank > 0 or not self._is_paused)
 
@@ -107,30 +145,32 @@ class Run:
             due += self._messages(event.kind)
         if self._rank:
             due.clear()
-        for index in range(len(self._schedule.requests)):
-            output = self.outputs.get(self._rid(index))
-            if output is not None and output["finish_reason"] is not None:
-                self._ended_at.setdefault(index, self.passes)
+        for rid, output in self.outputs.items():
+            if output["finish_reason"] is not None:
+                self.ended.setdefault(rid, self.passes)
         for index in list(self._to_send):
             request = self._schedule.requests[index]
-            start = 0 if request.after is None else self._ended_at.get(request.after)
+            start = 0 if request.after is None else self.ended.get(self._rid(request.after))
             if start is not None and self.passes >= start + request.at_pass:
                 self._to_send.remove(index)
-                due.append(self._message(index, request))
+                due.append(self._message(self._rid(index), request))
+        if self._is_answered() and not self._clean_up.is_done(self.infos):
+            due += [self._message(rid, request) for rid, request in self._clean_up.next(self.infos)]
         due += self._aborts()
         if self._is_paused and not self._events and not due and not self._rank:
             due += self._messages("continue")
         self.passes += 1
         return due
 
-    def _message(self, index: int, request: FuzzRequest) -> Any:
+    def _message(self, rid: str, request: FuzzRequest) -> Any:
         from tests.support.harness.scheduler import Request
 
         prompt = list(request.prompt)
         if request.continues and request.after is not None:
             before = self._rid(request.after)
             prompt = [*self.prompts[before], *self.outputs[before]["output_ids"], *prompt]
-        rid = self._rid(index)
+        self._requests[rid] = request
+        self.sent[rid] = self.passes
         self.prompts[rid] = prompt
         self.outputs[rid] = empty_output(len(prompt))
         extra = {} if request.priority is None else {"priority": request.priority}
@@ -169,6 +209,7 @@ class Run:
         if kind == "retract":
             return [Note(retract_now=True)]
         if kind == "flush":
+            self._flushing.append(len(self.sent))
             return [io_struct.FlushCacheReqInput()]
         if kind == "abort_all":
             return [io_struct.AbortReq(abort_all=True)]

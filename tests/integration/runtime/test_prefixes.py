@@ -1,6 +1,7 @@
 """Named prefixes where no real scheduler is needed: what is asked, and servers that have none."""
 
 import random
+from array import array
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +10,16 @@ import pytest
 from sglang.srt import runtime_context
 from sglang.srt.environ import envs
 
-from rkv_sglang.config import PolicyConfig
+from rkv_sglang.config import JUDGES, PolicyConfig
 from rkv_sglang.integration.runtime.parts import Parts
-from rkv_sglang.integration.runtime.prefixes.asked import ACTIONS, Asked, asked_of, refuse_sizes
+from rkv_sglang.integration.runtime.prefixes import room
+from rkv_sglang.integration.runtime.prefixes.asked import (
+    ACTIONS,
+    Asked,
+    asked_of,
+    refuse_other_repeat,
+    refuse_sizes,
+)
 from rkv_sglang.integration.runtime.prefixes.reading import read_prefix
 from tests.garbage.neighbours import MOST_LINE, any_value, neighbour
 
@@ -19,6 +27,7 @@ SERVER = PolicyConfig(policy="rkv", budget=32, buffer=16)
 RIGHT: list[Any] = [
     "a",
     {"create": "a", "length": 100, "budget": 32},
+    {"create": "a", "length": 100, "budget": 32, "judge": "repeat"},
     {"delete": "a"},
     {"list": True},
 ]
@@ -43,7 +52,9 @@ def test_whatever_is_asked_is_taken_or_refused_in_one_line(rng: random.Random):
             asked = asked_of({"kv_prefix": value})
             assert asked is not None and asked.action in (*ACTIONS, "use")
             if asked.action == "create":
-                refuse_sizes(asked, rng.randrange(1, 200), SERVER, rng.choice((1, 16)))
+                input_len = rng.randrange(1, 300)
+                refuse_sizes(asked, input_len, SERVER, rng.choice((1, 16)))
+                refuse_other_repeat(asked, [rng.randrange(2)] * input_len)
         except ValueError as error:
             line = str(error)
             assert line.startswith("kv_prefix ") and "\n" not in line and len(line) < MOST_LINE and line.isprintable()
@@ -55,13 +66,45 @@ def test_a_prefix_that_can_be_made_leaves_something_out_and_chooses_something(rn
     accepted = 0
     for _ in range(3000):
         length, budget, input_len, page_size = (rng.randrange(1, most) for most in (200, 100, 250, 20))
+        judge = rng.choice(JUDGES)
         try:
-            refuse_sizes(Asked("create", "a", length, budget), input_len, SERVER, page_size)
+            refuse_sizes(Asked("create", "a", length, budget, judge), input_len, SERVER, page_size)
         except ValueError:
             continue
         accepted += 1
-        assert 4 + 1 + SERVER.window <= budget < length <= input_len - SERVER.window and budget % page_size == 0
+        num_judging = {"policy": SERVER.window, "task": 1, "repeat": length}[judge]
+        assert 4 + 1 + SERVER.window <= budget < length <= input_len - num_judging and budget % page_size == 0
     assert accepted > 30
+
+
+def test_a_repeat_is_refused_unless_it_ends_with_the_document(rng: random.Random):
+    document = [rng.randrange(5, 99) for _ in range(rng.randint(2, 30))]
+    asked = Asked("create", "a", len(document), 2, "repeat")
+    refuse_other_repeat(asked, [*document, *document])
+    refuse_other_repeat(asked, array("q", [*document, 1, 2, 3, *document]))
+    place = rng.randrange(len(document))
+    other = [*document[:place], 3, *document[place + 1 :]]
+    with pytest.raises(ValueError, match=f" of these token {place} is 3, in the document {document[place]}: "):
+        refuse_other_repeat(asked, [*document, 7, *other])
+    # Who judges otherwise may send what it likes.
+    refuse_other_repeat(replace(asked, judge="task"), [*document, 7, *other])
+
+
+def test_documents_are_judged_together_only_in_bounded_memory(monkeypatch):
+    # 4 bytes for each of two layers and three heads.
+    monkeypatch.setattr(room, "SCORE_BYTES", 24 * 150)
+    keys = SimpleNamespace(num_layers=2, num_kv_heads=3)
+    parts = replace(parts_of(), scored=SimpleNamespace(buffers=SimpleNamespace(keys=keys)))  # type: ignore[arg-type]
+    asked = Asked("create", "a", 100, 32, "task")
+    room.refuse_without_score_room(parts, asked)
+    with pytest.raises(ValueError, match=r"numbers for 150 tokens at a time, and 0 are .*; set it to 150 or less, or"):
+        room.refuse_without_score_room(parts, replace(asked, length=151))
+    for rid, judge in (("b", "policy"), ("c", "repeat")):
+        parts.prefixes.in_making[rid] = SimpleNamespace(length=51, judge=judge)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="150 tokens at a time, and 51 are being judged; ask again once they are"):
+        room.refuse_without_score_room(parts, asked)
+    room.refuse_without_score_room(parts, replace(asked, length=99))
+    room.refuse_without_score_room(parts, replace(asked, judge="policy"))
 
 
 def test_nothing_is_asked_where_the_field_is_not():
@@ -79,7 +122,7 @@ def test_nothing_is_asked_where_the_field_is_not():
     ],
     ids=["request", "no radix", "window", "tp", "dp"],
 )
-@pytest.mark.parametrize("value", RIGHT, ids=["use", "create", "delete", "list"])
+@pytest.mark.parametrize("value", RIGHT, ids=["use", "create", "judged", "delete", "list"])
 def test_servers_without_named_prefixes_say_so(monkeypatch, server, parts, parallel, mend, value):
     sizes = {"tp_size": 1, "dp_size": 1, "attn_tp_size": 1, **parallel}
     monkeypatch.setattr(runtime_context, "get_parallel", lambda: SimpleNamespace(**sizes))

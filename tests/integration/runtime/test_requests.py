@@ -12,6 +12,7 @@ from rkv_sglang.integration.runtime.requests import FIELDS, config_for
 from rkv_sglang.messages import MOST_SHOWN
 
 SERVER = PolicyConfig(policy="rkv", budget=32, buffer=16)
+BLOCKS = PolicyConfig(policy="rkv", granularity="request", budget=75, buffer=32, window=9, block=16)
 POOL = 4096
 NAMES = st.text(string.ascii_letters + string.digits + "_", max_size=20)
 VALUES = st.recursive(
@@ -72,3 +73,20 @@ def test_a_request_may_keep_its_prompt_whole_on_a_server_that_compacts_prompts()
     assert config_for({"kv_prompt_budget": 40}, in_blocks, POOL).prompt_budget == 40
     with pytest.raises(ValueError, match=r"^kv_prompt_budget 39 is neither 0 nor an integer of at least 40 "):
         config_for({"kv_prompt_budget": 39}, in_blocks, POOL)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"kv_buffer": 17}, "kv_buffer 17 is no multiple of the 16 tokens that this server drops together: set it"),
+        ({"kv_budget": 23}, "kv_budget 23 is not an integer of at least 24 (the window of 9 is kept inside"),
+        ({"kv_granularity": "head"}, "custom_params has no 'kv_granularity': it takes kv_policy, kv_budget"),
+        ({"kv_prompt_budget": 40}, "kv_prompt_budget 40 is neither 0 nor an integer of at least 41"),
+    ],
+)
+def test_where_blocks_are_dropped_a_request_asks_for_whole_ones_and_the_granularity_is_the_servers(asked, message):
+    with pytest.raises(ValueError) as caught:
+        config_for(asked, BLOCKS, POOL)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+    config = config_for({"kv_budget": 24, "kv_buffer": 48, "kv_prompt_budget": 41}, BLOCKS, POOL)
+    assert config is not None and (config.budget, config.buffer, config.prompt_budget) == (24, 48, 41)

@@ -93,20 +93,24 @@ def dense_prefix(
     *,
     window: int = 8,
     score: ScoreFunction,
+    fp8: Fp8 | None = None,
+    num_judging: int | None = None,
 ) -> Prefix:
     """Keep ``budget`` tokens of a document per layer and KV head: the first 4, the last ``window``, the best between.
 
     All tokens of document and task are scored, as a prompt's compaction scores them, but with the queries of the last
-    ``window`` tokens of the task.
+    ``num_judging`` tokens of the task, ``window`` of them if not said otherwise. ``fp8`` says how the cache rounds what
+    it takes.
     """
+    num_judging = window if num_judging is None else num_judging
     model = model if isinstance(model, PreTrainedModel) else load_model(Path(model))
     decoder = Decoder(model)
     length, ids = len(document_ids), [*document_ids, *task_ids]
-    caches = decoder.new_caches(len(ids), window)
+    caches = decoder.new_caches(len(ids), num_judging, fp8)
     with one_thread():
         _, queries = decoder._forward_layers(ids, 0, caches)
         for layer_cache, layer_queries in zip(caches, queries, strict=True):
-            layer_cache.queries.extend(layer_queries[:, -window:].unbind(dim=1))
+            layer_cache.queries.extend(layer_queries[:, -num_judging:].unbind(dim=1))
         compaction = _compact_prompt(caches, 0, length, budget, window, decoder.logit_scale, score)
     for layer_cache in caches:
         # Without the task.

@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 # How many changed slots one violation lists.
@@ -124,6 +125,8 @@ class Probe:
         buffers = kv_pool.kv_buffer if hasattr(kv_pool, "kv_buffer") else [*kv_pool.k_buffer, *kv_pool.v_buffer]
         self._shadow = PoolShadow(buffers, self._moves_nothing)
         self._num_slots: int = buffers[0].shape[0]
+        for name in ("free", "free_segment"):
+            setattr(self._allocator, name, partial(self._note_free, getattr(self._allocator, name)))
         # id(req) -> the request itself too, so that the id stays its own.
         self._held: dict[int, tuple[Any, _Held]] = {}
         self._last_serial = 0
@@ -157,6 +160,13 @@ class Probe:
 
     def _violation(self, kind: str, **detail: Any) -> None:
         self._write(violation=kind, step=self._step, forward_ct=self._scheduler.forward_ct, **detail)
+
+    def _note_free(self, free: Callable[..., None], slots: Any, **kwargs: Any) -> None:
+        # By the page, as the allocator does.
+        pages = slots.cpu().long().unique() // self._page_size
+        for offset in range(self._page_size):
+            self._shadow.forget_tree((pages * self._page_size + offset).numpy())
+        free(slots, **kwargs)
 
     def before_scheduling(self) -> None:
         """All forwards up to now have run (on a CPU; a GPU is waited for): every held slot is written."""

@@ -58,6 +58,11 @@ class PoolShadow:
         high = (serial + 1) << _POSITION_BITS
         self._holder[(self._holder >= low) & (self._holder < high)] = NOBODY
 
+    def forget_tree(self, slots: np.ndarray) -> None:
+        """Stop watching slots that the tree gives back: it may get them anew, with other contents, before a look."""
+        own = slots[self._holder[slots] == TREE]
+        self._holder[own] = NOBODY
+
     def compare(self, holder: np.ndarray) -> list[dict[str, Any]]:
         """Compare all slots whose holder stayed; stop watching the others. Returns one entry per changed slot.
 

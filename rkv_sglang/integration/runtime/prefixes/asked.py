@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rkv_sglang.config import NO_POLICY, NUM_FIRST_KEPT, POLICY_FIELD, PREFIX_FIELD, PolicyConfig
+from rkv_sglang.config import (
+    BY_POLICY,
+    BY_REPEAT,
+    JUDGES,
+    NO_POLICY,
+    NUM_FIRST_KEPT,
+    POLICY_FIELD,
+    PREFIX_FIELD,
+    PolicyConfig,
+)
 from rkv_sglang.messages import shown
 from rkv_sglang.sizes.pages import ceil_to_page
 
 MOST_NAME_CHARACTERS = 100
-# What a request may ask for by an object, with the fields that each takes.
+# What a request may ask for by an object, with the fields that each takes, and those that it may have besides.
 ACTIONS = {"create": ("create", "length", "budget"), "delete": ("delete",), "list": ("list",)}
+OPTIONS = {"create": ("judge",)}
 # Fields that say of a prompt what a named prefix says otherwise.
 FIELDS_BESIDE = ("kv_prompt_len", "kv_prompt_budget")
 
@@ -26,12 +36,18 @@ class Asked:
         name: Its name; empty for ``"list"``.
         length: Tokens of the document, for ``"create"``.
         budget: Tokens of it that every layer and KV head keeps, for ``"create"``.
+        judge: Who judges the document, for ``"create"``; one of ``JUDGES``.
     """
 
     action: Literal["use", "create", "delete", "list"]
     name: str = ""
     length: int = 0
     budget: int = 0
+    judge: str = BY_POLICY
+
+    def num_judging(self, config: PolicyConfig) -> int:
+        """Return how many tokens behind the document are needed at least, the last of the prompt."""
+        return {BY_POLICY: config.window, BY_REPEAT: self.length}.get(self.judge, 1)
 
 
 def asked_of(custom_params: Any) -> Asked | None:
@@ -74,12 +90,19 @@ def refuse_sizes(asked: Asked, input_len: int, config: PolicyConfig, page_size: 
     Raises:
         ValueError: One line that names the field, the cause and the mend.
     """
-    most_length, length, budget = input_len - config.window, asked.length, asked.budget
-    if length > most_length:
+    length, budget = asked.length, asked.budget
+    num_judging, left = asked.num_judging(config), max(input_len - length, 0)
+    came = f"{PREFIX_FIELD} length {shown(length)} leaves {left} of the {input_len} tokens that came"
+    if left < num_judging and asked.judge == BY_REPEAT:
         raise ValueError(
-            f"{PREFIX_FIELD} length {shown(length)} leaves {max(input_len - length, 0)} of the {input_len} tokens that "
-            f"came for the task, whose last {config.window} (--kv-window) judge the document: set it to "
-            f"{max(most_length, 0)} or less, or send a longer task"
+            f"{came} for the document again, which judges it: send the document, an instruction to repeat it, and the "
+            "document again"
+        )
+    if left < num_judging:
+        which = f"last {num_judging} (--kv-window) judge" if asked.judge == BY_POLICY else "tokens judge"
+        raise ValueError(
+            f"{came} for the task, whose {which} the document: set it to {max(input_len - num_judging, 0)} or less, or "
+            "send a longer task"
         )
     least = ceil_to_page(config.least_prompt_budget, page_size)
     if budget < least:
@@ -99,9 +122,30 @@ def refuse_sizes(asked: Asked, input_len: int, config: PolicyConfig, page_size: 
         )
 
 
+def refuse_other_repeat(asked: Asked, ids: Sequence[int]) -> None:
+    """Refuse a prompt that is to end with its document again and does not.
+
+    Args:
+        asked: To create a prefix, of a length that ``refuse_sizes`` let pass.
+        ids: Tokens that came.
+
+    Raises:
+        ValueError: One line that names the first token that differs.
+    """
+    length = asked.length
+    if asked.judge != BY_REPEAT or ids[:length] == ids[-length:]:
+        return
+    first = next(i for i, (token, again) in enumerate(zip(ids, ids[-length:], strict=False)) if token != again)
+    raise ValueError(
+        f"{PREFIX_FIELD} judge {BY_REPEAT!r} needs the document again as the last {length} tokens, and of these token "
+        f"{first} is {ids[first - length]}, in the document {ids[first]}: send the document, an instruction to repeat "
+        "it, and the same tokens of the document again"
+    )
+
+
 def _action(value: Mapping[Any, Any]) -> Asked:
     action = next((name for name in ACTIONS if name in value), None)
-    if action is None or set(value) != set(ACTIONS[action]):
+    if action is None or set(value) - set(OPTIONS.get(action, ())) != set(ACTIONS[action]):
         raise ValueError(
             f"{PREFIX_FIELD} {shown(dict(value))} is none of the objects that there are: set it to {_forms()}"
         )
@@ -118,7 +162,13 @@ def _action(value: Mapping[Any, Any]) -> Asked:
             raise ValueError(
                 f"{PREFIX_FIELD} {field} {shown(number)} is not an integer of at least 1: set it to a number of tokens"
             )
-    return Asked("create", name, value["length"], value["budget"])
+    judge = value.get("judge", BY_POLICY)
+    if judge not in JUDGES:
+        raise ValueError(
+            f"{PREFIX_FIELD} judge {shown(judge)} is none of {', '.join(map(repr, JUDGES))}: set it to one of them, or "
+            "leave it out"
+        )
+    return Asked("create", name, value["length"], value["budget"], judge)
 
 
 def _name(value: Any) -> str:
@@ -132,4 +182,5 @@ def _name(value: Any) -> str:
 
 
 def _forms() -> str:
-    return "{'create': NAME, 'length': TOKENS, 'budget': TOKENS}, {'delete': NAME} or {'list': true}"
+    create = "{'create': NAME, 'length': TOKENS, 'budget': TOKENS} with or without a 'judge'"
+    return f"{create}, {{'delete': NAME}} or {{'list': true}}"

@@ -1,8 +1,8 @@
 """The making of a named prefix: what every head keeps of a document is copied into slots that the radix tree gets.
 
 It is made when the request that brings it is prefilled, before SGLang looks at the result: its slots are its own then,
-whether it generates anything or not. The last tokens of the task are computed in any case; their queries, seen in the
-forward pass, judge the document. The request itself goes on as any other, and so does its prompt in the tree.
+whether it generates anything or not. The tokens behind the document are computed in any case; their queries, seen in
+the forward pass, judge it. The request itself goes on as any other, and so does its prompt in the tree.
 """
 
 from __future__ import annotations
@@ -37,13 +37,12 @@ def see_tasks(parts: Parts, layer_id: int, queries: torch.Tensor, forward_batch:
         forward_batch.extend_prefix_lens_cpu or (),
         strict=False,
     )
-    num_layers = scored.buffers.keys.num_layers
     for rid, num_tokens, first in places:
         prefix = parts.prefixes.in_making.get(rid)
-        if prefix is not None:
+        if prefix is not None and prefix.judging is not None:
             of_heads = (num_tokens, scored.layers[0].tp_q_head_num, scored.layers[0].qk_head_dim)
             own = queries[start : start + num_tokens].reshape(of_heads)
-            prefix.see(layer_id - scored.first_layer, num_layers, own, first, len(prefix.maker.origin_input_ids))
+            prefix.judging.see(layer_id - scored.first_layer, own, first)
         start += num_tokens
 
 
@@ -78,7 +77,11 @@ def _make(parts: Parts, policy: Policy, req: Any, prefix: Prefix) -> None:
     """
     scheduler, scored = parts.scheduler, parts.scored
     assert scored is not None, "what every head keeps is chosen by scores"
-    if prefix.queries is None or not prefix.has_seen(scored.buffers.keys.num_layers):
+    judging = prefix.judging
+    assert judging is not None, "it is in the making"
+    with on_forward_stream(scheduler):
+        judging.finish()
+    if not judging.is_complete:
         raise ValueError(
             f"{PREFIX_FIELD} {shown(prefix.name)} cannot be made: the task's queries were not seen in all layers, as "
             "if prompts ran in a graph; start the server with prefill graphs off"
@@ -89,10 +92,10 @@ def _make(parts: Parts, policy: Policy, req: Any, prefix: Prefix) -> None:
             f"{PREFIX_FIELD} {shown(prefix.name)} cannot be made: the KV pool is full; delete a prefix, or try again "
             "when fewer requests run"
         )
-    plan = PrefixPlan(prefix.length, len(req.origin_input_ids), prefix.budget)
+    verdict = judging.verdict(policy, prefix.window)
+    plan = PrefixPlan(prefix.length, verdict.resident_len, prefix.budget)
     new_slots = alloc_slots(scheduler, None, prefix.budget).clone()
     slots = read_slots(scheduler.req_to_token_pool.req_to_token, [req.kv.req_pool_idx], [plan.resident_len])[0]
-    queries = prefix.queries
     with on_forward_stream(scheduler) as stream, parts.timed():
         scored.follow_scales()
         for tensor in (slots, new_slots) if stream is not None else ():
@@ -102,8 +105,8 @@ def _make(parts: Parts, policy: Policy, req: Any, prefix: Prefix) -> None:
             scored.buffers,
             [DueRequest(plan, slots, plan.resident_len)],
             [new_slots],
-            lambda part, layers: queries[layers, None],
-            policy,
+            lambda part, layers: verdict.queries[layers, None],
+            verdict.policy,
             prefix.window,
             query_bytes=scored.request_bytes,
             model=scored.attention,

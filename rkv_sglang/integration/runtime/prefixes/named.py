@@ -7,8 +7,8 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
+from rkv_sglang.config import BY_POLICY
+from rkv_sglang.integration.runtime.prefixes.judging import Judging
 
 # A request that makes a prefix carries it under the first name, one that goes on from it under the second; under the
 # third what its answer says.
@@ -29,9 +29,10 @@ class Prefix:
             head keeps other tokens, so they are only of the right number.
         key: Under which the radix tree has it: no request can guess it, and one of the same name later has another.
         maker: The request whose prompt it is made of, while it is not made.
+        window: Last tokens of the document that stay.
+        judge: Who judges the document, one of ``JUDGES``.
+        judging: What was seen of those who do; only while it is not made.
         lock: What keeps its slots in the tree; None until it is made.
-        queries: Of the last tokens of the task, oldest first, ``[num_layers, window, num_qo_heads, head_dim]``; only
-            while it is not made.
     """
 
     name: str
@@ -40,10 +41,10 @@ class Prefix:
     ids: array[int]
     maker: Any
     window: int
+    judge: str
+    judging: Judging | None
     key: str = field(default_factory=lambda: f"rkv-prefix-{secrets.token_hex(16)}")
     lock: Any = None
-    queries: Tensor | None = None
-    _num_seen: dict[int, int] = field(default_factory=dict)
 
     @property
     def gap(self) -> int:
@@ -55,42 +56,13 @@ class Prefix:
         """Whether requests may go on from it."""
         return self.lock is not None
 
-    def see(self, layer: int, num_layers: int, queries: Tensor, first: int, input_len: int) -> None:
-        """Take of one layer's queries those that judge the document, the last of the task.
-
-        Args:
-            layer: Of ``num_layers`` on this rank.
-            queries: After RoPE, of some consecutive tokens of the prompt, ``[n, ...]``.
-            first: Place of the first of them in the prompt.
-            input_len: Tokens of the prompt.
-        """
-        start = input_len - self.window
-        if first <= start:
-            # Also where it is computed again.
-            self._num_seen[layer] = 0
-        skipped = max(start - first, 0)
-        own = queries[skipped:]
-        if len(own) == 0:
-            return
-        if self.queries is None:
-            shape = (num_layers, self.window, *queries.shape[1:])
-            self.queries = torch.empty(shape, dtype=queries.dtype, device=queries.device)
-        place = max(first - start, 0)
-        self.queries[layer, place : place + len(own)] = own
-        self._num_seen[layer] = self._num_seen.get(layer, 0) + len(own)
-
-    def has_seen(self, num_layers: int) -> bool:
-        """Return whether every layer's queries are there."""
-        return all(self._num_seen.get(layer, 0) == self.window for layer in range(num_layers))
-
     def finish(self, lock: Any) -> None:
         """Take the lock of its slots, and let go of what it was made from."""
-        self.lock, self.maker, self.queries = lock, None, None
-        self._num_seen.clear()
+        self.lock, self.maker, self.judging = lock, None, None
 
     def info(self) -> dict[str, Any]:
         """Return what answers say of it."""
-        return {"name": self.name, "length": self.length, "budget": self.budget}
+        return {"name": self.name, "length": self.length, "budget": self.budget, "judge": self.judge}
 
 
 class Prefixes:
@@ -134,7 +106,7 @@ class Prefixes:
             del self._by_name[prefix.name]
         if prefix.maker is not None:
             self.in_making.pop(prefix.maker.rid, None)
-            prefix.maker = prefix.queries = None
+            prefix.maker = prefix.judging = None
 
     def held_beside(self, req: Any) -> int:
         """Return how many slots all prefixes hold or will hold, but for that which ``req`` counts as its own tokens."""
@@ -143,6 +115,11 @@ class Prefixes:
         self._forget_failed()
         own = used_by(req)
         return sum(prefix.budget for prefix in self._by_name.values() if prefix is not own)
+
+    @property
+    def num_judged(self) -> int:
+        """Tokens of the documents whose attention is being added up."""
+        return sum(prefix.length for prefix in self.in_making.values() if prefix.judge != BY_POLICY)
 
     def _forget_failed(self) -> None:
         """Forget those whose request ended before they were made; nobody else says so."""

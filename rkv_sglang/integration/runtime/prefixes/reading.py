@@ -7,9 +7,10 @@ from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
 
-from rkv_sglang.config import HEAD, PREFIX_FIELD, PolicyConfig
+from rkv_sglang.config import BY_POLICY, BY_TASK, HEAD, PREFIX_FIELD, PolicyConfig
 from rkv_sglang.integration.runtime.parts import Parts
-from rkv_sglang.integration.runtime.prefixes.asked import Asked, asked_of, refuse_sizes
+from rkv_sglang.integration.runtime.prefixes.asked import Asked, asked_of, refuse_other_repeat, refuse_sizes
+from rkv_sglang.integration.runtime.prefixes.judging import DocumentAttention, Judging, LastQueries
 from rkv_sglang.integration.runtime.prefixes.named import (
     INFO_ATTRIBUTE,
     MADE_ATTRIBUTE,
@@ -18,7 +19,7 @@ from rkv_sglang.integration.runtime.prefixes.named import (
     unsay,
     used_by,
 )
-from rkv_sglang.integration.runtime.prefixes.room import most_needed
+from rkv_sglang.integration.runtime.prefixes.room import most_needed, refuse_without_score_room
 from rkv_sglang.integration.runtime.requests import CONFIG_ATTRIBUTE, end_request
 from rkv_sglang.messages import shown
 
@@ -142,6 +143,7 @@ def _reserve(parts: Parts, req: Any, server: PolicyConfig, asked: Asked) -> None
         raise ValueError(problem)
     scheduler = parts.scheduler
     refuse_sizes(asked, len(req.origin_input_ids), server, scheduler.page_size)
+    refuse_other_repeat(asked, req.origin_input_ids)
     if (other := parts.prefixes.find(asked.name)) is not None:
         state = "is there already" if other.is_made else "is being made"
         raise ValueError(
@@ -156,6 +158,7 @@ def _reserve(parts: Parts, req: Any, server: PolicyConfig, asked: Asked) -> None
             f"with it named prefixes take {held}, and {whose} needs {needed}; set budget lower, delete others, or give "
             "the pool more memory (--mem-fraction-static)"
         )
+    refuse_without_score_room(parts, asked)
     prefix = Prefix(
         name=asked.name,
         length=asked.length,
@@ -163,9 +166,21 @@ def _reserve(parts: Parts, req: Any, server: PolicyConfig, asked: Asked) -> None
         ids=req.origin_input_ids[: asked.budget],
         maker=req,
         window=server.window,
+        judge=asked.judge,
+        judging=_judging(parts, req, server, asked),
     )
     setattr(req, MADE_ATTRIBUTE, prefix)
     parts.prefixes.reserve(prefix)
+
+
+def _judging(parts: Parts, req: Any, server: PolicyConfig, asked: Asked) -> Judging:
+    assert parts.scored is not None, "what every head keeps is chosen by scores"
+    input_len = len(req.origin_input_ids)
+    first = asked.length if asked.judge == BY_TASK else input_len - asked.num_judging(server)
+    if asked.judge == BY_POLICY:
+        return LastQueries(first, input_len, parts.scored.buffers.keys.num_layers)
+    req_to_token = parts.scheduler.req_to_token_pool.req_to_token
+    return DocumentAttention(asked.judge, asked.length, first, input_len, parts.scored, req_to_token, req)
 
 
 def _delete(parts: Parts, name: str) -> Prefix:

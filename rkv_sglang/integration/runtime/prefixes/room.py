@@ -4,11 +4,36 @@ from __future__ import annotations
 
 from typing import Any
 
-from rkv_sglang.config import PREFIX_FIELD, PolicyConfig
+from rkv_sglang.config import BY_POLICY, PREFIX_FIELD, PolicyConfig
 from rkv_sglang.integration.runtime.parts import Parts
+from rkv_sglang.integration.runtime.prefixes.asked import Asked
 from rkv_sglang.integration.runtime.prefixes.named import made_by, unsay
-from rkv_sglang.integration.runtime.requests import CONFIG_ATTRIBUTE
+from rkv_sglang.integration.runtime.requests import CONFIG_ATTRIBUTE, known_state_of
 from rkv_sglang.sizes.pages import ceil_to_page
+
+# What attention is added up in may take, of all documents together that are being judged by it. It comes out of what
+# SGLang leaves free for activations.
+SCORE_BYTES = 256 * 2**20
+
+
+def refuse_without_score_room(parts: Parts, asked: Asked) -> None:
+    """Refuse a document whose tokens have scores of their own, where there is no room for them.
+
+    Raises:
+        ValueError: One line.
+    """
+    if asked.judge == BY_POLICY:
+        return
+    assert parts.scored is not None, "what every head keeps is chosen by scores"
+    token_bytes = 4 * parts.scored.buffers.keys.num_layers * parts.scored.buffers.keys.num_kv_heads
+    most, taken = SCORE_BYTES // token_bytes, parts.prefixes.num_judged
+    if taken + asked.length > most:
+        mend = f"set it to {most} or less, or judge by {BY_POLICY!r}"
+        raise ValueError(
+            f"{PREFIX_FIELD} length {asked.length} is more than there is room for: {asked.judge!r} adds up numbers for "
+            f"{most} tokens at a time, and {taken} are being judged; "
+            f"{mend if asked.length > most else 'ask again once they are'}"
+        )
 
 
 def slots_to_come(req: Any) -> int:
@@ -65,7 +90,12 @@ def _needed(parts: Parts, req: Any) -> int:
     if config is None:
         # As SGLang counts: a page more, and one token.
         return ceil_to_page(num_seen, page_size) + min(left, _most_new(parts, num_seen)) + page_size + 1
-    return ceil_to_page(num_seen + min(left, config.capacity), page_size)
+    most = num_seen + min(left, config.capacity)
+    state = known_state_of(req)
+    if state is not None and state.evicted_tokens > 0:
+        # One that could not be computed again comes back with what it holds, and then waits for a window of queries.
+        most = min(most, state.held_prompt_len + config.capacity + config.window)
+    return ceil_to_page(most, page_size)
 
 
 def _most_new(parts: Parts, num_seen: int) -> int:

@@ -16,6 +16,7 @@ from rkv_sglang.integration.runtime.jobs import Job, on_forward_stream, scoring
 from rkv_sglang.integration.runtime.parts import Parts
 from rkv_sglang.integration.runtime.prompts.slots import sides_of
 from rkv_sglang.integration.startup.verify_switch import is_verifying
+from rkv_sglang.kernels.transfer import sent
 from rkv_sglang.policies import Policy
 from rkv_sglang.sizes.compaction_plan import DropPlan
 from rkv_sglang.sizes.prompt_plan import PromptPlan
@@ -77,7 +78,7 @@ def _copy(
             tensor.record_stream(stream)
     copying = _copying(parts.scheduler.tree_cache)
     for job, choice, own, new in zip(jobs, choices, slots, new_slots, strict=True):
-        kept = kept_tokens(job.plan, choice).to(own.device, non_blocking=True)
+        kept = sent(kept_tokens(job.plan, choice), own.device)
         copying(sides, own[kept], new)
         if job.wants_trace:
             job.record_prompt_trace(kept[: job.state.prompt_len - job.plan.evicted_tokens][None, None])

@@ -1,7 +1,7 @@
 """What the dense oracle answers to a fuzzed request."""
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from tests.e2e.workload import Setting
 from tests.fuzz.runner import policy_parameters
 from tests.fuzz.schedule import FP8_SCALES, FuzzRequest, ServerConfig
 from tests.support.oracle.decoder import Fp8
-from tests.support.oracle.dense import DenseResult, dense_generate
+from tests.support.oracle.dense import DenseResult, Prefix, dense_generate, dense_prefix
 from tests.support.oracle.penalties import adjustment
 
 NEVER = 10**6
@@ -29,8 +29,16 @@ def expected_of(
     retractions: list[Any],
     *,
     guess: Sequence[int] = (),
+    maker: FuzzRequest | None = None,
+    pool: int | None = None,
 ) -> DenseResult:
-    """Return what the dense oracle answers that is preempted where the request was; a right ``guess`` saves time."""
+    """Return what the dense oracle answers that is preempted where the request was.
+
+    Args:
+        guess: A right one saves time.
+        maker: Who made the named prefix that the request goes on from.
+        pool: What the pool has beside named prefixes, where that is not all.
+    """
     setting = Setting(
         budget=request.budget or server.budget,
         buffer=request.buffer or server.buffer,
@@ -42,7 +50,7 @@ def expected_of(
     stop_token_ids = {EOS_ID, *request.params.get("stop_token_ids", ())}
     recomputed = {place["outputs"] for place in retractions if not place["copied"]} - {0}
     restored = [place for place in retractions if place["copied"] and place["outputs"] not in recomputed]
-    prompt_budget = server.prompt_budget if request.prompt_budget is None else request.prompt_budget
+    prompt_budget = request.kept_of_prompt(server)
     own = PolicyConfig(
         policy=server.policy,
         budget=setting.budget,
@@ -54,7 +62,9 @@ def expected_of(
     )
     fits = partial(prompt_budget_after, own, RequestState(len(prompt), request.max_new_tokens))
     # The pool does not hold their prompt and what would stay of it.
-    whole = {after for after in {0, *recomputed} if not fits(len(prompt) + after, server.pool, server.page_size)}
+    pool = server.pool if pool is None else pool
+    whole = {after for after in {0, *recomputed} if not fits(len(prompt) + after, pool, server.page_size)}
+    stand_ins = () if maker is None else maker.prompt[: maker.prefix["budget"]]
     may_stagger = server.stagger and request.max_new_tokens - 1 > setting.budget + setting.buffer
     return dense_generate(
         tiny_model_path(server.model),
@@ -71,9 +81,36 @@ def expected_of(
         restore_at={place["outputs"] for place in restored},
         restored_in_flight={place["outputs"] for place in restored if place["in_flight"]},
         evicted_at_restore={place["outputs"]: place["evicted"] for place in restored},
-        early=setting.early if may_stagger and not request.no_policy else None,
+        # The tokens that stand for a prefix are the first of its document.
+        early=partial(_early, setting, stand_ins) if may_stagger and not request.no_policy else None,
         guessed_output_ids=guess,
-        prompt_budget=None if request.no_policy else prompt_budget or None,
+        prompt_budget=prompt_budget or None,
         whole_prompt_after=whole,
-        fp8=Fp8(FP8_DTYPES[server.kv_dtype], FP8_SCALES) if server.kv_dtype in FP8_DTYPES else None,
+        fp8=_fp8(server),
+        prefix=None if maker is None else prefix_of(server, maker),
     )
+
+
+def prefix_of(server: ServerConfig, maker: FuzzRequest) -> Prefix:
+    """Return what is left of the document of a request that makes a named prefix."""
+    return _prefix_of(server, maker.prompt, maker.prefix["length"], maker.prefix["budget"])
+
+
+@lru_cache(maxsize=64)
+def _prefix_of(server: ServerConfig, ids: tuple[int, ...], length: int, budget: int) -> Prefix:
+    score = Setting(server.budget, server.buffer, policy=server.policy).score
+    return dense_prefix(
+        tiny_model_path(server.model),
+        *(ids[:length], ids[length:], budget),
+        window=server.window,
+        score=partial(score, **policy_parameters(server)),
+        fp8=_fp8(server),
+    )
+
+
+def _early(setting: Setting, stand_ins: tuple[int, ...], prompt: Sequence[int], outputs: Sequence[int]) -> int:
+    return setting.early([*stand_ins, *prompt], outputs)
+
+
+def _fp8(server: ServerConfig) -> Fp8 | None:
+    return Fp8(FP8_DTYPES[server.kv_dtype], FP8_SCALES) if server.kv_dtype in FP8_DTYPES else None

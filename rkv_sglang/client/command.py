@@ -1,0 +1,126 @@
+"""``rkv-sglang prefix``: make, list and delete the named prefixes of a running server."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rkv_sglang.client.prefixes import Prefixes
+from rkv_sglang.client.server import API_KEY_VARIABLE
+from rkv_sglang.config import PREFIX_FIELD
+from rkv_sglang.messages import one_line, shown
+from rkv_sglang.user_files import read_text, reason
+
+ACTIONS = ("create", "list", "delete")
+JUDGES = ("policy", "task")
+
+
+def add_prefix_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``prefix``."""
+    parser.add_argument("action", choices=ACTIONS, help="make a prefix, show all there are, or give one up")
+    parser.add_argument("--server", metavar="URL", help="its address, such as http://127.0.0.1:30000")
+    parser.add_argument(
+        "--api-key", metavar="KEY", help=f"its --api-key; others cannot see it in the variable {API_KEY_VARIABLE}"
+    )
+    parser.add_argument("--name", metavar="N", help="of the prefix; not with list")
+    create = parser.add_argument_group("create")
+    create.add_argument("--document", metavar="FILE", type=Path, help="what is compressed, a text file")
+    create.add_argument("--budget", metavar="K", type=int, help="tokens of it that every layer and KV head keeps")
+    create.add_argument("--task", metavar="FILE", type=Path, help="instructions and examples, which judge the document")
+    create.add_argument(
+        "--no-task", action="store_true", help="the document is judged by its own repetition, for whatever may come"
+    )
+    create.add_argument(
+        "--judge", choices=JUDGES, help="by what the task judges: the server's policy (default), or all its attention"
+    )
+
+
+def run_prefix(options: argparse.Namespace) -> int:
+    """Do it and return the exit status: 1 after one line of what went wrong, 2 for flags that do not fit."""
+    misuse = _misuse(options)
+    if misuse is not None:
+        print(f"rkv-sglang prefix: {misuse}", file=sys.stderr)
+        return 2
+    try:
+        _run(options)
+    except ValueError as error:
+        print(f"rkv-sglang prefix: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _misuse(options: argparse.Namespace) -> str | None:
+    """Return what is wrong with the flags together, in one line; None if nothing is."""
+    action = options.action
+    of_create = {
+        "--document": options.document,
+        "--budget": options.budget,
+        "--task": options.task,
+        "--no-task": options.no_task or None,
+        "--judge": options.judge,
+    }
+    wanted = {"--server": options.server}
+    if action != "list":
+        wanted["--name"] = options.name
+    if action == "create":
+        wanted |= {"--document": options.document, "--budget": options.budget}
+    foreign = [flag for flag, value in of_create.items() if value is not None and action != "create"]
+    foreign += ["--name"] if action == "list" and options.name is not None else []
+    if foreign:
+        return f"{foreign[0]} does not go with {action}: leave it out"
+    missing = [flag for flag, value in wanted.items() if value is None]
+    if missing:
+        return f"{action} needs {' and '.join(missing)}"
+    if action == "create" and (options.task is None) != options.no_task:
+        return "create needs what judges the document: give either --task with a file, or --no-task"
+    if options.no_task and options.judge is not None:
+        return "--judge says how a task judges: leave it out with --no-task"
+    return None
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.name is not None:
+        _check_text("--name", options.name)
+    texts = {flag: _text(flag, path) for flag, path in (("--document", options.document), ("--task", options.task))}
+    prefixes = Prefixes(options.server, options.api_key or os.environ.get(API_KEY_VARIABLE))
+    if options.action == "create":
+        made = prefixes.create(options.name, texts["--document"] or "", texts["--task"], options.budget, options.judge)
+        use = json.dumps({PREFIX_FIELD: options.name}, ensure_ascii=False)
+        print(f"{_line(made)}; requests go on from it with custom_params {use}")
+    elif options.action == "delete":
+        prefixes.delete(options.name)
+        print(f"{one_line(options.name)} is deleted")
+    else:
+        print("\n".join(map(_line, prefixes.list())) or "there are no named prefixes")
+
+
+def _line(prefix: Any) -> str:
+    """Return what the server says of a prefix as a line."""
+    if not isinstance(prefix, Mapping) or not prefix.keys() >= {"name", "length", "budget"}:
+        raise ValueError(f"the server speaks of a prefix unlike rkv_sglang: {shown(prefix)}")
+    judge = f", judged by {one_line(prefix['judge'])}" if "judge" in prefix else ""
+    return one_line(f"{prefix['name']}: {prefix['budget']} of {prefix['length']} tokens{judge}")
+
+
+def _text(flag: str, path: Path | None) -> str | None:
+    """Return a file's text; None without a file."""
+    if path is None:
+        return None
+    try:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{flag} {path} cannot be read ({reason(error)})") from error
+    if not text.strip():
+        raise ValueError(f"{flag} {path} is empty: write some text into it")
+    return text
+
+
+def _check_text(flag: str, text: str) -> None:
+    # Python keeps bytes of a command line that are no text as halves of characters, which no server takes.
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{flag} is not text in UTF-8")

@@ -1,0 +1,73 @@
+"""Documents that all of a task judges, or the document itself repeated, and requests that go on from what is left."""
+
+from functools import cache, partial
+
+import pytest
+
+from tests.e2e.named_prefixes import BUDGET, CREATE, FLAGS, LENGTH, MODEL, NUM_TOKENS, asking, texts
+from tests.e2e.workload import Setting, assert_same_tokens, greedy
+from tests.support.harness.scheduler import run_scheduler
+from tests.support.oracle.dense import SCORE_TOLERANCE, Prefix, dense_generate, dense_prefix
+from tests.support.oracle.judges import repeat_scores, task_scores
+
+SETTING = Setting(budget=24, buffer=16)
+INSTRUCTION = [9, 8, 7, 6, 5]
+
+
+def behind(judge: str) -> list[int]:
+    """Return what comes behind the document."""
+    document, task, _ = texts()
+    return task if judge == "task" else [*INSTRUCTION, *document]
+
+
+@cache
+def prefix_of(judge: str) -> Prefix:
+    document, task, _ = texts()
+    score, num_judging = (task_scores, len(task)) if judge == "task" else (repeat_scores, LENGTH)
+    score = partial(score, length=LENGTH)
+    prefix = dense_prefix(MODEL, document, behind(judge), BUDGET, score=score, num_judging=num_judging)
+    assert prefix.compaction.margins.min() > SCORE_TOLERANCE
+    return prefix
+
+
+@pytest.mark.parametrize(
+    "page_size, extra, is_cached",
+    [
+        (1, [], True),
+        # Document, task and repeat over several chunks.
+        (16, ["--chunked-prefill-size", "32"], False),
+        (1, ["--chunked-prefill-size", "48", "--disable-overlap-schedule"], True),
+    ],
+)
+def test_requests_go_on_from_what_a_task_or_a_repeat_says_is_best(page_size, extra, is_cached):
+    document, _, prompts = texts()
+    judges = {judge: [*document, *behind(judge)] for judge in ("task", "repeat")}
+    requests = [greedy(whole, 2) for whole in judges.values() if is_cached]
+    num_before = len(requests)
+    for judge, whole in judges.items():
+        requests.append(asking({**CREATE, "create": judge, "judge": judge}, whole, when_idle=True))
+    used = [(judge, prompt) for judge in judges for prompt in (prompts[0], prompts[2])]
+    requests += [asking(judge, prompt, NUM_TOKENS, when_idle=i == 0) for i, (judge, prompt) in enumerate(used)]
+    flags = [*FLAGS, "--page-size", str(page_size), *SETTING.flags, *extra]
+    env = {"RKV_SGLANG_VERIFY": "1", "RKV_PROBE_MAX_LOCKED": str(2 * BUDGET)}
+    result = run_scheduler(flags, requests, env=env)
+    result.assert_clean()
+    made, answers = result.outputs[num_before : num_before + 2], result.outputs[num_before + 2 :]
+    for judge, output in zip(judges, made, strict=True):
+        assert output.info["kv_prefix"] == {"name": judge, "length": LENGTH, "budget": BUDGET, "judge": judge}
+        # The second finds the first's document. What is behind it is computed, whatever the cache has.
+        is_found = is_cached or judge == "repeat"
+        assert output.cached_tokens == (LENGTH // page_size * page_size if is_found else 0)
+    for (judge, prompt), output in zip(used, answers, strict=True):
+        expected = dense_generate(
+            MODEL,
+            prompt,
+            NUM_TOKENS,
+            budget=SETTING.budget,
+            buffer=SETTING.buffer,
+            score=SETTING.score,
+            prefix=prefix_of(judge),
+            guessed_output_ids=output.output_ids,
+        )
+        assert_same_tokens(output.output_ids, expected, f"{judge}, a prompt of {len(prompt)}")
+        assert output.info["kv_prefix"]["judge"] == judge

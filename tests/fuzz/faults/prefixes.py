@@ -1,0 +1,82 @@
+"""Faults in named prefixes: who may use them, where what follows them stands, and what they hold for how long."""
+
+from tests.fuzz.faults.mutant import Mutant
+
+_READING, _MAKING = "integration/runtime/prefixes/reading.py", "integration/runtime/prefixes/making.py"
+_NAMED, _HOOKS = "integration/runtime/prefixes/named.py", "integration/hooks/restore.py"
+_TESTS = "tests/e2e/test_prefixes.py"
+_SHARED = (_TESTS, "-k", "oracle_says and rkv")
+_DELETED = (_TESTS, "-k", "gives_all_back")
+
+PREFIXES = (
+    Mutant(
+        "a named prefix may be evicted",
+        _MAKING,
+        "    return tree_cache.lock(result.last_device_node)",
+        "    lock = tree_cache.lock(result.last_device_node)\n    tree_cache.unlock(lock)\n    return lock",
+        _SHARED,
+    ),
+    Mutant(
+        "a deleted prefix keeps its slots",
+        _READING,
+        "    parts.prefixes.forget(prefix)\n    parts.scheduler.tree_cache.unlock(prefix.lock)\n",
+        "    parts.prefixes.forget(prefix)\n",
+        _DELETED,
+    ),
+    Mutant(
+        "what follows a prefix stands a position too early",
+        _NAMED,
+        "return self.length - self.budget",
+        "return self.length - self.budget - 1",
+        _SHARED,
+    ),
+    Mutant(
+        "a prefix comes back behind a preempted request at its first position",
+        "integration/runtime/restore.py",
+        "evicted = [number + gap_of(req) for number, req",
+        "evicted = [number + gap_of(req) * (len(req.output_ids) == 0) for number, req",
+        (_TESTS, "-k", "comes_back_behind"),
+    ),
+    Mutant(
+        "a prefix outlives a flush",
+        _HOOKS,
+        "        drop_prefixes(runtime.parts)\n",
+        "        pass\n",
+        (_TESTS, "-k", "no_prefix_is_left and flush"),
+    ),
+    Mutant(
+        "new weights take a prefix its name and leave it its slots",
+        _READING,
+        "if is_held and lock is not None:",
+        "if False:",
+        (_TESTS, "-k", "no_prefix_is_left and weights"),
+    ),
+    Mutant(
+        "requests that wait go on from a prefix that was deleted",
+        _READING,
+        "waiting = [req for req in scheduler.waiting_queue if used_by(req) is gone]",
+        "waiting: list[Any] = []",
+        _DELETED,
+    ),
+    Mutant(
+        "what a prefix will take is not reserved",
+        "integration/runtime/prefixes/room.py",
+        "return 0 if prefix is None else prefix.budget",
+        "return 0",
+        (_TESTS, "-k", "waits_for_its_slots"),
+    ),
+    Mutant(
+        "a task that the tree has is not computed",
+        _HOOKS,
+        "return min(max_prefix_len, made.length)",
+        "return max_prefix_len",
+        _SHARED,
+    ),
+    Mutant(
+        "a document is judged by another layer's queries",
+        _MAKING,
+        "lambda part, layers: verdict.queries[layers, None],",
+        "lambda part, layers: verdict.queries.roll(1, 0)[layers, None],",
+        _SHARED,
+    ),
+)
