@@ -43,8 +43,9 @@ def sparsities(queries: Tensor, keys: Tensor, negligible: float, model: ModelAtt
     check_queries(queries, keys)
     num_tokens, num_kv_heads, head_dim = keys.shape
     window = len(queries)
-    grouped = queries.float().reshape(window, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-    products = grouped @ keys.float().permute(1, 2, 0).unsqueeze(1)
+    # [num_kv_heads, gqa_group_size * window, head_dim]: one product for a group, so its keys are not copied for each.
+    grouped = queries.float().reshape(window, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3).flatten(1, 2)
+    products = (grouped @ keys.float().permute(1, 2, 0)).view(num_kv_heads, -1, window, num_tokens)
     logits = model.logits(products, head_dim).amax(dim=1)
     last_seen = torch.arange(num_tokens - window, num_tokens, device=keys.device)[:, None]
     is_later = torch.arange(num_tokens, device=keys.device) > last_seen

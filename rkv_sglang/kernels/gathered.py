@@ -37,11 +37,11 @@ def observe_paged(
     queries = [read_queries(slice(layer, layer + 1))[0] for layer in layers]
     observed = []
     for request, pages in enumerate(pages_of(batch)):
-        inputs = [
+        of_layers = (
             inputs_of(keys, None, batch, request, pages, layer, own[request], history[request], model)
             for layer, own in zip(layers, queries, strict=True)
-        ]
-        observed.append(policy.observe(inputs))  # type: ignore[attr-defined]
+        )
+        observed.append(policy.observe(of_layers))  # type: ignore[attr-defined]
     return observed
 
 

@@ -133,11 +133,12 @@ class Policy(Protocol):
     ``granularities``, where its choice can be made, the default first (``("head",)`` where it sets none).
 
     One that decides something for all layers and heads alike before any is scored has a method ``observe(layers)``. It
-    is called once at each compaction, with the ``ScoreInputs`` of the layers whose numbers in the model
-    ``observed_layers(layers)`` picks from those that attend to everything, in that order, without values or state. It
-    returns a tensor that depends on nothing but these; ``score`` is given it as ``observed`` in every layer, and so is
-    ``observe`` at the next compaction. ``observed_numbers(budget, window)`` says how many numbers it has at the most.
-    A compaction of prompts observes nothing (see ``observes``).
+    is called once at each compaction, with an iterator over the ``ScoreInputs`` of the layers whose numbers in the
+    model ``observed_layers(layers)`` picks from those that attend to everything, in that order, without values or
+    state; who lets each go before the next holds the keys of one at a time. It returns a tensor that depends on nothing
+    but these; ``score`` is given it as ``observed`` in every layer, and so is ``observe`` at the next compaction.
+    ``observed_numbers(budget, window)`` says how many numbers it has at the most. A compaction of prompts observes
+    nothing (see ``observes``).
 
     One whose scores depend on nothing but the places of tokens has a method ``score_places(places)`` too, which returns
     the scores of tokens with one choice for a whole request, ``[num_tokens]``, fp32 (see ``is_blind``).

@@ -3,7 +3,7 @@
 import itertools
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -255,7 +255,8 @@ class ObservingPolicy:
     def observed_layers(self, layers: Sequence[int]) -> list[int]:
         return [layers[-1], layers[0]]
 
-    def observe(self, layers: Sequence[ScoreInputs]) -> torch.Tensor:
+    def observe(self, of_layers: Iterator[ScoreInputs]) -> torch.Tensor:
+        layers = list(of_layers)
         count = 0.0 if layers[0].observed is None else layers[0].observed[0] + 1
         return torch.tensor([count, *(own.keys.sum() for own in layers), *(float(own.layer) for own in layers)])
 

@@ -84,7 +84,7 @@ def replay(
             model=model,
         )
         if observes(policy):
-            observed = policy.observe([inputs])  # type: ignore[attr-defined]
+            observed = policy.observe(iter([inputs]))  # type: ignore[attr-defined]
             inputs = replace(inputs, observed=observed)
         scored = as_scored(policy.score(inputs))
         scores, memory = scored.scores, scored.memory

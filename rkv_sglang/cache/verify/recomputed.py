@@ -86,8 +86,8 @@ def observed_anew(
         return None
     first, sliding = buffers.keys.first_layer, model.sliding_among(buffers.keys.first_layer, len(queries))
     layers = policy.observed_layers([first + layer for layer in range(len(queries)) if layer not in sliding])
-    inputs = [_inputs_of(buffers, request, layer - first, rows, queries, model) for layer in layers]
-    observed: Tensor = policy.observe(inputs)
+    of_layers = (_inputs_of(buffers, request, layer - first, rows, queries, model) for layer in layers)
+    observed: Tensor = policy.observe(of_layers)
     return observed
 
 

@@ -59,7 +59,7 @@ def score_problem(
     if observes(policy):
         try:
             numbers, layers = observed_numbers(policy, budget, window), policy.observed_layers([0, 1])  # type: ignore[attr-defined]
-            observed = policy.observe([inputs] * len(layers))  # type: ignore[attr-defined]
+            observed = policy.observe(iter([inputs] * len(layers)))  # type: ignore[attr-defined]
         except Exception as error:
             return f"what it observes raises {type(error).__name__}: {one_line(error)}"
         if not isinstance(observed, Tensor) or observed.device != inputs.keys.device or observed.numel() > numbers:

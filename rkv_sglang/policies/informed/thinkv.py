@@ -1,7 +1,7 @@
 """ThinKV: keep reasoning longer than what carries it out, and of what is over a few keys that stand for the rest."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -99,11 +99,15 @@ class ThinKV:
         """See ``Policy``: five for each segment, of which there are no more than tokens."""
         return 5 * (budget - window + 1)
 
-    def observe(self, layers: Sequence[ScoreInputs]) -> Tensor:
+    def observe(self, layers: Iterable[ScoreInputs]) -> Tensor:
         """See ``Policy``: return the table of segments, ``[5, num_segments]``, int64."""
-        sparse = [sparsities(own.queries, own.keys, self.negligible, own.model).mean() for own in layers]
+        sparse = []
+        # One layer at a time is held.
+        for own in layers:
+            sparse.append(sparsities(own.queries, own.keys, self.negligible, own.model).mean())
+            before, sizes = own.observed, _sizes(own)
         kind = kind_of(torch.stack(sparse).mean(), *self.bounds)
-        return next_table(layers[0].observed, kind, *_sizes(layers[0]), self.buffer)
+        return next_table(before, kind, *sizes, self.buffer)
 
     def score(self, inputs: ScoreInputs) -> Tensor:
         """See ``Policy.score``."""

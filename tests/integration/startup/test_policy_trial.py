@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from rkv_sglang.config import PolicyConfig
+from rkv_sglang.integration.runtime.parts import refuse_split_observations
+from rkv_sglang.integration.startup.errors import RefusedError
 from rkv_sglang.integration.startup.policy_trial import score_problem
 from rkv_sglang.policies import POLICIES, Scored, make_policy
 from tests.policies.cases import model_with_statistics
@@ -114,3 +116,14 @@ class SomeObserver:
 def test_what_is_no_observation_is_named_in_one_line(observed: Any, problem: str | None) -> None:
     found = score_problem(SomeObserver(observed), **SHAPES[0], device="cpu")
     assert found is None if problem is None else found is not None and found.startswith(problem) and "\n" not in found
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_who_observes_all_heads_serves_on_one_rank_alone(name: str) -> None:
+    policy = make_policy(PolicyConfig(policy=name))
+    refuse_split_observations(policy, name, 1)
+    if name != "thinkv":
+        refuse_split_observations(policy, name, 2)
+        return
+    with pytest.raises(RefusedError, match=r"^--kv-policy thinkv cannot be used with 2 tensor-parallel ranks: .*; set"):
+        refuse_split_observations(policy, name, 2)
