@@ -122,10 +122,15 @@ def test_two_starts_measure_the_same_and_another_models_file_is_refused(policy, 
     assert f"{files[0]} does not hold {what}: its model is " in caught.value.log
 
 
-def test_a_stateful_policy_forgets_what_a_retraction_dropped():
+@pytest.mark.parametrize("policy", ["h2o", "thinkv"])
+def test_a_stateful_policy_forgets_what_a_retraction_dropped(policy):
     model = tiny_model_path("llama-gqa")
     prompts = six_prompts()[:4]
-    flags = ["--model-path", str(model), "--kv-policy", "h2o", "--rkv-budget", str(BUDGET), "--rkv-buffer", str(BUFFER)]
+    flags = ["--model-path", str(model), "--kv-policy", policy, "--kv-budget", str(BUDGET), "--kv-buffer", str(BUFFER)]
+    parameters = {}
+    if policy == "thinkv":
+        flags += ["--kv-policy-config", json.dumps(THOUGHTS["llama-gqa"])]
+        parameters = {**THOUGHTS["llama-gqa"], "buffer": BUFFER}
     result = run_scheduler(flags, [greedy(prompt, NUM_TOKENS) for prompt in prompts], env=retracting(71))
     result.assert_clean()
     assert result.probe.retractions >= 1
@@ -137,7 +142,7 @@ def test_a_stateful_policy_forgets_what_a_retraction_dropped():
             NUM_TOKENS,
             budget=BUDGET,
             buffer=BUFFER,
-            score=score_function("h2o"),
+            score=score_function(policy, **parameters),
             recompute_at=points,
             guessed_output_ids=output.output_ids,
         )
