@@ -222,7 +222,7 @@ def _observe_thoughts(
 
 
 def _thinkv(inputs: ScoreInputs, *, buffer: int = 128, rounds: int = 4, **_: Any) -> torch.Tensor:
-    """A number above 0 for what stays, 0 for the rest; near 0 where a rounding error may have chosen others."""
+    """Numbers above 0 for what stays, 0 for the rest; near 0 where a rounding error may have chosen others."""
     num_scored, window = _num_scored(inputs), inputs.window_queries.shape[1]
     room = inputs.budget - window
     if inputs.beacons:
@@ -235,7 +235,12 @@ def _thinkv(inputs: ScoreInputs, *, buffer: int = 128, rounds: int = 4, **_: Any
         chosen = chosen_of(keys[inputs.prompt_len : num_scored], plan, rounds, request.doubts)
         newest_first = sorted(range(len(chosen)), key=lambda index: (not chosen[index], -index))
         margin = max(3e-3 * min([*request.doubts, 1.0]), 1e-12)
-        scores[head, [inputs.prompt_len + index for index in newest_first[:room]]] = margin
+        if inputs.beacons:
+            scores[head, [inputs.prompt_len + index for index in newest_first[:room]]] = margin
+        else:
+            # Of a prompt's tokens only some are candidates, so all are ranked.
+            for rank, index in enumerate(newest_first):
+                scores[head, inputs.prompt_len + index] = margin * (len(newest_first) - rank)
     return scores
 
 
