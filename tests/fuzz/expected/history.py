@@ -45,6 +45,9 @@ class History:
             self._flush(number)
         for number, index in enumerate(order):
             self._judge_end(number, index)
+        for index in sorted(self.refused - self.gone):
+            if self._said(index) is not None:
+                self._problem(index, "it was refused, and says that it was not")
 
     def may_be_short(self, index: int) -> bool:
         """Return whether prefixes may have left too little of the pool for all that a request asked for."""
@@ -220,5 +223,5 @@ class History:
             self._problem(index, "it does not say what it went on from")
         elif is_silent and index not in self.refused and request.asks("create"):
             # While it was made the cache may have been flushed.
-            is_flushed = self._given_up.get(request.prefix["create"], -1) > number
+            is_flushed = any(flushed > number for flushed in self._record["flushes"])
             self.problems += [] if is_flushed else [f"request {index}, {request.prefix}: it made nothing"]
