@@ -404,7 +404,7 @@ POOL_MACHINE = Table(
         Column("radix", int, "", "1: with a radix tree"),
         Column("window", int, "tokens", "--kv-window"),
         Column("verify", int, "", "1: every compaction is checked as with RKV_SGLANG_VERIFY=1"),
-        Column("step", str, "", "kind of step; compaction and restore happen within others"),
+        Column("step", str, "", "kind of step; compaction, drop (one of blocks) and restore happen within others"),
         Column("count", int, "", "times that it was taken"),
         Column("seconds", float, "s", "of the world, all steps and checks together"),
     ),

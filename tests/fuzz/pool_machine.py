@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.common.arguments import benchmark_parser
 from benchmarks.common.schema import Row, hardware_folder, run_info, write_table
 from benchmarks.common.tables import POOL_MACHINE
-from rkv_sglang.config import NUM_FIRST_KEPT, PolicyConfig
+from rkv_sglang.config import NUM_FIRST_KEPT, REQUEST, PolicyConfig
 from tests.fuzz.report import plot_pool_machine, shares
 from tests.support.harness.environment import child_environment
 from tests.support.harness.scheduler import run_job
@@ -44,30 +44,37 @@ STEPS_PER_WORLD = 2000
 # All pages are counted, and every request looked at, once in so many steps.
 CHECK_EVERY = 10
 SMOKE_STEPS = 3000
+# Share of the worlds in which compactions drop blocks.
+DROPPING = 0.4
 FOLDER = Path(".cache/fuzz")
 AXES = ("page_size", "radix", "window", "verify")
 
 
 def make_world(seed: int) -> Any:
     """Return a world of random settings. Only where SGLang is set up: see ``set_up``."""
+    from tests.fuzz.pool.drops import NUM_SLOTS, dropping
     from tests.fuzz.pool.world import World
 
     rng = random.Random(seed)
     window = rng.choice([1, 1, 2, 3, 8])
-    return World(
-        seed=seed,
-        page_size=rng.choice([1, 1, 4, 16]),
-        radix=rng.random() < 0.75,
-        verify=rng.random() < 0.25,
-        num_slots=rng.choice([80, 120, 240]),
-        num_layers=rng.choice([1, 1, 2]),
-        config=PolicyConfig(
+    settings: dict[str, Any] = {
+        "page_size": rng.choice([1, 1, 4, 16]),
+        "radix": rng.random() < 0.75,
+        "verify": rng.random() < 0.25,
+        "num_slots": rng.choice([80, 120, 240]),
+        "num_layers": rng.choice([1, 1, 2]),
+        "config": PolicyConfig(
             window=window,
             budget=window + rng.randint(1, 16),
             buffer=rng.randint(1, 12),
             prompt_budget=window + NUM_FIRST_KEPT + rng.randint(1, 6) if rng.random() < 0.4 else 0,
         ),
-    )
+    }
+    # Drawn apart, so that other seeds stay what they were.
+    rng = random.Random(f"drops {seed}")
+    if rng.random() < DROPPING:
+        settings |= {"num_slots": rng.choice(NUM_SLOTS), "config": dropping(rng, window, settings["page_size"])}
+    return World(seed=seed, **settings)
 
 
 def set_up() -> None:
@@ -92,8 +99,8 @@ def run_world(world: Any, num_steps: int, tell: Callable[[str], None] = lambda n
     """
     rng = random.Random(f"steps {world.seed}")
     names, weights = list(STEPS), list(STEPS.values())
-    if rng.random() < 0.5:
-        # Requests live long enough to see more than the pool holds, so that some are restored.
+    if rng.random() < 0.5 or world.config.granularity == REQUEST:
+        # Requests live long enough to see more than the pool holds, so that some are restored; or to lose blocks.
         weights = [weight / 6 if name in ("finish", "abort") else weight for name, weight in STEPS.items()]
     counts: Counter[str] = Counter()
     while counts.total() < num_steps:
@@ -104,6 +111,7 @@ def run_world(world: Any, num_steps: int, tell: Callable[[str], None] = lambda n
             if counts.total() % CHECK_EVERY == 0 or name not in ("decode", "match"):
                 world.check_all()
     counts["compaction"] = world.runtime.stats.compactions
+    counts["drop"] = counts["compaction"] if world.config.granularity == REQUEST else 0
     counts["restore"] = world.runtime.stats.requests_restored
     return counts
 

@@ -8,8 +8,9 @@ from rkv_census import census
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
-from rkv_sglang.config import NUM_FIRST_KEPT
+from rkv_sglang.config import NUM_FIRST_KEPT, REQUEST
 from rkv_sglang.integration.runtime.requests import state_of
+from tests.fuzz.pool.drops import check_drop
 from tests.fuzz.pool.held import Held, Wrong
 from tests.fuzz.pool.pools import MAX_REQUESTS, Pools, rank_of
 
@@ -22,6 +23,9 @@ def take_compactions(pools: Pools, held: Held) -> int:
     req, config = held.req, pools.runtime.config_of(held.req)
     assert config is not None
     prompt_len, resident_len = state_of(req).held_prompt_len, held.numbers.shape[1]
+    if config.granularity == REQUEST:
+        held.numbers = check_drop(pools, held, resident_len, config)
+        return 1
     of_prompt, of_answer = prompt_len < held.prompt_len, False
     if of_prompt:
         if prompt_len != config.prompt_budget:

@@ -76,16 +76,22 @@ class Pools:
         buffers = KVBuffers.from_layers(
             self.pool.k_buffer, self.pool.v_buffer, dtype=torch.float32, key_scales=ones, value_scales=ones
         )
-        self.window = QueryWindow(
-            num_layers=num_layers,
-            num_rows=num_query_rows(config, size, MAX_REQUESTS),
-            window=config.window,
-            num_qo_heads=NUM_QO_HEADS,
-            head_dim=HEAD_DIM,
-            max_requests=MAX_REQUESTS + 1,
-            dtype=torch.float32,
-            device="cpu",
-        )
+        self.runtime = Runtime(config)
+        self.window: QueryWindow | None = None
+        scored = None
+        if not self.runtime.looks_at_nothing:
+            self.runtime.policy = CheckingPolicy()
+            self.window = QueryWindow(
+                num_layers=num_layers,
+                num_rows=num_query_rows(config, size, MAX_REQUESTS),
+                window=config.window,
+                num_qo_heads=NUM_QO_HEADS,
+                head_dim=HEAD_DIM,
+                max_requests=MAX_REQUESTS + 1,
+                dtype=torch.float32,
+                device="cpu",
+            )
+            scored = Scored(buffers=buffers, layers=(), query_window=self.window, first_layer=0)
         self.scheduler = SimpleNamespace(
             device="cpu",
             enable_overlap=False,
@@ -103,10 +109,7 @@ class Pools:
             running_batch=SimpleNamespace(reqs=[]),
             waiting_queue=[],
         )
-        self.runtime = Runtime(config)
-        self.runtime.policy = CheckingPolicy()
         os.environ[VERIFY_VARIABLE] = str(int(verify))
-        scored = Scored(buffers=buffers, layers=(), query_window=self.window, first_layer=0)
         self.runtime.bind(Parts(scheduler=self.scheduler, scored=scored, metrics=None))  # type: ignore[arg-type]
         set_runtime(self.runtime)
         self.size = size
@@ -146,7 +149,7 @@ class Pools:
 
     def capture(self, rows: list[int], positions: list[int]) -> None:
         """Record queries of a decode step that say at which position they were made."""
-        if not self.window.active:
+        if self.window is None or not self.window.active:
             return
         at = torch.tensor(positions)
         queries = at.float().view(-1, 1, 1).expand(-1, NUM_QO_HEADS, HEAD_DIM)

@@ -8,7 +8,7 @@ wrongly, freed too early or written by somebody else shows.
 
 import array
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,13 +18,14 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from rkv_sglang.config import PolicyConfig
+from rkv_sglang.config import HEAD, PolicyConfig
 from rkv_sglang.integration.hooks import restore as hooks
 from rkv_sglang.integration.runtime.prefixes.named import gap_of, made_by, used_by
 from rkv_sglang.integration.runtime.requests import CONFIG_ATTRIBUTE, state_of
 from rkv_sglang.integration.runtime.restore import host_copy_of, len_after_prefill, restore_waiting
 from rkv_sglang.sizes.pages import ceil_to_page
 from tests.fuzz.pool.checks import check_all, check_copy, check_found, check_held, take_compactions
+from tests.fuzz.pool.drops import nothing_moves, own_settings
 from tests.fuzz.pool.held import Held, PolicyReq, Wrong
 from tests.fuzz.pool.pools import MAX_REQUESTS, Pools
 from tests.fuzz.pool.prefixes import NamedPrefixes
@@ -64,6 +65,7 @@ class World:
         self._compactions = 0
         self.room = Room(self.pools, self.config)
         self.prefixes = NamedPrefixes(self.pools, self.config)
+        self.has_prefixes = self.radix and self.config.granularity == HEAD
         self._documents = [[self.rng.choice(TOKENS) for _ in range(40)] for _ in range(3)]
 
     # Steps.
@@ -74,11 +76,7 @@ class World:
             return False
         document = self.rng.choice(self._documents)
         tokens = document[: self.rng.randint(0, 30)] + [self.rng.choice(TOKENS) for _ in range(self.rng.randint(1, 4))]
-        config = self.config
-        if self.rng.random() < 0.3:
-            config = replace(config, budget=config.window + self.rng.randint(1, 9), buffer=self.rng.randint(1, 9))
-        if self.rng.random() < 0.2:
-            config = replace(config, prompt_budget=self.rng.choice([0, config.least_prompt_budget]))
+        config = own_settings(self.rng, self.config)
         req = self._request(tokens, config, self.rng.choice([config.capacity, 60, 400]))
         if self.prefixes.all and self.rng.random() < 0.5:
             self.prefixes.use(req, self.rng.choice(sorted(self.prefixes.all)))
@@ -91,7 +89,7 @@ class World:
         """Take in a request that makes a named prefix of the first tokens of its prompt."""
         least = ceil_to_page(self.config.least_prompt_budget, self.page_size)
         name, budget = self.rng.choice(NAMES), least + self.page_size * self.rng.randint(0, 2)
-        if not self.radix or name in self.prefixes.all or len(self.running) >= MAX_REQUESTS:
+        if not self.has_prefixes or name in self.prefixes.all or len(self.running) >= MAX_REQUESTS:
             return False
         length = budget + self.rng.randint(1, 20)
         tokens = (self.rng.choice(self._documents) * 3)[: length + self.config.window + self.rng.randint(0, 3)]
@@ -183,7 +181,8 @@ class World:
         """``keep``: whether the token that is computed comes out; else its request is retracted with it in flight."""
         self.pools.scheduler.forward_ct += 1
         batch = self._batch(members)
-        self.runtime.before_decode(batch)
+        with nothing_moves(self.pools):
+            self.runtime.before_decode(batch)
         for held in members:
             if held.req.kv.kv_allocated_len < held.numbers.shape[1]:
                 self._compactions += take_compactions(self.pools, held)
