@@ -203,28 +203,36 @@ def test_whatever_is_wrong_is_answered_in_one_line_and_changes_nothing():
 
 def test_many_requests_hold_the_prefix_once_and_deleting_it_gives_all_back(rng):
     document, task, _ = texts()
+    # Before them some more, of which the last have long prompts that are compacted: over a hundred, watched bit by bit.
+    others = [asking(NAME, [100 + i, 5], 3, when_idle=i == 0) for i in range(16)]
+    others += [greedy([120 + i, *document[:30]], 12) for i in range(24)]
+    for request in others[16:]:
+        request.sampling_params["custom_params"] = {"kv_prompt_budget": 14}
     # None begins as another does, so none shares a slot of its own.
     prompts = [[3 + i, *random_ids(rng, 4 + i)] for i in range(64)]
     requests = [
         asking(CREATE, [*document, *task]),
+        *others,
         *[asking(NAME, prompt, 50, when_idle=i == 0) for i, prompt in enumerate(prompts)],
         # While all of them run, and one waits.
-        asking({"delete": NAME}, [5], 50, at_step=25),
+        asking(NAME, [5], at_step=49),
+        asking({"delete": NAME}, [5], 50, at_step=50),
     ]
-    requests.insert(65, asking(NAME, [5], at_step=24))
+    first = 1 + len(others)
     flags = [*FLAGS, *Setting(budget=24, buffer=16).flags, "--max-running-requests", "64", "--max-total-tokens", "8192"]
     result = run_scheduler(flags, requests, env=LOCKED)
     result.assert_clean()
-    own = {rid_of(i) for i in range(1, 65)}
+    assert [output.info["kv_compactions"] for output in result.outputs[17:first]] == [1] * 24
+    own = {rid_of(i) for i in range(first, first + 64)}
     together = [step for step in result.probe.steps if {entry["rid"] for entry in step["running"]} == own]
     assert len(together) > 30
     for step in together:
         used = step["total"] - step["available"] - step["evictable"]
         assert used == BUDGET + sum(entry["allocated_len"] - BUDGET for entry in step["running"])
-    for i in rng.sample(range(1, 65), 12):
-        prompt, output = prompts[i - 1], result.outputs[i]
+    for i in rng.sample(range(64), 12):
+        prompt, output = prompts[i], result.outputs[first + i]
         assert_same_tokens(output.output_ids, expected_of("rkv", prompt, output.output_ids), f"request {i}")
-    assert "was deleted while the request waited" in refusal_of(result.outputs[65])
+    assert "was deleted while the request waited" in refusal_of(result.outputs[first + 64])
     assert result.probe.idles[-1]["protected"] == 0
 
 

@@ -3,8 +3,9 @@
     python -m tests.fuzz.pool_machine [--steps 1000000] [--first 0] [--out FOLDER] [--smoke]
 
 Plan, move, free, insert, evict, match, copy and restore run on real pools, allocators and radix tree, without a server
-(``pool/``). Writes ``pool_machine.csv``, ``pool_machine.json`` and ``pool_machine.png``; a failing seed is
-printed, and ``--replay SEED`` repeats it.
+(``pool/``), and so do the compaction of prompts and the making, use and deletion of named prefixes. Writes
+``pool_machine.csv``, ``pool_machine.json`` and ``pool_machine.png``; a failing seed is printed, and ``--replay SEED``
+repeats it.
 """
 
 import random
@@ -20,7 +21,7 @@ from typing import Any
 from benchmarks.common.arguments import benchmark_parser
 from benchmarks.common.schema import Row, hardware_folder, run_info, write_table
 from benchmarks.common.tables import POOL_MACHINE
-from rkv_sglang.config import PolicyConfig
+from rkv_sglang.config import NUM_FIRST_KEPT, PolicyConfig
 from tests.fuzz.report import plot_pool_machine, shares
 from tests.support.harness.environment import child_environment
 from tests.support.harness.scheduler import run_job
@@ -36,6 +37,8 @@ STEPS = {
     "evict": 3,
     "match": 5,
     "flush": 1,
+    "make_prefix": 3,
+    "delete_prefix": 1,
 }
 STEPS_PER_WORLD = 2000
 # All pages are counted, and every request looked at, once in so many steps.
@@ -58,7 +61,12 @@ def make_world(seed: int) -> Any:
         verify=rng.random() < 0.25,
         num_slots=rng.choice([80, 120, 240]),
         num_layers=rng.choice([1, 1, 2]),
-        config=PolicyConfig(window=window, budget=window + rng.randint(1, 16), buffer=rng.randint(1, 12)),
+        config=PolicyConfig(
+            window=window,
+            budget=window + rng.randint(1, 16),
+            buffer=rng.randint(1, 12),
+            prompt_budget=window + NUM_FIRST_KEPT + rng.randint(1, 6) if rng.random() < 0.4 else 0,
+        ),
     )
 
 

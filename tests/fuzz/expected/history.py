@@ -45,6 +45,9 @@ class History:
             self._flush(number)
         for number, index in enumerate(order):
             self._judge_end(number, index)
+        for index in sorted(self.refused - self.gone):
+            if self._said(index) is not None:
+                self._problem(index, "it was refused, and says that it was not")
 
     def may_be_short(self, index: int) -> bool:
         """Return whether prefixes may have left too little of the pool for all that a request asked for."""

@@ -10,6 +10,20 @@ _DELETED = (_TESTS, "-k", "gives_all_back")
 
 PREFIXES = (
     Mutant(
+        "a prompt that stayed whole is compacted once a prefix is deleted",
+        "integration/runtime/prompts/pending.py",
+        "pool_size = parts.pool_size_for(req) if state.pool_size is None else state.pool_size",
+        "pool_size = parts.pool_size_for(req)",
+        (_TESTS, "-k", "decided_once"),
+    ),
+    Mutant(
+        "a long answer keeps a prefix from being made",
+        "integration/runtime/prefixes/room.py",
+        "if state is not None and state.evicted_tokens > 0:",
+        "if False:",
+        (_TESTS, "-k", "outgrown_the_pool"),
+    ),
+    Mutant(
         "a named prefix may be evicted",
         _MAKING,
         "    return tree_cache.lock(result.last_device_node)",
@@ -66,17 +80,31 @@ PREFIXES = (
         (_TESTS, "-k", "waits_for_its_slots"),
     ),
     Mutant(
-        "a task that the tree has is not computed",
+        "a prefix's task is taken from the tree",
         _HOOKS,
         "return min(max_prefix_len, made.length)",
         "return max_prefix_len",
         _SHARED,
     ),
     Mutant(
-        "a document is judged by another layer's queries",
+        "a prefix's document is judged by another layer's queries",
         _MAKING,
         "lambda part, layers: verdict.queries[layers, None],",
         "lambda part, layers: verdict.queries.roll(1, 0)[layers, None],",
         _SHARED,
+    ),
+    Mutant(
+        "a document is judged by keys that are not written yet",
+        "integration/runtime/prefixes/judging.py",
+        "        self._waiting = (layer, queries.clone(), place)\n",
+        "        self._waiting = (layer, queries.clone(), place)\n        self._judge_waiting()\n",
+        ("tests/integration/runtime/test_judging.py",),
+    ),
+    Mutant(
+        "a document is judged by a task that sees the next token",
+        "algorithm/document_attention.py",
+        "is_later = keys > places[:, None]",
+        "is_later = keys > places[:, None] + 1",
+        ("tests/algorithm/test_document_attention.py",),
     ),
 )

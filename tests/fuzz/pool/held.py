@@ -1,6 +1,6 @@
 """A request of the pool machine, and what it must hold."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,9 +32,11 @@ class Held:
 
     Attributes:
         numbers: Of every resident token, ``[num_layers * num_kv_heads, resident]``, int64.
+        prompt_len: How many of them are the prompt's.
         seen: Tokens seen, prompt and outputs whose KV is there, evicted ones included.
     """
 
     req: Any
-    numbers: torch.Tensor
-    seen: int
+    numbers: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    prompt_len: int = 0
+    seen: int = 0

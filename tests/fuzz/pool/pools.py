@@ -25,6 +25,7 @@ from tests.fuzz.pool.held import Wrong
 
 NUM_KV_HEADS, NUM_QO_HEADS, HEAD_DIM = 2, 2, 3
 MAX_REQUESTS = 5
+MAX_TOKENS = 1024
 FIRST_FRESH = 2**22
 
 
@@ -56,7 +57,7 @@ class Pools:
         """Build them, and make their runtime the one of this process."""
         self.page_size, self.num_layers = page_size, num_layers
         size = ceil_to_page(num_slots, page_size)
-        self.rows = ReqToTokenPool(MAX_REQUESTS, 1024, "cpu", False)
+        self.rows = ReqToTokenPool(MAX_REQUESTS, MAX_TOKENS, "cpu", False)
         self.pool = MHATokenToKVPool(size, page_size, torch.float32, NUM_KV_HEADS, HEAD_DIM, num_layers, "cpu", False)
         if page_size == 1:
             self.allocator = TokenToKVPoolAllocator(size, torch.float32, "cpu", self.pool, False)
@@ -96,6 +97,11 @@ class Pools:
             token_to_kv_pool_allocator=self.allocator,
             attn_tp_group=SimpleNamespace(world_size=1),
             tree_cache=self.tree,
+            # What is looked at before a prefix is made.
+            chunked_req=None,
+            model_config=SimpleNamespace(context_len=MAX_TOKENS),
+            running_batch=SimpleNamespace(reqs=[]),
+            waiting_queue=[],
         )
         self.runtime = Runtime(config)
         self.runtime.policy = CheckingPolicy()
@@ -107,9 +113,9 @@ class Pools:
         self._number_of: dict[tuple[int, int], int] = {}
         self._last_fresh = FIRST_FRESH
 
-    def numbers(self, tokens: list[int]) -> list[int]:
-        """Return the number of every prefix of ``tokens``."""
-        numbers, last = [], 0
+    def numbers(self, tokens: list[int], root: int = 0) -> list[int]:
+        """Return the number of every prefix of ``tokens``, behind what ``root`` stands for."""
+        numbers, last = [], root
         for token in tokens:
             last = self._number_of.setdefault((last, token), len(self._number_of) + 1)
             numbers.append(last)

@@ -14,22 +14,25 @@ from typing import Any
 import torch
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH
 from sglang.srt.mem_cache.allocation import alloc_for_decode_default, alloc_for_extend
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
-from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.hooks import restore as hooks
+from rkv_sglang.integration.runtime.prefixes.named import gap_of, made_by, used_by
 from rkv_sglang.integration.runtime.requests import CONFIG_ATTRIBUTE, state_of
 from rkv_sglang.integration.runtime.restore import host_copy_of, len_after_prefill, restore_waiting
 from rkv_sglang.sizes.pages import ceil_to_page
-from tests.fuzz.pool.checks import check_all, check_compaction, check_held
+from tests.fuzz.pool.checks import check_all, check_copy, check_found, check_held, take_compactions
 from tests.fuzz.pool.held import Held, PolicyReq, Wrong
-from tests.fuzz.pool.pools import MAX_REQUESTS, NUM_KV_HEADS, Pools
+from tests.fuzz.pool.pools import MAX_REQUESTS, Pools
+from tests.fuzz.pool.prefixes import NamedPrefixes
+from tests.fuzz.pool.room import Room
 
 # Few, so that prompts meet and answers repeat.
 TOKENS = range(3, 6)
+NAMES = ("a", "b", "c")
 
 
 @dataclass
@@ -59,27 +62,9 @@ class World:
         self.runtime = self.pools.runtime
         self._serial = 0
         self._compactions = 0
+        self.room = Room(self.pools, self.config)
+        self.prefixes = NamedPrefixes(self.pools, self.config)
         self._documents = [[self.rng.choice(TOKENS) for _ in range(40)] for _ in range(3)]
-
-    # Room.
-
-    def _reserved(self) -> int:
-        """Tokens that those that run may still need."""
-        total = 0
-        for held in self.running:
-            # One that was computed again holds its whole history until its next compaction.
-            most = max(self._most_held(held.req), held.req.kv.kv_allocated_len + self.config.window + 1)
-            total += ceil_to_page(most + 1, self.page_size) - ceil_to_page(held.req.kv.kv_allocated_len, self.page_size)
-        return total
-
-    def _most_held(self, req: Any) -> int:
-        """Return the tokens that are kept for a request, the prompt's and as many more as there is a query row for."""
-        config = self.runtime.config_of(req)
-        assert config is not None
-        capacity = max(config.capacity, self.config.capacity) if self.runtime.may_compact(req) else config.capacity
-        # Alone in the pool it needs no more than that has: there is always one row.
-        prompt_len = len(req.origin_input_ids)
-        return max(min(prompt_len + capacity, self.pools.size - 1), prompt_len + config.capacity)
 
     # Steps.
 
@@ -92,14 +77,48 @@ class World:
         config = self.config
         if self.rng.random() < 0.3:
             config = replace(config, budget=config.window + self.rng.randint(1, 9), buffer=self.rng.randint(1, 9))
+        if self.rng.random() < 0.2:
+            config = replace(config, prompt_budget=self.rng.choice([0, config.least_prompt_budget]))
+        req = self._request(tokens, config, self.rng.choice([config.capacity, 60, 400]))
+        if self.prefixes.all and self.rng.random() < 0.5:
+            self.prefixes.use(req, self.rng.choice(sorted(self.prefixes.all)))
+        if not self.room.has(self.room.most_held(req) + 1, self.running):
+            return False
+        self._prefill(Held(req))
+        return True
+
+    def make_prefix(self) -> bool:
+        """Take in a request that makes a named prefix of the first tokens of its prompt."""
+        least = ceil_to_page(self.config.least_prompt_budget, self.page_size)
+        name, budget = self.rng.choice(NAMES), least + self.page_size * self.rng.randint(0, 2)
+        if not self.radix or name in self.prefixes.all or len(self.running) >= MAX_REQUESTS:
+            return False
+        length = budget + self.rng.randint(1, 20)
+        tokens = (self.rng.choice(self._documents) * 3)[: length + self.config.window + self.rng.randint(0, 3)]
+        req = self._request(tokens, self.config, self.rng.choice([1, 30]))
+        self.pools.scheduler.waiting_queue = [held.req for held in self.waiting]
+        self.pools.scheduler.running_batch.reqs = [held.req for held in self.running]
+        has_room = self.room.has(self.room.most_held(req) + 1 + budget, self.running)
+        if has_room and self.prefixes.reserve(req, name, length, budget):
+            self._prefill(Held(req))
+            return True
+        return False
+
+    def delete_prefix(self) -> bool:
+        """Delete a named prefix; who waits to go on from it is ended, who runs goes on."""
+        if not self.prefixes.all:
+            return False
+        self.pools.scheduler.waiting_queue = []
+        gone = self.prefixes.delete(self.rng.choice(sorted(self.prefixes.all)))
+        self.waiting = [held for held in self.waiting if used_by(held.req) is not gone]
+        return True
+
+    def _request(self, tokens: list[int], config: PolicyConfig, max_new_tokens: int) -> Any:
         self._serial += 1
-        params = SamplingParams(max_new_tokens=self.rng.choice([config.capacity, 60, 400]), temperature=0)
+        params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0)
         req = PolicyReq(f"q{self._serial}", "", array.array("q", tokens), params, vocab_size=64)
         setattr(req, CONFIG_ATTRIBUTE, config)
-        if self.pools.free() - self._reserved() < ceil_to_page(self._most_held(req) + 1, self.page_size):
-            return False
-        self._prefill(Held(req, torch.empty(0), 0))
-        return True
+        return req
 
     def _prefill(self, held: Held) -> None:
         """Give a request a row and slots, share what the tree has, compute or restore the rest."""
@@ -124,10 +143,13 @@ class World:
             held.numbers = torch.cat([held.numbers[:, : req.extend_end - 1], last], dim=1)
             self.pools.write(slots[-1:], last[0, :1])
         else:
-            numbers = torch.tensor(self.pools.numbers(tokens))
-            self.pools.write(slots[req.prefix_len :], numbers[req.prefix_len :])
-            held.numbers = numbers.repeat(self.num_layers * NUM_KV_HEADS, 1)
-        held.seen = len(tokens)
+            held.numbers, held.prompt_len = self.prefixes.numbers_of(req), len(req.origin_input_ids)
+            if (shared := self.prefixes.of(req)) is not None and req.prefix_len < shared.prefix.budget:
+                raise Wrong(f"{req.rid} would compute what stands for prefix {shared.prefix.name!r}")
+            self.pools.write(slots[req.prefix_len :], held.numbers[0, req.prefix_len :])
+        held.seen = len(tokens) + gap_of(req)
+        if made_by(req) is not None:
+            self.prefixes.make(req, held.numbers[0], req.prefix_len)
         checkpoint_kv_cache(req, self.pools.tree)
         req.output_ids.append(self.rng.choice(TOKENS))
         self.running.append(held)
@@ -161,12 +183,10 @@ class World:
         """``keep``: whether the token that is computed comes out; else its request is retracted with it in flight."""
         self.pools.scheduler.forward_ct += 1
         batch = self._batch(members)
-        before = [held.req.kv.kv_allocated_len for held in members]
         self.runtime.before_decode(batch)
-        for held, resident_len in zip(members, before, strict=True):
-            if held.req.kv.kv_allocated_len != resident_len:
-                held.numbers = check_compaction(self.pools, held, resident_len)
-                self._compactions += 1
+        for held in members:
+            if held.req.kv.kv_allocated_len < held.numbers.shape[1]:
+                self._compactions += take_compactions(self.pools, held)
                 if batch.batch_is_full:
                     raise Wrong("slots were freed and the batch is said to be full")
         if self.runtime.stats.compactions != self._compactions:
@@ -176,8 +196,7 @@ class World:
         for held in members:
             req = held.req
             req.decode_batch_idx += 1
-            tokens = [*req.origin_input_ids, *req.output_ids]
-            number = self.pools.fresh() if state_of(req).evicted_tokens else self.pools.numbers(tokens)[-1]
+            number = self.pools.fresh() if state_of(req).evicted_tokens else self.prefixes.numbers_of(req)[0, -1]
             numbers.append(number)
             slots.append(int(self.pools.rows.req_to_token[req.kv.req_pool_idx, req.kv.kv_allocated_len - 1]))
             added = torch.full((len(held.numbers), 1), number)
@@ -227,29 +246,22 @@ class World:
         seen = len(req.origin_input_ids) + len(req.output_ids)
         if copy is not None:
             held.numbers = held.numbers[:, : copy.num_tokens]
-            copied = torch.cat([layer[:, :, 0].T for layer in copy.keys])
-            if not torch.equal(copied.long(), held.numbers):
-                raise Wrong(f"the copy of {req.rid} is not what it held")
-        if copy is None and ceil_to_page(seen + self._window_of(held) + 1, self.page_size) > self.pools.size:
-            # Neither fits: a server would end it.
+            check_copy(held, copy)
+        most = ceil_to_page(seen + self.room.until_compacted(req) + 1, self.page_size)
+        if self.prefixes.lacks_its_own(req) or (copy is None and most > self.room.pool_size(req)):
+            # A server would end it: its prefix is deleted, or neither fits.
             return True
         self.waiting.append(held)
         return True
-
-    def _window_of(self, held: Held) -> int:
-        config = self.runtime.config_of(held.req)
-        assert config is not None
-        return max(config.window, config.capacity - len(held.req.output_ids))
 
     def readmit(self) -> bool:
         """Bring back the request that waits longest."""
         if not self.waiting or len(self.running) >= MAX_REQUESTS:
             return False
         held = self.waiting[0]
-        most = len_after_prefill(held.req) + self._window_of(held) + 2
-        most = max(most, self._most_held(held.req) + 1)
-        if self.pools.free() - self._reserved() < ceil_to_page(most, self.page_size):
-            if self.running or self.pools.free() < self.pools.size:
+        most = len_after_prefill(held.req) + self.room.until_compacted(held.req) + 2
+        if not self.room.has(max(most, self.room.most_held(held.req) + 1), self.running):
+            if self.running or self.pools.free() < self.pools.size - self.prefixes.num_held:
                 return False
             # Alone in an empty pool it has no room: a server would end it.
             self.waiting.pop(0)
@@ -268,12 +280,7 @@ class World:
     def match(self) -> bool:
         """Look a document up; what is found must be what belongs there."""
         document = self.rng.choice(self._documents)
-        tokens = document[: self.rng.randint(1, len(document))]
-        found = self.pools.tree.match_prefix(MatchPrefixParams(key=RadixKey(array.array("q", tokens))))
-        slots = self.pools.tree.path_device_indices(found.last_device_node)[: found.device_prefix_len].long()
-        expected = torch.tensor(self.pools.numbers(tokens[: len(slots)]), dtype=torch.int64)
-        if len(slots) and not (self.pools.read(slots) == expected).all():
-            raise Wrong("the tree has the KV of other tokens")
+        check_found(self.pools, document[: self.rng.randint(1, len(document))])
         return True
 
     def flush(self) -> bool:
@@ -284,8 +291,10 @@ class World:
         self.pools.tree.reset()
         self.pools.rows.clear()
         self.pools.allocator.clear()
+        self.prefixes.drop()
         return True
 
     def check_all(self) -> None:
         """Check all that must hold."""
-        check_all(self.pools, self.running)
+        check_all(self.pools, self.running, self.prefixes.num_held)
+        self.prefixes.check_all()
