@@ -223,5 +223,5 @@ class History:
             self._problem(index, "it does not say what it went on from")
         elif is_silent and index not in self.refused and request.asks("create"):
             # While it was made the cache may have been flushed.
-            is_flushed = self._given_up.get(request.prefix["create"], -1) > number
+            is_flushed = any(flushed > number for flushed in self._record["flushes"])
             self.problems += [] if is_flushed else [f"request {index}, {request.prefix}: it made nothing"]

@@ -70,7 +70,7 @@ class LayerCache:
         self._positions = torch.full((num_kv_heads, capacity), -1, dtype=torch.int64)
         self._rounding = rounding
         self.memory = torch.zeros(num_kv_heads, capacity)
-        self.beacons: list[torch.Tensor] = []
+        self.beacons: list[Any] = []
         self.length = 0
         self.queries: deque[torch.Tensor] = deque(maxlen=window)
 

@@ -103,7 +103,7 @@ def _make(parts: Parts, policy: Policy, req: Any, prefix: Prefix) -> None:
         for tensor in (slots, new_slots) if stream is not None else ():
             if tensor.is_cuda:
                 tensor.record_stream(stream)
-        (kept,) = _compacting(scheduler.tree_cache)(
+        kept: torch.Tensor | None = _compacting(scheduler.tree_cache)(
             scored.buffers,
             [DueRequest(plan, slots, plan.resident_len, wants_indices=trace_of(req) is not None)],
             [new_slots],
@@ -112,7 +112,7 @@ def _make(parts: Parts, policy: Policy, req: Any, prefix: Prefix) -> None:
             prefix.window,
             query_bytes=scored.request_bytes,
             model=scored.attention,
-        )
+        )[0]
         if kept is not None:
             record = pack_compaction(kept.cpu(), resident_len=prefix.length, evicted_before=0)
             setattr(req, DOCUMENT_TRACE_ATTRIBUTE, record)
