@@ -23,6 +23,8 @@ from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GenerationConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -67,6 +69,7 @@ BENCHMARK_MODEL = "llama-gqa-3"
 # Positions of three numbers, and images in prompts.
 IMAGE_MODEL = "qwen2.5-vl"
 IMAGE_TOKEN_ID = VOCAB_SIZE - 1
+SINKS_MODEL = "gpt-oss"
 # Tokens that a layer attends to which attends to the latest alone, its own included.
 SLIDING_WINDOW = 24
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -86,18 +89,8 @@ _RECIPES: dict[str, tuple[type, type, dict[str, Any], int]] = {
     "llama-gqa": (LlamaConfig, LlamaForCausalLM, _GQA, 0),
     BENCHMARK_MODEL: (LlamaConfig, LlamaForCausalLM, _GQA | {"num_hidden_layers": 3}, 0),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, _GQA, 0),
-    "llama-mqa": (
-        LlamaConfig,
-        LlamaForCausalLM,
-        {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32},
-        0,
-    ),
-    "llama-mha-48": (
-        LlamaConfig,
-        LlamaForCausalLM,
-        {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 48},
-        0,
-    ),
+    "llama-mqa": (LlamaConfig, LlamaForCausalLM, _GQA | {"num_key_value_heads": 1}, 0),
+    "llama-mha-48": (LlamaConfig, LlamaForCausalLM, _GQA | {"num_key_value_heads": 4, "head_dim": 48}, 0),
     MLA_MODEL: (
         DeepseekV2Config,
         DeepseekV2ForCausalLM,
@@ -110,7 +103,6 @@ _RECIPES: dict[str, tuple[type, type, dict[str, Any], int]] = {
             "q_lora_rank": None,
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
-            "num_hidden_layers": 2,
             # Every layer is dense.
             "first_k_dense_replace": 99,
             "moe_layer_freq": 1,
@@ -134,10 +126,8 @@ _RECIPES: dict[str, tuple[type, type, dict[str, Any], int]] = {
         Gemma3TextConfig,
         Gemma3ForCausalLM,
         {
+            **_GQA,
             "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
             "query_pre_attn_scalar": 48,
             "sliding_window": SLIDING_WINDOW,
             "layer_types": [FULL, SLIDING, SLIDING],
@@ -156,15 +146,28 @@ _RECIPES: dict[str, tuple[type, type, dict[str, Any], int]] = {
         MellumConfig,
         MellumForCausalLM,
         {
+            **_GQA,
             "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
             **_EXPERTS,
             "sliding_window": SLIDING_WINDOW,
             "layer_types": [SLIDING, FULL, SLIDING],
             "mlp_layer_types": ["sparse", "dense", "sparse"],
             "rope_parameters": {SLIDING: _ROPE, FULL: {"rope_type": "default", "rope_theta": 500000.0}},
+        },
+        0,
+    ),
+    # Attention sinks, and experts with biases.
+    SINKS_MODEL: (
+        GptOssConfig,
+        GptOssForCausalLM,
+        {
+            **_GQA,
+            "num_hidden_layers": 3,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 64,
+            "sliding_window": SLIDING_WINDOW,
+            "layer_types": [SLIDING, FULL, SLIDING],
         },
         0,
     ),
@@ -262,6 +265,11 @@ def _write_model(model_class: type, config: Any, seed: int, folder: Path) -> Non
             for parameter_name, parameter in model.named_parameters():
                 if "norm" in parameter_name:
                     parameter.uniform_(0.5, 2.0)
+                elif parameter_name.endswith("sinks"):
+                    # As much as a token of some weight, in the 16 bits in which SGLang holds them.
+                    parameter.uniform_(0.0, 3.0).copy_(parameter.bfloat16())
+                elif config.model_type == "gpt_oss" and parameter_name.endswith("bias"):
+                    parameter.normal_(std=0.2)
     # Without this file a server would take its sampling defaults from elsewhere.
     model.generation_config = GenerationConfig(
         do_sample=False, pad_token_id=PAD_ID, bos_token_id=BOS_ID, eos_token_id=EOS_ID

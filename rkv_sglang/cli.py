@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 
 from rkv_sglang import __version__
-from rkv_sglang.client.command import add_prefix_flags, run_prefix
 from rkv_sglang.patching.command import add_patch_flags, run_patch
 from rkv_sglang.plan_command import add_plan_flags, print_plan
+from rkv_sglang.prefix_command import add_prefix_flags, run_prefix
 from rkv_sglang.view.command import add_view_flags, run_view
 
 # As a shell reports what SIGPIPE ended.

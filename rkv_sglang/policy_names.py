@@ -13,7 +13,7 @@ GROUP = "rkv_sglang.policies"
 # Of this package; ``policies.registry`` has their classes.
 OWN_NAMES = (
     *("rkv", "snapkv", "h2o", "streaming_llm", "keydiff", "manifoldkv", "longflow", "random", "random_attention"),
-    *("gkv", "half", "triattention", "beaconkv"),
+    *("gkv", "half", "triattention", "beaconkv", "thinkv"),
 )
 # Of these, those that look at places alone where one choice is made for a whole request.
 BLIND_NAMES = ("streaming_llm", "random", "random_attention")

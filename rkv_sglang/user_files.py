@@ -46,6 +46,12 @@ def read_text(path: str | Path, *, most_bytes: int = MOST_BYTES, patience_s: flo
         raise ValueError("it is not text in UTF-8") from None
 
 
+def check_writable(path: Path) -> None:
+    """Raise ``ValueError``, one line, unless a file can be written there; nothing is made."""
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written: name a file in a folder that exists and is yours")
+
+
 def reason(error: Exception) -> str:
     """Return why a file could not be used, in a few words for a message."""
     return (isinstance(error, OSError) and error.strerror) or one_line(error)

@@ -28,6 +28,7 @@ LAYERS = (
     "cache",
     "client",
     "view",
+    "prefix_command",
     "plan_command",
     "patching",
     "integration",

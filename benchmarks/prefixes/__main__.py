@@ -14,7 +14,7 @@
   the last tokens of it as text (truncated), or a named prefix. The prefix is made with the task known (the same words
   as in front of every question, with two examples that are not asked for), judged by the policy of the server or by all
   of the task (task); or without, by a repetition of the document (repeat). ``random_attention`` is a random draw in
-  every head. The greedy answer must begin with the code. Ways that a server does not know are named and left out.
+  every head. The greedy answer must begin with the code.
 
 Writes ``prefix_load.csv`` and ``prefix_recall.csv`` (columns in ``common/tables.py``), a JSON of each and
 ``prefixes.png``.
@@ -146,10 +146,8 @@ def main() -> int:
                 rows = load.measure(options, servers, load_flags)
                 write_table(out, PREFIX_LOAD, rows, run_info(**told))
             if "recall" in options.parts:
-                rows, missing = recall.measure(options, servers, recall_flags)
-                write_table(out, PREFIX_RECALL, rows, run_info(**told, missing=missing))
-                for line in missing:
-                    print(f"prefixes: {line}", file=sys.stderr)
+                rows = recall.measure(options, servers, recall_flags)
+                write_table(out, PREFIX_RECALL, rows, run_info(**told))
     except (ServerError, ValueError) as error:
         print(f"prefixes: {error}", file=sys.stderr)
         return 1

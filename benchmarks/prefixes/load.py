@@ -66,11 +66,12 @@ def _run(
 ) -> Row:
     # Named prefixes go with it.
     server.flush_cache()
+    prefixes = Prefixes(server.url) if kept else None
     start = time.perf_counter()
-    if kept == WHOLE:
+    if prefixes is None:
         server.generate([document], 1)
     else:
-        Prefixes(server.url).create_of_ids(NAME, document, task, kept)
+        prefixes.create(NAME, document, task, kept)
     prepare_s = time.perf_counter() - start
     offset = server.log_path.stat().st_size
     start = time.perf_counter()

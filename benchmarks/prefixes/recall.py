@@ -14,12 +14,12 @@ from benchmarks.common.schema import Row
 from benchmarks.common.settings import Setting, policy_setting
 from benchmarks.common.statistics import Estimate, mean_interval
 from benchmarks.prefixes.documents import Document, is_right, make_document, question
-from benchmarks.prefixes.servers import Servers, knows_judge
+from benchmarks.prefixes.servers import Servers
 from devtools.launch import Server
 from rkv_sglang.client.prefixes import REPEAT, Prefixes
-from rkv_sglang.config import PREFIX_FIELD
+from rkv_sglang.config import BY_POLICY, BY_REPEAT, JUDGES, PREFIX_FIELD
 
-FULL, TRUNCATED, TASK, REPEATED = "full", "truncated", "task", "repeat"
+FULL, TRUNCATED = "full", "truncated"
 CONTROL = "random_attention"
 ALL = 0
 NAME = "notebook"
@@ -89,15 +89,14 @@ def in_tokens(tokenizer: Any, document: Document) -> Asked:
     )
 
 
-def measure(options: argparse.Namespace, servers: Servers, flags: tuple[str, ...]) -> tuple[list[Row], list[str]]:
-    """Return the rows of all models, and a line for each way that a server does not know.
+def measure(options: argparse.Namespace, servers: Servers, flags: tuple[str, ...]) -> list[Row]:
+    """Return the rows of all models.
 
     Raises:
         ServerError: A server did not start, or a request failed.
         ValueError: There are too many facts, or a server refuses to make a prefix; one line.
     """
     rows: list[Row] = []
-    missing: list[str] = []
     for model in options.models:
         tokenizer = load_tokenizer(model)
         documents = [
@@ -107,21 +106,13 @@ def measure(options: argparse.Namespace, servers: Servers, flags: tuple[str, ...
         repeat = list(tokenizer(REPEAT, add_special_tokens=False)["input_ids"])
         for number, setting in enumerate(options.policies):
             (server,) = servers.only(model, [setting], flags).values()
-            judges: list[str | None] = [None]
+            # Those that need no policy are asked on the first server.
+            judges = (BY_POLICY,) if number else JUDGES
             if number == 0:
                 _ask_without_prefixes(server, study, options.recall_kept)
-                text, budget = study.asked[0].document, options.recall_kept[0]
-                for judge in (TASK, REPEATED):
-                    if knows_judge(server, judge, text, budget):
-                        judges.append(judge)
-                    else:
-                        missing.append(
-                            f"the server of {study.model} knows no {PREFIX_FIELD} judge {judge!r}: those rows are "
-                            "left out; run it with an rkv_sglang that has it"
-                        )
             _ask_with_prefixes(server, study, setting, judges, options.recall_kept, repeat)
         rows += recall_rows(study)
-    return rows, list(dict.fromkeys(missing))
+    return rows
 
 
 def policy_servers(names: Sequence[str]) -> list[Setting]:
@@ -144,17 +135,17 @@ def _ask_with_prefixes(
     server: Server,
     study: Study,
     setting: Setting,
-    judges: Sequence[str | None],
+    judges: Sequence[str],
     lengths: Sequence[int],
     repeat: list[int],
 ) -> None:
     prefixes = Prefixes(server.url)
     for asked in tqdm(study.asked, desc=f"{study.model}, {setting.name}", mininterval=30):
         for judge in judges:
-            behind = [*repeat, *asked.document] if judge == REPEATED else asked.task
+            behind = [*repeat, *asked.document] if judge == BY_REPEAT else asked.task
             for kept in lengths:
-                prefixes.create_of_ids(NAME, asked.document, behind, kept, judge)
-                study.note(judge or setting.name, kept, _share(server, asked, [], NAME))
+                prefixes.create(NAME, asked.document, behind, kept, judge)
+                study.note(setting.name if judge == BY_POLICY else judge, kept, _share(server, asked, [], NAME))
                 prefixes.delete(NAME)
 
 

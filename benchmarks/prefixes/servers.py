@@ -1,4 +1,4 @@
-"""The servers that are up, what they are asked for prefixes, and what their logs say."""
+"""The servers that are up, and what their logs say."""
 
 import contextlib
 import re
@@ -7,8 +7,6 @@ from pathlib import Path
 
 from benchmarks.common.settings import Setting, as_file_name
 from devtools.launch import Server, launched_server
-from rkv_sglang.client.prefixes import Prefixes
-from rkv_sglang.config import PREFIX_FIELD
 
 LOG_DIR = Path(".cache/logs")
 FLAGS = ("--decode-log-interval", "1", "--sleep-on-idle")
@@ -16,8 +14,6 @@ FLAGS = ("--decode-log-interval", "1", "--sleep-on-idle")
 TINY = {"OMP_NUM_THREADS": "1"}
 _DECODE = re.compile(r"Decode batch, #running-req: (\d+), #token: (\d+),")
 _RETRACTED = re.compile(r"#retracted_reqs: (\d+)")
-# How a server refuses a wish with a field that it does not know.
-_UNKNOWN_FORM = f"{PREFIX_FIELD} .* is none of the objects"
 
 
 class Servers:
@@ -61,26 +57,6 @@ class Servers:
             yield servers
         finally:
             servers.only("", (), ())
-
-
-def knows_judge(server: Server, judge: str, text: Sequence[int], budget: int) -> bool:
-    """Return whether a server makes prefixes that are judged so; it makes one and deletes it.
-
-    Args:
-        text: Tokens of some document.
-
-    Raises:
-        ValueError: It refuses for another reason; one line.
-    """
-    prefixes, name = Prefixes(server.url), f"tried with {judge}"
-    try:
-        prefixes.create_of_ids(name, text, text, budget, judge)
-    except ValueError as error:
-        if re.search(_UNKNOWN_FORM, str(error)):
-            return False
-        raise
-    prefixes.delete(name)
-    return True
 
 
 def decode_peaks(log: str) -> tuple[int, int, int]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rkv_sglang.kernels.dispatch import as_numbers
+from rkv_sglang.kernels.gathered import as_numbers
 from rkv_sglang.kernels.paged_batch import PagedBuffers
 from rkv_sglang.kernels.transfer import to_device
 

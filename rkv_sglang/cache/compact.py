@@ -1,7 +1,8 @@
 """Compact all requests that are due in one step of an engine with a pool of slots."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -10,6 +11,7 @@ from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.algorithm.near_duplicates import PromptHits
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.kernels.dispatch import compact_paged, runs_triton, working_bytes_per_token
+from rkv_sglang.kernels.gathered import observe_paged
 from rkv_sglang.kernels.paged_batch import PagedBatch
 from rkv_sglang.kernels.score.scorers import History
 from rkv_sglang.policies import Policy
@@ -34,7 +36,7 @@ class DueRequest(Generic[PlanT]):
         slots: Every resident token's slot, temporal order, ``[plan.resident_len]``, int64. A snapshot: the engine may
             rewrite its index map while the compaction runs on another stream.
         logical_len: Tokens ever seen, evicted ones included.
-        kept_state, memory: Those of the ``Compacted`` of this request's last compaction.
+        kept_state, memory, observed: Those of the ``Compacted`` of this request's last compaction.
         wants_indices: Whether ``Compacted.kept_indices`` is asked for.
         prompt_hits: Of this request's prompt, of all layers, for a policy that keeps them; None to find them anew.
     """
@@ -46,12 +48,13 @@ class DueRequest(Generic[PlanT]):
     memory: torch.Tensor | None = None
     wants_indices: bool = False
     prompt_hits: PromptHits | None = None
+    observed: torch.Tensor | None = None
 
     def history(self, layers: slice) -> History:
         """Return what the score of some layers goes on from."""
         state, memory = (None if own is None else own[layers] for own in (self.kept_state, self.memory))
         hits = None if self.prompt_hits is None else self.prompt_hits.of_layers(layers)
-        return History(self.logical_len, state, memory, hits)
+        return History(self.logical_len, state, memory, hits, self.observed)
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,13 @@ class Compacted:
         kept_state: What a stateful policy is to be given back at the request's next compaction, as
             ``DueRequest.kept_state``, ``[num_layers, num_kv_heads, budget - window]``, fp32; None for other policies.
         memory: The same of what a policy remembers, ``[num_layers, num_kv_heads, ...]``.
+        observed: The same of what a policy observes, for all layers.
     """
 
     kept_indices: torch.Tensor | None = None
     kept_state: torch.Tensor | None = None
     memory: torch.Tensor | None = None
+    observed: torch.Tensor | None = None
 
 
 def compact_requests(
@@ -102,12 +107,17 @@ def compact_requests(
     """
     compacted: list[Compacted] = []
     for part, batch, layers_of_part in split_work(buffers, requests, window, query_bytes):
-        together = requests[part]
+        history = [History(due.logical_len, observed=due.observed) for due in requests[part]]
+        observed = observe_paged(buffers.keys, batch, partial(read_queries, part), policy, history, model)
+        together = [replace(due, observed=own) for due, own in zip(requests[part], observed, strict=True)]
         of_layers = [
             _compact_layers(buffers, together, batch, read_queries(part, layers), policy, layers, model)
             for layers in layers_of_part
         ]
-        compacted += [_join(own) for own in zip(*of_layers, strict=True)]
+        compacted += [
+            replace(_join(own), observed=due.observed)
+            for due, own in zip(together, zip(*of_layers, strict=True), strict=True)
+        ]
         mark_filled(together)
     return compacted
 

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.algorithm.selection import select_kept
+from rkv_sglang.kernels.gathered import score_inputs
 from rkv_sglang.kernels.move import move_kept_paged, move_kept_torch
-from rkv_sglang.kernels.paged_batch import FP8_DTYPES, PagedBatch, PagedBuffers
+from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
 from rkv_sglang.kernels.score.config import padded_head_dim, padded_window
 from rkv_sglang.kernels.score.scorers import PAGED_SCORERS, History, PagedInputs, scored_paged, state_of_kept
 from rkv_sglang.kernels.select import select_kept_paged
 from rkv_sglang.kernels.transfer import to_device
-from rkv_sglang.policies import Policy, Scored, ScoreInputs, as_scored, is_stateful, needs_values
-from rkv_sglang.sizes.pages import pages_needed
+from rkv_sglang.policies import Policy, Scored, as_scored, is_stateful
 
 
 @dataclass(frozen=True)
@@ -183,40 +183,5 @@ def _scores_torch(
     model: ModelAttention,
 ) -> Iterator[tuple[int, int, Scored]]:
     """Yield each request's number, each layer's and what the policy itself scores there."""
-    wanted = [keys.num_layers, batch.num_requests, batch.window]
-    if queries.dim() != 5 or list(queries.shape[:3]) != wanted:
-        raise ValueError(f"queries must be [*{wanted}, num_qo_heads, head_dim], got {list(queries.shape)}")
-    first_page = 0
-    for request, (kv_len, prompt_len) in enumerate(zip(batch.kv_lens_cpu, batch.prompt_lens_cpu, strict=True)):
-        num_pages = pages_needed(kv_len, batch.page_size)
-        pages = batch.kv_indices[first_page : first_page + num_pages].long()
-        first_page += num_pages
-        past = history[request]
-        for layer in range(keys.num_layers):
-            inputs = ScoreInputs(
-                queries=queries[layer, request],
-                keys=_gather(keys, layer, pages, kv_len),
-                prompt_len=prompt_len,
-                values=_gather(values, layer, pages, kv_len) if needs_values(policy) else None,
-                logical_len=past.logical_len,
-                state=None if past.kept_state is None else past.kept_state[layer],
-                memory=None if past.memory is None else past.memory[layer],
-                prompt_hits=None if past.prompt_hits is None else past.prompt_hits.of_layers(slice(layer, layer + 1)),
-                layer=keys.first_layer + layer,
-                first_kv_head=keys.first_kv_head,
-                budget=batch.budgets_cpu[request],
-                model=model,
-            )
-            yield request, layer, as_scored(policy.score(inputs))
-
-
-def _gather(buffers: PagedBuffers, layer: int, pages: Tensor, num_tokens: int) -> Tensor:
-    """Return the first tokens of some pages, dequantised, ``[num_tokens, num_kv_heads, head_dim]`` fp32. A copy."""
-    return as_numbers(buffers, layer, buffers.tensors[layer][pages].flatten(0, 1)[:num_tokens])
-
-
-def as_numbers(buffers: PagedBuffers, layer: int, stored: Tensor) -> Tensor:
-    """Return what was copied out of one layer, dequantised, as fp32 of the same shape."""
-    if buffers.dtype in FP8_DTYPES:
-        return stored.view(buffers.dtype).float() * buffers.scales[layer]
-    return stored.float()
+    for request, layer, inputs in score_inputs(keys, values, batch, queries, policy, history, model):
+        yield request, layer, as_scored(policy.score(inputs))

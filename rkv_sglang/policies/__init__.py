@@ -15,11 +15,14 @@ from rkv_sglang.policies.base import (
     needs_rope,
     needs_statistics,
     needs_values,
+    observed_numbers,
+    observes,
 )
 from rkv_sglang.policies.h2o import H2O
 from rkv_sglang.policies.informed.beaconkv import BeaconKV
 from rkv_sglang.policies.informed.gkv import GKV
 from rkv_sglang.policies.informed.half import Half
+from rkv_sglang.policies.informed.thinkv import ThinKV
 from rkv_sglang.policies.informed.triattention import TriAttention
 from rkv_sglang.policies.keydiff import KeyDiff
 from rkv_sglang.policies.longflow import LongFlow
@@ -51,6 +54,7 @@ __all__ = [
     "Scored",
     "SnapKV",
     "StreamingLLM",
+    "ThinKV",
     "TriAttention",
     "as_scored",
     "default_settings",
@@ -64,5 +68,7 @@ __all__ = [
     "needs_rope",
     "needs_statistics",
     "needs_values",
+    "observed_numbers",
+    "observes",
     "policy_names",
 ]

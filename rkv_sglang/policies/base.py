@@ -11,7 +11,7 @@ from rkv_sglang.algorithm.near_duplicates import PromptHits
 from rkv_sglang.config import HEAD
 
 # Above the index of every token, and in fp32 still exact with one added.
-_CHOSEN = 2.0**23
+CHOSEN = 2.0**23
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class ScoreInputs:
             anew.
         memory: For a policy that remembers, the ``Scored.memory`` that it returned at the last compaction in this
             layer; ``None`` when ``state`` would be.
+        observed: For a policy that observes, what ``observe`` returned: to ``score`` at this compaction, to ``observe``
+            itself at the last one; ``None`` when ``state`` would be, and where nothing is observed.
         budget: Generated tokens that will be kept, the window included; ``None`` where nobody says.
         model: How the model attends; ``model.logits`` makes attention logits of products of queries and keys.
         prompt_hits: Of this layer, for a policy that keeps them: what the prompt finds within the prompt. Written
@@ -53,6 +55,7 @@ class ScoreInputs:
     layer: int = 0
     first_kv_head: int = 0
     memory: Tensor | None = None
+    observed: Tensor | None = None
     budget: int | None = None
     model: ModelAttention = PLAIN_ATTENTION
 
@@ -129,6 +132,14 @@ class Policy(Protocol):
     prompts; ``default_window`` and ``default_buffer``, tokens, for servers on which nobody sets them;
     ``granularities``, where its choice can be made, the default first (``("head",)`` where it sets none).
 
+    One that decides something for all layers and heads alike before any is scored has a method ``observe(layers)``. It
+    is called once at each compaction, with an iterator over the ``ScoreInputs`` of the layers whose numbers in the
+    model ``observed_layers(layers)`` picks from those that attend to everything, in that order, without values or
+    state; who lets each go before the next holds the keys of one at a time. It returns a tensor that depends on nothing
+    but these; ``score`` is given it as ``observed`` in every layer, and so is ``observe`` at the next compaction.
+    ``observed_numbers(budget, window)`` says how many numbers it has at the most. A compaction of prompts observes
+    nothing (see ``observes``).
+
     One whose scores depend on nothing but the places of tokens has a method ``score_places(places)`` too, which returns
     the scores of tokens with one choice for a whole request, ``[num_tokens]``, fp32 (see ``is_blind``).
     """
@@ -184,7 +195,7 @@ def by_choice(chosen: Tensor) -> Tensor:
     Returns:
         The same shape, fp32; exact up to 2^23 tokens.
     """
-    return chosen * _CHOSEN + torch.arange(chosen.shape[-1], device=chosen.device)
+    return chosen * CHOSEN + torch.arange(chosen.shape[-1], device=chosen.device)
 
 
 def needs_values(policy: Policy) -> bool:
@@ -207,6 +218,16 @@ def memory_numbers(policy: Policy, gqa_group_size: int, head_dim: int) -> int:
     if not getattr(policy, "remembers", False):
         return 0
     return int(policy.memory_numbers(gqa_group_size, head_dim))  # type: ignore[attr-defined]
+
+
+def observes(policy: Policy | type[Any]) -> bool:
+    """Return whether something is decided for all layers alike before any is scored."""
+    return hasattr(policy, "observe")
+
+
+def observed_numbers(policy: Policy, budget: int, window: int) -> int:
+    """Return how many numbers the policy observes of a request, at the most."""
+    return int(policy.observed_numbers(budget, window)) if observes(policy) else 0  # type: ignore[attr-defined]
 
 
 def is_stateful(policy: Policy) -> bool:

@@ -21,6 +21,14 @@ def check_fraction(name: str, value: float) -> None:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
 
 
+def check_calibration(questions: int, answer_tokens: int) -> None:
+    """Raise ``ValueError`` unless a model can be asked so many questions, 1 to 32, for answers of that length."""
+    check_at_least("questions", questions, 1)
+    check_at_least("answer_tokens", answer_tokens, 1)
+    if questions > 32:
+        raise ValueError(f"questions must be at most 32, got {questions}")
+
+
 def parameter_types(policy_class: type[Any]) -> dict[str, Any]:
     """Return the parameters of a policy, a dataclass, by name, each with its annotation."""
     try:

@@ -15,6 +15,7 @@ from rkv_sglang.policies.h2o import H2O
 from rkv_sglang.policies.informed.beaconkv import BeaconKV
 from rkv_sglang.policies.informed.gkv import GKV
 from rkv_sglang.policies.informed.half import Half
+from rkv_sglang.policies.informed.thinkv import ThinKV
 from rkv_sglang.policies.informed.triattention import TriAttention
 from rkv_sglang.policies.keydiff import KeyDiff
 from rkv_sglang.policies.longflow import LongFlow
@@ -41,9 +42,10 @@ POLICIES: dict[str, type[Policy]] = {
     "half": Half,
     "triattention": TriAttention,
     "beaconkv": BeaconKV,
+    "thinkv": ThinKV,
 }
 # Parameters of the policies above that have a flag of their own, and so a field in the settings.
-SHARED_PARAMETERS = ("mix_lambda", "kernel_size", "similarity_threshold")
+SHARED_PARAMETERS = ("mix_lambda", "kernel_size", "similarity_threshold", "buffer")
 
 
 def make_policy(config: PolicyConfig) -> Policy:

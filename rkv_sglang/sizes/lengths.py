@@ -33,6 +33,7 @@ class RequestState:
         head_start: How early its first compaction comes, in tokens; None until its tokens have decided.
         kept_state: What a stateful policy is given back at the next compaction; a tensor that is only carried here.
         memory: The same of what a policy remembers besides its tokens.
+        observed: The same of what a policy observes for all layers alike.
         prompt_hits: What a long prompt finds within itself, for a policy that keeps it; only carried here.
         host_copy: The resident KV of a request that waits to be restored from it, a ``HostCopy``; only carried here.
     """
@@ -50,6 +51,7 @@ class RequestState:
     head_start: int | None = None
     kept_state: Any = None
     memory: Any = None
+    observed: Any = None
     prompt_hits: Any = None
     host_copy: Any = None
 
@@ -95,7 +97,7 @@ class RequestState:
 
     def drop_tensors(self) -> None:
         """Let go of the memory that a request needs to go on; the engine may keep a finished one for long."""
-        self.kept_state = self.memory = self.prompt_hits = None
+        self.kept_state = self.memory = self.observed = self.prompt_hits = None
         self.host_copy = None
 
 

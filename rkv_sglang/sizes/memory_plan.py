@@ -45,20 +45,27 @@ class ModelShape:
         return 2 * self.num_layers * self.num_qo_heads * (self.head_dim // 2) * 3 * 4
 
     def side_bytes(
-        self, config: PolicyConfig, *, stateful: bool = False, memory_numbers: int = 0, prompt_hits: bool = False
+        self,
+        config: PolicyConfig,
+        *,
+        stateful: bool = False,
+        memory_numbers: int = 0,
+        observed_numbers: int = 0,
+        prompt_hits: bool = False,
     ) -> float:
         """Bytes of the policy's own per token of the pool: the query window, and what requests carry for it.
 
         A stateful policy has them carry one fp32 number a kept token, layer and KV head, one that remembers
-        ``memory_numbers`` of the type of queries a layer and KV head; as many requests as the pool holds at their
-        capacity. What long prompts find within themselves is one int32 number of the same, as if all tokens of the pool
-        were of such prompts.
+        ``memory_numbers`` of the type of queries a layer and KV head, one that observes ``observed_numbers`` int64
+        numbers in all; as many requests as the pool holds at their capacity. What long prompts find within themselves
+        is one int32 number of the same, as if all tokens of the pool were of such prompts.
         """
         carried = 4 * (config.budget - config.window) if stateful else 0
         carried += memory_numbers * self.query_itemsize
         queries = query_bytes_per_slot(config, self.num_layers, self.num_qo_heads, self.head_dim, self.query_itemsize)
         carried += 4 * config.capacity if prompt_hits else 0
-        return queries + self.num_layers * self.num_kv_heads * carried / config.capacity
+        carried *= self.num_layers * self.num_kv_heads
+        return queries + (carried + 8 * observed_numbers) / config.capacity
 
 
 def pool_tokens(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from rkv_sglang.client.server import API_KEY_VARIABLE
-from rkv_sglang.user_files import read_text, reason
+from rkv_sglang.user_files import check_writable, read_text, reason
 from rkv_sglang.view.page import page_html
 from rkv_sglang.view.record import record
-from rkv_sglang.view.trace import Trace, read_trace, write_trace
+from rkv_sglang.view.record_text import record_prompt
+from rkv_sglang.view.trace import ANSWER, Trace, read_trace, write_trace
 
 
 def add_view_flags(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +25,9 @@ def add_view_flags(parser: argparse.ArgumentParser) -> None:
     )
     live.add_argument("--prompt", metavar="TEXT", help="the prompt, sent as it is, without a chat template")
     live.add_argument("--prompt-file", metavar="FILE", type=Path, help="the prompt as a text file, instead of --prompt")
+    live.add_argument(
+        "--prompt-budget", metavar="N", type=int, help="keep N tokens of the prompt, and show it instead of the answer"
+    )
     live.add_argument("--max-new-tokens", metavar="N", type=int, help="tokens to generate at most; default 512")
     live.add_argument("--temperature", metavar="X", type=float, help="of the sampling; default 0, the likeliest token")
     live.add_argument("--save-trace", metavar="FILE", type=Path, help="also keep the recording, for --trace")
@@ -44,7 +49,7 @@ def run_view(options: argparse.Namespace) -> int:
     try:
         # Before the recording, which may take minutes and would be lost.
         for path in filter(None, (options.output, options.save_trace)):
-            _check_writable(path)
+            check_writable(path)
         traces = [read_trace(path) for path in options.trace] if options.trace else [_recorded(options)]
         page = page_html(traces)
         if options.save_trace:
@@ -67,6 +72,7 @@ def _misuse(options: argparse.Namespace) -> str | None:
         "--api-key": options.api_key,
         "--prompt": options.prompt,
         "--prompt-file": options.prompt_file,
+        "--prompt-budget": options.prompt_budget,
         "--max-new-tokens": options.max_new_tokens,
         "--temperature": options.temperature,
         "--save-trace": options.save_trace,
@@ -89,7 +95,8 @@ def _misuse(options: argparse.Namespace) -> str | None:
 
 
 def _recorded(options: argparse.Namespace) -> Trace:
-    return record(
+    budget = options.prompt_budget
+    return (record if budget is None else partial(record_prompt, budget=budget))(
         options.server,
         _prompt(options),
         max_new_tokens=512 if options.max_new_tokens is None else options.max_new_tokens,
@@ -114,10 +121,7 @@ def _prompt(options: argparse.Namespace) -> str:
     return prompt
 
 
-def _check_writable(path: Path) -> None:
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"{path} cannot be written: name a file in a folder that exists and is yours")
-
-
 def _summary(trace: Trace) -> str:
+    if trace.subject != ANSWER:
+        return f"{trace.budget} of {len(trace.tokens)} tokens of the {trace.subject} ({trace.policy})"
     return f"{len(trace.tokens)} tokens, {len(trace.compactions)} compactions ({trace.policy})"

@@ -40,7 +40,7 @@ def trace_data(trace: Trace) -> dict[str, Any]:
         it, every layer and KV head the compaction that evicted it, 0 if none of the epoch did: unsigned little-endian
         integers of ``bytes`` each, compressed with zlib, then base64.
     """
-    names = ("model", "policy", "budget", "buffer", "window", "tp_size", "prompt", "prompt_len")
+    names = ("subject", "model", "policy", "budget", "buffer", "window", "tp_size", "prompt", "prompt_len")
     return {
         **{name: getattr(trace, name) for name in names},
         "layers": trace.num_layers,

@@ -8,7 +8,7 @@ const METRICS = {
   age: {
     label: "mean age of what it holds",
     text: (value) => `${value.toFixed(1)} tokens`,
-    explain: "how many tokens ago the held tokens were generated, on average",
+    explain: "how many tokens behind the newest the held ones stand, on average",
   },
   agreement: {
     label: "agreement with the majority",
@@ -148,7 +148,7 @@ function perPair(cache, figure) {
   return Array.from({ length: cache.pairs }, (_, pair) => figure(pair));
 }
 
-/** For every pair, on the start that both answers have in common: tokens held by both traces, and by either. */
+/** For every pair, on the start that both traces have in common: tokens held by both traces, and by either. */
 function overlaps(moment) {
   const [first, second] = caches;
   const length = Math.min(common, first.generated(moment), second.generated(moment));

@@ -47,17 +47,23 @@ class Pane {
     this.find("h2").textContent = `${cache.model.split("/").findLast(Boolean) ?? "?"}, ${cache.policy}`;
     this.find("h2").title = cache.model;
     const rank = cache.tp_size > 1 ? ` of the first of ${cache.tp_size} ranks` : "";
+    const pairs = `${cache.layers} layers x ${cache.heads} KV heads${rank} = ${cache.pairs} pairs`;
+    if (cache.subject !== "answer") {
+      this.find(".settings").textContent = `of the ${cache.length} tokens of the ${cache.subject} each pair keeps ` +
+        `${cache.budget}, the last ${cache.window} among them; ${pairs}`;
+      this.find("details").remove();
+      return;
+    }
     this.find(".settings").textContent =
-      `budget ${cache.budget}, buffer ${cache.buffer}, window ${cache.window} tokens; ${cache.layers} layers x ` +
-      `${cache.heads} KV heads${rank} = ${cache.pairs} pairs; ${cache.prompt_len} prompt tokens (always kept), ` +
-      `${cache.length} generated, ${cache.totals.length} compactions`;
+      `budget ${cache.budget}, buffer ${cache.buffer}, window ${cache.window} tokens; ${pairs}; ` +
+      `${cache.prompt_len} prompt tokens (always kept), ${cache.length} generated, ${cache.totals.length} compactions`;
     this.find("summary").textContent = `Prompt: ${cache.prompt_len} tokens, always kept`;
     this.find("details pre").textContent = cache.prompt;
   }
 
   makeNumbers() {
-    const names = { generated: "generated", held: "held per pair", evicted: "evicted per pair",
-      all: "kept by all pairs", none: "kept by no pair" };
+    const names = { generated: this.cache.subject === "answer" ? "generated" : "tokens", held: "held per pair",
+      evicted: "evicted per pair", all: "kept by all pairs", none: "kept by no pair" };
     for (const [name, label] of Object.entries(names)) {
       this.find(".numbers").append(
         element("div", {}, element("dt", {}, label), element("dd", { "data-number": name })));
@@ -249,7 +255,7 @@ class Pane {
     box.replaceChildren();
     const { cache } = this;
     if (state.token === null || state.token >= cache.length) {
-      box.append(state.token === null ? "No token selected." : `This answer has no token ${state.token}.`);
+      box.append(state.token === null ? "No token selected." : `There is no token ${state.token} here.`);
       return;
     }
     const close = element("button", { "aria-label": "Select no token", title: "Select no token (Esc)" }, "\u00d7");

@@ -46,8 +46,9 @@ function renderMoment() {
   output.dataset.moment = state.moment;
   output.dataset.length = length;
   const name = momentName(state.moment);
+  const seen = caches[0].subject === "answer" ? "generated" : `of the ${caches[0].subject}`;
   const more = caches.length === 1 || state.moment === 0
-    ? `${length} tokens generated` : `compactions ${compactions.join(" and ")}`;
+    ? `${length} tokens ${seen}` : `compactions ${compactions.join(" and ")}`;
   output.replaceChildren(element("b", {}, name[0].toUpperCase() + name.slice(1)), `, ${more}`);
   slider.value = state.moment;
   slider.setAttribute("aria-valuetext", `${name}, ${more}`);
@@ -69,7 +70,7 @@ function renderOverlap() {
   const share = Number.isFinite(part) ? `${(100 * part).toFixed(1)}%` : "none";
   box.replaceChildren("Overlap ", element("b", {}, share),
     `: of what either trace holds, the share that both hold, over all pairs and the ${common} tokens with which both ` +
-    "answers start (a bar marks where they part).");
+    "traces start (a bar marks where they part).");
 }
 
 function render() {

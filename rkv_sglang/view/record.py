@@ -12,6 +12,7 @@ from rkv_sglang.view.token_text import token_texts
 from rkv_sglang.view.trace import Trace
 
 ANSWER_TIMEOUT_S = 600
+NO_POLICY_TO_SEE = "has no policy to look at: start it with --kv-policy rkv --kv-trace"
 # Every event repeats the whole answer so far, so a long answer comes in few of them.
 MOST_EVENTS = 64
 
@@ -29,7 +30,7 @@ def record(server: str, prompt: str, *, max_new_tokens: int, temperature: float,
             one line.
     """
     server = server.rstrip("/")
-    info = server_info(server, api_key, without="has no policy to look at: start it with --kv-policy rkv --kv-trace")
+    info = server_info(server, api_key, without=NO_POLICY_TO_SEE)
     payload = {
         "text": prompt,
         "stream": True,

@@ -1,4 +1,4 @@
-"""A recorded answer as a file: its tokens, and what every compaction of its KV cache kept."""
+"""A recorded answer, prompt or document as a file: its tokens, and what every compaction of its KV cache kept."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from rkv_sglang.messages import one_line, shown
 from rkv_sglang.user_files import read_text, reason
 
 FORMAT, VERSION = "rkv-sglang-trace", 1
+# What may be recorded.
+ANSWER, PROMPT, DOCUMENT = SUBJECTS = ("answer", "prompt", "document")
 # Larger counts are no recording but damage, and would ask for more memory than there is.
 MOST = 2**31
 MOST_CELLS = 2**30
@@ -23,9 +25,11 @@ MOST_BYTES = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """One answer and what was evicted while it was generated.
+    """One answer and what was evicted while it was generated; or a prompt or a document, and what stayed of it.
 
     Attributes:
+        subject: Which of ``SUBJECTS`` the tokens are. What is said of generated tokens below is true of those of a
+            prompt or a document: they were compacted once, ``prompt`` is empty and ``budget`` is what stayed of them.
         model: The model's path or name, as the server has it.
         policy: Name of the policy; ``budget``, ``buffer`` and ``window`` are its settings, in tokens. Every compaction
             keeps exactly ``budget`` per layer and KV head.
@@ -54,10 +58,13 @@ class Trace:
     tokens: list[str]
     token_ids: list[int]
     compactions: list[dict[str, Any]]
+    subject: str = ANSWER
 
     def __post_init__(self) -> None:
         for name in ("model", "policy", "prompt"):
             _check_type(name, getattr(self, name), str)
+        if self.subject not in SUBJECTS:
+            raise ValueError(f"subject is {shown(self.subject)}, not one of {', '.join(SUBJECTS)}")
         for name in ("budget", "buffer", "window", "tp_size", "num_layers", "num_kv_heads"):
             _check_count(name, getattr(self, name), least=1)
         _check_count("prompt_len", self.prompt_len, least=0)
@@ -114,6 +121,8 @@ def read_trace(path: str | Path) -> Trace:
             f"{path} is a trace of version {shown(version)}, this program reads version {VERSION}: record anew"
         )
     names = {entry.name for entry in fields(Trace)}
+    # Older ones are all of answers.
+    content.setdefault("subject", ANSWER)
     if differing := sorted(names ^ content.keys()):
         raise ValueError(
             f"{path} lacks fields of a trace or has others ({one_line(', '.join(differing))}): it is damaged"

@@ -3,12 +3,15 @@
 import itertools
 import math
 import weakref
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
 import torch
 
+from rkv_sglang.algorithm.model_attention import ModelAttention
+from rkv_sglang.algorithm.thoughts import HELD, KEPT, KIND
 from rkv_sglang.cache import compact
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import DueRequest, compact_requests, split_layers, split_requests
@@ -241,3 +244,90 @@ def test_no_indices_stay_but_those_asked_for(monkeypatch):
     assert [indices is not None for indices in held] == [False, False, True, False, False, False]
     # Its own and no more: not a view of what belongs to others.
     assert held[2].shape == (2, 2, budget) and held[2].untyped_storage().nbytes() == 2 * 2 * budget * 4
+
+
+@dataclass(frozen=True)
+class ObservingPolicy:
+    """Counts its compactions in what it observes, and sums up the keys of the layers that it asked for."""
+
+    seen: list[tuple[int, list[float]]]
+
+    def observed_layers(self, layers: Sequence[int]) -> list[int]:
+        return [layers[-1], layers[0]]
+
+    def observe(self, of_layers: Iterator[ScoreInputs]) -> torch.Tensor:
+        layers = list(of_layers)
+        count = 0.0 if layers[0].observed is None else layers[0].observed[0] + 1
+        return torch.tensor([count, *(own.keys.sum() for own in layers), *(float(own.layer) for own in layers)])
+
+    def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        self.seen.append((inputs.layer, inputs.observed.tolist()))
+        num_tokens, num_kv_heads, _ = inputs.keys.shape
+        return torch.zeros(num_kv_heads, num_tokens - len(inputs.queries))
+
+
+@pytest.mark.parametrize("sliding", [frozenset(), frozenset({5})], ids=["all attend", "the last does not"])
+def test_what_is_observed_once_is_given_to_every_layer_and_at_the_next_compaction(seed, sliding, monkeypatch):
+    torch.manual_seed(seed)
+    # Runs of a layer or two.
+    monkeypatch.setattr(compact, "most_tokens_together", lambda *_: 30)
+    buffers = make_pool(3, 60, 2, 8, torch.float32)
+    buffers = KVBuffers(replace(buffers.keys, first_layer=3), replace(buffers.values, first_layer=3))
+    plan = plan_compaction(prompt_len=2, resident_len=20, budget=9, page_size=1)
+    requests = [DueRequest(plan, 1 + 20 * i + torch.arange(20), 20) for i in range(2)]
+    queries, model = torch.randn(3, 2, 4, 4, 8), ModelAttention(sliding_layers=sliding)
+    observed_layers = [4, 3] if sliding else [5, 3]
+    for count in range(3):
+        policy = ObservingPolicy([])
+        sums = [
+            [float(layers_of(buffers.keys)[layer - 3][own.slots].sum()) for layer in observed_layers]
+            for own in requests
+        ]
+        compacted = compact_requests(buffers, requests, lambda part, own: queries[own, part], policy, 4, model=model)
+        expected = [[float(count), *own, *map(float, observed_layers)] for own in sums]
+        for own, result in zip(expected, compacted, strict=True):
+            torch.testing.assert_close(result.observed, torch.tensor(own), rtol=1e-4, atol=1e-4)
+        given = [(layer, result.observed.tolist()) for result in compacted for layer in (3, 4, 5)]
+        assert sorted(policy.seen) == sorted(given)
+        requests = [replace(own, observed=result.observed) for own, result in zip(requests, compacted, strict=True)]
+
+
+def test_thoughts_of_a_request_do_not_depend_on_its_neighbours(seed):
+    """Two requests that are compacted together, four times, keep what each keeps alone; all heads as many a segment."""
+    torch.manual_seed(seed)
+    parameters = {"buffer": 12, "negligible": 0.3, "execution_up_to": 0.45, "transition_above": 0.55}
+    policy = make_policy(PolicyConfig(policy="thinkv", parameters=parameters))
+    plan = plan_compaction(prompt_len=3, resident_len=43, budget=28, page_size=1)
+    tokens = torch.randn(2, 5, 40, 4, 2, 8)
+    queries = 2 * torch.randn(5, 4, 2, 4, 4, 8)
+
+    def run(numbers: list[int]) -> list[torch.Tensor]:
+        buffers = make_pool(4, 90, 2, 8, torch.float32)
+        observed, kept = [None] * len(numbers), []
+        for step in range(5):
+            requests = []
+            for i, number in enumerate(numbers):
+                slots = 1 + 43 * i + torch.arange(43)
+                # All is new at first, and what the buffer holds later.
+                first = 0 if step == 0 else 28
+                for layer, keys in enumerate(layers_of(buffers.keys)):
+                    keys[slots[3 + first :]] = tokens[number, step, first:, layer]
+                    keys[slots[:3]] = 0.5
+                requests.append(DueRequest(plan, slots, 43 + 12 * step, wants_indices=True, observed=observed[i]))
+            own = queries[step][:, numbers]
+            results = compact_requests(buffers, requests, lambda part, layers, own=own: own[layers, part], policy, 4)
+            observed = [result.observed for result in results]
+            kept.append([(result.kept_indices, result.observed) for result in results])
+        return kept
+
+    together, alone = run([0, 1]), [run([0]), run([1])]
+    kinds = set()
+    for step, both in enumerate(together):
+        for number, (indices, table) in enumerate(both):
+            assert torch.equal(indices, alone[number][step][0][0]) and torch.equal(table, alone[number][step][0][1])
+            ends = table[HELD].cumsum(0)
+            segments = torch.searchsorted(ends, indices[:, :, :24].contiguous().long(), right=True)
+            counts = torch.nn.functional.one_hot(segments, len(ends)).sum(dim=2)
+            assert (counts == table[KEPT]).all() and int(table[KEPT].sum()) == 24
+            kinds |= set(table[KIND].tolist())
+    assert len(kinds) >= 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rkv_sglang.algorithm.query_statistics import QueryStatistics
-from rkv_sglang.cache.statistics_file import load_statistics, save_statistics
+from rkv_sglang.cache.statistics_file import load_bounds, load_statistics, save_bounds, save_statistics
 
 MADE_FROM = {"model": "abc", "questions": "32x2048", "rank": "0of1"}
 
@@ -57,3 +57,18 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path, content: bytes | None) 
 def test_statistics_that_cannot_be_are_refused(means: torch.Tensor, lengths: torch.Tensor, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         QueryStatistics(means, lengths).check_numbers()
+
+
+def test_bounds_come_back_bit_by_bit_and_only_for_what_they_were_made_from(tmp_path: Path) -> None:
+    path, bounds = tmp_path / "file.safetensors", (0.1 + 0.2, 2 / 3)
+    save_bounds(path, bounds, MADE_FROM)
+    assert load_bounds(path, MADE_FROM) == bounds
+    with pytest.raises(ValueError, match=r"does not hold bounds of this model's thoughts: its model is abc, and here"):
+        load_bounds(path, MADE_FROM | {"model": "other"})
+    for wrong in ((0.9, 0.1), (float("nan"), 1.0), (0.0, float("inf"))):
+        save_bounds(path, wrong, MADE_FROM)
+        with pytest.raises(ValueError, match=r"does not hold .*: bounds must be two ascending numbers"):
+            load_bounds(path, MADE_FROM)
+    save_statistics(path, some_statistics(), MADE_FROM)
+    with pytest.raises(ValueError, match=r"^[^\n]*does not hold bounds of this model's thoughts: [^\n]*$"):
+        load_bounds(path, MADE_FROM)

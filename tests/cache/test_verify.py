@@ -156,11 +156,19 @@ def test_tokens_that_the_score_does_not_choose_are_found(name, seed, rng):
     """What is kept is moved as it should be; only the choice is another policy's."""
     torch.manual_seed(seed)
 
+    right = make_policy(PolicyConfig(policy=name, kernel_size=1))
+
     class Opposite:
         needs_values = True
 
+        def __getattr__(self, attribute: str) -> object:
+            # It observes what the right one does.
+            if attribute.startswith("observe"):
+                return getattr(right, attribute)
+            raise AttributeError(attribute)
+
         def score(self, inputs: object) -> torch.Tensor:
-            return -as_scored(make_policy(PolicyConfig(policy=name, kernel_size=1)).score(inputs)).scores  # type: ignore[arg-type]
+            return -as_scored(right.score(inputs)).scores  # type: ignore[arg-type]
 
     def wrong(
         buffers: KVBuffers, due: list[DueRequest], queries: object, policy: Policy, *args: object, **kwargs: object
@@ -168,9 +176,7 @@ def test_tokens_that_the_score_does_not_choose_are_found(name, seed, rng):
         return compact_requests(buffers, due, queries, Opposite(), *args, **kwargs)  # type: ignore[arg-type]
 
     with pytest.raises(CompactionDiffersError, match="layer 0 kept other tokens than the policy's score says"):
-        verified(
-            wrong, make_pool(torch.float32), some_requests(rng), make_policy(PolicyConfig(policy=name, kernel_size=1))
-        )
+        verified(wrong, make_pool(torch.float32), some_requests(rng), right)
 
 
 @pytest.mark.parametrize("name", [name for name, policy in POLICIES.items() if is_blind(policy)])

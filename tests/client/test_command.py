@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 
 from rkv_sglang.cli import main
-from rkv_sglang.client.prefixes import REPEAT, with_front
+from rkv_sglang.client.prefixes import REPEAT
+from rkv_sglang.client.tokens import with_front
+from rkv_sglang.view.trace import read_trace
+from tests.cache.trace_cases import random_history
 from tests.view.stand_in import INFO, stand_in
 
 FRONT, BEHIND = 1, 2
@@ -78,6 +81,34 @@ def test_a_document_and_what_judges_it_are_sent_as_tokens_with_the_special_ones_
     out, err = capsys.readouterr()
     assert out == 'hand book: 5 of 12 tokens; requests go on from it with custom_params {"kv_prefix": "hand book"}\n'
     assert err == ""
+
+
+def test_what_is_kept_of_a_document_is_saved_as_a_trace(server, folder, rng, capsys):
+    text = "cold\r\nhands\n"
+    ids = [FRONT, *ids_of(text)]
+    history = random_history(rng, num_layers=2, num_kv_heads=3, budget=5, buffer=len(ids) - 5, num_tokens=len(ids))
+    server.say("/server_info", {**INFO, "kv_policy": "rkv", "kv_buffer": 4, "kv_window": 2})
+    recorded = {"num_layers": 2, "num_kv_heads": 3, "compactions": [], "document": history.compactions[0]}
+    meta_info = {"kv_prefix": MADE, "kv_policy": "rkv", "kv_trace": recorded}
+    server.say("/generate", {"meta_info": meta_info})
+    server.answers["/detokenize"] = lambda asked: {
+        "text": ["".join("<s>" if token == FRONT else chr(token - 10) for token in part) for part in asked["tokens"]]
+    }
+    assert ran(server, [*CREATE, "--task", "task.txt", "--save-trace", "t.json"]) == 0
+    assert asked_of(server)["sampling_params"]["custom_params"]["kv_trace"] is True
+    trace = read_trace(folder / "t.json")
+    assert (trace.subject, trace.tokens, trace.token_ids, trace.budget) == ("document", ["<s>", *text], ids, 5)
+    (kept,) = trace.kept
+    for layer, head in history.pairs:
+        assert kept[layer, head].nonzero()[0].tolist() == history.held[0][layer, head]
+    assert main(["view", "--trace", "t.json", "-o", "p.html"]) == 0
+    assert capsys.readouterr().out.endswith("p.html: 5 of 13 tokens of the document (rkv)\n")
+    # A server that records nothing says so itself; one that neither records nor refuses is told of here.
+    del meta_info["kv_trace"]
+    server.say("/generate", {"meta_info": meta_info})
+    arguments = [*CREATE, "--task", "task.txt", "--save-trace", "u.json"]
+    assert_refused(server, capsys, arguments, "recorded nothing: start it with --kv-policy rkv --kv-trace")
+    assert_refused(server, capsys, [*arguments[:-1], "nowhere/t.json"], "nowhere/t.json cannot be written")
 
 
 def test_prefixes_are_listed_a_line_each_and_deleted(server, capsys):

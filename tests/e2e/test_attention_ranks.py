@@ -12,23 +12,27 @@ from tests.support.harness.gate import Control
 from tests.support.harness.scheduler import rid_of, run_scheduler
 from tests.support.oracle.dense import dense_generate
 
-RANKS = ["--tp-size", "2", "--attn-dp-size", "2"]
-ON_A_CPU = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "RKV_STAND_IN_PADDING": "1"}
+ON_A_CPU = {"RKV_STAND_IN_PADDING": "1"}
 # Of the first rank one request, which outgrows the pool and is preempted after so many tokens; of the second two, which
 # have ended by then.
-LENGTHS, PAUSE = (130, 40, 60), 115
+LENGTHS, PAUSE = (94, 36, 38), 78
 
 
-def test_tokens_are_those_of_one_rank_though_one_idles_and_the_other_is_preempted():
+@pytest.mark.parametrize("tp_size", [2, 4], ids=["one-each", "two-each"])
+def test_tokens_are_those_of_one_rank_though_one_idles_and_the_other_is_preempted(tp_size):
     model, setting = tiny_model_path("qwen3-moe"), Setting(budget=21, buffer=12)
-    prompts = [prompt[:40] for prompt in (six_prompts()[5], *six_prompts()[2:4])]
+    prompts = [prompt[:20] for prompt in (six_prompts()[5], *six_prompts()[2:4])]
     requests = [greedy(*own) for own in zip(prompts, LENGTHS, strict=True)]
     controls = [
         Control(0, "PauseGenerationReqInput", {"mode": "retract"}, after_tokens=(rid_of(0), PAUSE)),
         Control(0, "ContinueGenerationReqInput", {"torch_empty_cache": False}, wait=3),
+        # When all is done.
+        Control(400, "GetInternalStateReq"),
     ]
-    flags = ["--model-path", str(model), *RANKS, "--max-total-tokens", "140", *setting.flags]
-    result = run_scheduler(flags, requests, controls=controls, env=ON_A_CPU)
+    flags = ["--model-path", str(model), "--tp-size", str(tp_size), "--attn-dp-size", "2"]
+    flags += ["--max-total-tokens", "90", *setting.flags]
+    env = ON_A_CPU | {"SGLANG_CPU_OMP_THREADS_BIND": "|".join("0101"[:tp_size])}
+    result = run_scheduler(flags, requests, controls=controls, env=env, timeout=120)
     restores = outputs_at_restores(result, rid_of(0))
     assert len(restores) == 1
     for i, (prompt, length, output) in enumerate(zip(prompts, LENGTHS, result.outputs, strict=True)):
@@ -44,6 +48,12 @@ def test_tokens_are_those_of_one_rank_though_one_idles_and_the_other_is_preempte
         )
         assert_same_tokens(output.output_ids, expected, f"request {i}")
         assert output.info["kv_compactions"] == len(expected.compactions) > 0
+    # As /server_info has them: of each rank that has requests of its own one, whatever ranks share these.
+    stats = [state["kv_policy_stats"] for state in result.states]
+    assert sorted(own["requests_answered"] for own in stats) == [1, 2]
+    compactions = sum(output.info["kv_compactions"] for output in result.outputs)
+    for name, total in (("compactions", compactions), ("answers_compressed", 3), ("requests_restored", 1)):
+        assert sum(own[name] for own in stats) == total, (name, stats)
 
 
 @pytest.mark.parametrize("others", [True, False])

@@ -9,6 +9,7 @@ import os
 import pytest
 
 from devtools.tiny_models import TINY_MODELS, tiny_model_path
+from rkv_sglang.cache.trace import kept_positions
 from rkv_sglang.policies import POLICIES, granularities_of
 from tests.e2e.workload import (
     Setting,
@@ -26,19 +27,27 @@ from tests.support.oracle.dense import dense_generate
 MODELS = ("llama-gqa", "qwen3")
 CHUNK_SIZE = 32
 NO_OVERLAP, NO_RADIX = "--disable-overlap-schedule", "--disable-radix-cache"
-# Page size, then as numbers: which model, no overlap, no radix cache, chunks. Every two values meet.
-CASES = [
-    (1, 0, 1, 0, 0),
-    (16, 0, 1, 1, 1),
-    (64, 0, 0, 0, 1),
-    (1, 1, 0, 1, 1),
-    (16, 1, 0, 0, 0),
-    (64, 1, 1, 1, 0),
-]
-if os.environ.get("RKV_TEST_FULL_MATRIX"):
-    CASES = list(itertools.product((1, 16, 64), range(len(TINY_MODELS)), (0, 1), (0, 1), (0, 1)))
 BY_KEYS = ("rkv", "snapkv", "h2o", "keydiff")
 OTHERS = ("streaming_llm", "random", *BY_KEYS)
+FULL_MATRIX = bool(os.environ.get("RKV_TEST_FULL_MATRIX"))
+# Policy, model, page size, then as numbers: no overlap, no radix cache, chunks. Every two values meet.
+CASES = [
+    ("random_attention", "llama-gqa", 1, 1, 0, 0),
+    ("random_attention", "llama-gqa", 16, 1, 1, 1),
+    ("random_attention", "llama-gqa", 64, 0, 0, 1),
+    ("random_attention", "qwen3", 1, 0, 1, 1),
+    ("random_attention", "qwen3", 16, 0, 0, 0),
+    ("random_attention", "qwen3", 64, 1, 1, 0),
+]
+# What an answer of so many tokens comes out of.
+LONG = [(1000, 300, Setting(budget=128, buffer=32, window=64, policy="random_attention", block=16))]
+if FULL_MATRIX:
+    SERVERS = ((1, 16, 64), (0, 1), (0, 1), (0, 1))
+    CASES = [
+        *itertools.product(("random_attention", *OTHERS), MODELS, *SERVERS),
+        *itertools.product(("random_attention",), [name for name in TINY_MODELS if name not in MODELS], *SERVERS),
+    ]
+    LONG.append((2000, 600, Setting(budget=256, buffer=64, window=64, policy="random_attention", block=16)))
 
 
 def setting_of(policy: str, page_size: int = 1) -> Setting:
@@ -75,11 +84,10 @@ def assert_as_the_oracle(
     assert len(result.probe.compactions) == num_compactions
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_tokens_equal_the_dense_oracle_alone_and_in_company(case):
-    page_size, model_number, no_overlap, no_radix, chunks = case
-    model = TINY_MODELS[model_number] if os.environ.get("RKV_TEST_FULL_MATRIX") else MODELS[model_number]
-    setting = setting_of("random_attention", page_size)
+    policy, model, page_size, no_overlap, no_radix, chunks = case
+    setting = setting_of(policy, page_size)
     num_tokens = enough_tokens(setting)
     prompts = [six_prompts()[2], *six_prompts()]
     requests = [greedy(prompt, num_tokens, when_idle=i == 1) for i, prompt in enumerate(prompts)]
@@ -88,8 +96,8 @@ def test_tokens_equal_the_dense_oracle_alone_and_in_company(case):
         flags += ["--chunked-prefill-size", str(max(CHUNK_SIZE, page_size))]
     result = run(model, setting, requests, *flags)
     assert_as_the_oracle(result, model, setting, prompts, num_tokens)
-    # Nothing is recorded while it decodes.
-    assert "side buffers 0.0 MiB (0 query rows)" in result.log
+    # Nothing is recorded while it decodes, unless keys are scored.
+    assert ("side buffers 0.0 MiB (0 query rows)" in result.log) == (policy not in BY_KEYS)
     if not no_radix:
         # The repeated prompt is found again up to its last whole page.
         assert result.outputs[3].cached_tokens == (len(prompts[0]) - 1) // page_size * page_size
@@ -120,14 +128,23 @@ def test_settings_of_requests_and_head_starts_decide_with_their_tokens():
     prompts = six_prompts()[:3]
     requests = [greedy(prompt, 260) for prompt in prompts]
     for request, setting in zip(requests, asked, strict=True):
-        request.sampling_params["custom_params"] = {"kv_budget": setting.budget, "kv_buffer": setting.buffer}
+        own = {"kv_budget": setting.budget, "kv_buffer": setting.buffer, "kv_trace": True}
+        request.sampling_params["custom_params"] = own
     requests.append(greedy(prompts[0], 60))
     requests[-1].sampling_params["custom_params"] = {"kv_policy": "none"}
-    result = run("qwen3", server, requests)
+    result = run("qwen3", server, requests, "--kv-trace")
     for i, (prompt, setting) in enumerate(zip(prompts, asked, strict=True)):
         found = result.outputs[i].output_ids
         expected = oracle(tiny_model_path("qwen3"), prompt, 260, setting, found)
         assert_same_tokens(found, expected, f"request {i} under {setting}")
+        # What was kept is told once for all layers and heads.
+        trace = result.outputs[i].info["kv_trace"]
+        held = kept_positions(trace["compactions"], trace["num_layers"], trace["num_kv_heads"], 260)
+        for mask, compaction in zip(held, expected.compactions, strict=True):
+            kept = compaction.kept_positions[:, :, len(prompt) :] - len(prompt)
+            assert mask.shape[:2] == (1, 1) and (kept == kept[0, 0]).all()
+            assert mask[0, 0].nonzero()[0].tolist() == kept[0, 0].tolist()
+    assert "kv_trace" not in result.outputs[3].info
     whole = oracle(tiny_model_path("qwen3"), prompts[0], 60, server)
     assert not whole.compactions and result.outputs[3].output_ids == whole.output_ids
 
@@ -193,11 +210,11 @@ def test_two_ranks_choose_the_same_blocks_by_the_scores_of_all_heads():
     assert_as_the_oracle(result, "llama-gqa", setting, prompts, num_tokens)
 
 
-def test_a_thousand_tokens_come_out_of_three_hundred_slots():
-    setting = Setting(budget=128, buffer=32, window=64, policy="random_attention", block=16)
+@pytest.mark.parametrize(("num_tokens", "num_slots", "setting"), LONG, ids=["a thousand", "two thousand"][: len(LONG)])
+def test_three_times_as_many_tokens_come_out_as_there_are_slots(num_tokens, num_slots, setting):
     prompt = six_prompts()[1]
-    result = run("llama-gqa", setting, [greedy(prompt, 1000)], "--max-total-tokens", "300")
+    result = run("llama-gqa", setting, [greedy(prompt, num_tokens)], "--max-total-tokens", str(num_slots))
     found = result.outputs[0].output_ids
-    expected = oracle(tiny_model_path("llama-gqa"), prompt, 1000, setting, found)
-    assert len(expected.compactions) > 20
+    expected = oracle(tiny_model_path("llama-gqa"), prompt, num_tokens, setting, found)
+    assert len(found) == num_tokens and len(expected.compactions) > 20
     assert_same_tokens(found, expected, "the answer")

@@ -1,5 +1,6 @@
 """A KV pool in fp8: the server answers as a dense cache that rounds keys and values, by the factors of each layer."""
 
+import pytest
 import torch
 
 from devtools.tiny_models import tiny_model_path
@@ -23,7 +24,14 @@ def run(dtype: str, setting: Setting, requests: list, *flags: str, **options: ob
 
 
 def expected_of(
-    prompt: tuple, found: list[int], dtype: str, setting: Setting, *, factor: float = 1, **options: object
+    prompt: tuple,
+    found: list[int],
+    dtype: str,
+    setting: Setting,
+    *,
+    factor: float = 1,
+    shaken: torch.Generator | None = None,
+    **options: object,
 ) -> DenseResult:
     scales = tuple((factor * k, factor * v) for k, v in SCALES)
     return dense_generate(
@@ -35,10 +43,29 @@ def expected_of(
         window=setting.window,
         score=setting.score,
         block=setting.block,
-        fp8=Fp8(DTYPES[dtype], scales),
+        fp8=Fp8(DTYPES[dtype], scales, shaken),
         guessed_output_ids=found,
         **options,  # type: ignore[arg-type]
     )
+
+
+def assert_answer(
+    found: list[int], name: str, prompt: tuple, dtype: str, setting: Setting, **options: object
+) -> DenseResult:
+    """Assert the oracle's answer and return it. Of some thousand numbers one is always half-way between two of fp8.
+
+    So where answers part the oracle is asked again, with errors as another order of summation has them: if it does not
+    answer so far as it did, which inputs are drawn shows nothing.
+    """
+    expected = expected_of(prompt, found, dtype, setting, **options)  # type: ignore[arg-type]
+    parts = [i for i, pair in enumerate(zip(found, expected.output_ids, strict=True)) if pair[0] != pair[1]]
+    for seed in range(4) if parts else ():
+        shaken = torch.Generator().manual_seed(seed)
+        again = expected_of(prompt, expected.output_ids, dtype, setting, shaken=shaken, **options)  # type: ignore[arg-type]
+        if again.output_ids[: parts[0] + 1] != expected.output_ids[: parts[0] + 1]:
+            pytest.skip(f"{name}: how a number is rounded decides token {parts[0]}")
+    assert_same_tokens(found, expected, name)
+    return expected
 
 
 def test_tokens_equal_those_of_a_dense_cache_that_rounds():
@@ -48,9 +75,8 @@ def test_tokens_equal_those_of_a_dense_cache_that_rounds():
     requests = [greedy(prompt, setting.budget + 3 * setting.buffer + 5) for prompt in prompts]
     result = run(dtype, setting, requests, "--page-size", "16")
     for i, (prompt, output) in enumerate(zip(prompts, result.outputs, strict=True)):
-        expected = expected_of(prompt, output.output_ids, dtype, setting)
+        expected = assert_answer(output.output_ids, f"request {i}", prompt, dtype, setting)
         assert len(expected.compactions) == 3
-        assert_same_tokens(output.output_ids, expected, f"request {i}")
 
 
 def test_factors_follow_new_weights():
@@ -61,9 +87,9 @@ def test_factors_follow_new_weights():
     update = Control(100, "UpdateWeightFromDiskReqInput", fields)
     result = run("fp8_e4m3", setting, requests, controls=[update])
     for i, factor in enumerate((1, 2)):
-        expected = expected_of(prompt, result.outputs[i].output_ids, "fp8_e4m3", setting, factor=factor)
+        name, found = f"with {factor} times the factors", result.outputs[i].output_ids
+        expected = assert_answer(found, name, prompt, "fp8_e4m3", setting, factor=factor)
         assert len(expected.compactions) == 2
-        assert_same_tokens(result.outputs[i].output_ids, expected, f"with {factor} times the factors")
 
 
 def test_a_preempted_request_comes_back_with_its_bytes():
@@ -75,6 +101,12 @@ def test_a_preempted_request_comes_back_with_its_bytes():
     restores = [outputs_at_restores(result, rid_of(i)) for i in range(3)]
     assert any(restores)
     for i, prompt in enumerate(prompts):
-        found = result.outputs[i].output_ids
-        expected = expected_of(prompt, found, "fp8_e4m3", setting, restore_at=restores[i], restored_in_flight=True)
-        assert_same_tokens(found, expected, f"request {i}, back {restores[i]}")
+        assert_answer(
+            result.outputs[i].output_ids,
+            f"request {i}, back {restores[i]}",
+            prompt,
+            "fp8_e4m3",
+            setting,
+            restore_at=restores[i],
+            restored_in_flight=True,
+        )

@@ -18,6 +18,7 @@ from tests.e2e.workload import (
     retracting,
     six_prompts,
 )
+from tests.support.harness.gate import Control
 from tests.support.harness.scheduler import Request, run_scheduler
 
 MODEL = tiny_model_path("llama-gqa")
@@ -178,3 +179,25 @@ def test_a_request_of_higher_priority_preempts_one_at_its_budget():
     # It is done before any of the others is.
     assert steps[3][-1] < min(steps[i][-1] for i in range(3))
     assert sum(output.retractions for output in result.outputs) == 1
+
+
+def test_after_memory_was_released_and_taken_back_answers_are_right():
+    """As trainers do it: pool and weights go, weights come back and are new, then the pool comes back, empty."""
+    prompt, num_tokens = six_prompts()[5], 100
+    # The second would find the first one's prompt, and what stood in its slots.
+    requests = [greedy(prompt, num_tokens), greedy(prompt, num_tokens, at_step=170)]
+    update = {"model_path": str(MODEL), "load_format": "auto", "flush_cache": True}
+    controls = [
+        Control(140, "ReleaseMemoryOccupationReqInput"),
+        Control(142, "ResumeMemoryOccupationReqInput", {"tags": ["weights", "cuda_graph"]}),
+        Control(144, "UpdateWeightFromDiskReqInput", update),
+        Control(146, "ResumeMemoryOccupationReqInput", {"tags": ["kv_cache"]}),
+    ]
+    flags = [*FLAGS, "--enable-memory-saver", *SETTING.flags]
+    result = run_scheduler(flags, requests, controls=controls, env={"RKV_STAND_IN_SAVER": "1"})
+    result.assert_clean()
+    for output in result.outputs:
+        expected = oracle(MODEL, prompt, num_tokens, SETTING, output.output_ids)
+        assert_same_tokens(output.output_ids, expected, "released")
+        assert output.info["kv_compactions"] == len(expected.compactions) > 1
+        assert output.cached_tokens == 0

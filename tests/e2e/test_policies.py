@@ -19,6 +19,11 @@ from tests.support.oracle.policy_scores import score_function
 
 BUDGET, BUFFER = 37, 23
 NUM_TOKENS = 125
+# By what these models attend to, stretches of all three kinds.
+THOUGHTS = {
+    "llama-gqa": {"negligible": 0.001, "execution_up_to": 0.91, "transition_above": 0.916, "rounds": 2},
+    "qwen3": {"negligible": 0.01, "execution_up_to": 0.08, "transition_above": 0.096, "rounds": 2},
+}
 CALIBRATION = {"questions": 2, "answer_tokens": 40}
 
 
@@ -42,6 +47,9 @@ def test_tokens_equal_the_dense_oracle(policy, model_name, page_size, tmp_path):
         parameters = {"theta": 10000.0}
     if policy == "triattention":
         flags += ["--kv-policy-config", json.dumps(CALIBRATION)]
+    if policy == "thinkv":
+        flags += ["--kv-policy-config", json.dumps(THOUGHTS[model_name])]
+        parameters = {**THOUGHTS[model_name], "buffer": BUFFER}
     requests = [greedy(prompt, NUM_TOKENS) for prompt in prompts]
     result = run_scheduler(flags, requests, env={"XDG_CACHE_HOME": str(tmp_path)})
     result.assert_clean()
@@ -61,7 +69,7 @@ def test_tokens_equal_the_dense_oracle(policy, model_name, page_size, tmp_path):
 
 
 def the_file_in(folder: Path) -> Path:
-    (path,) = folder.glob("rkv_sglang/query_statistics/*.safetensors")
+    (path,) = folder.glob("rkv_sglang/*/*.safetensors")
     return path
 
 
@@ -94,8 +102,12 @@ def assert_measured_right(model_path: Path, statistics: Path) -> None:
         torch.testing.assert_close(found, pairs.abs().mean(dim=0), atol=1e-4, rtol=1e-4)
 
 
-def test_two_starts_measure_the_same_and_another_models_file_is_refused(tmp_path):
-    flags = ["--kv-policy", "triattention", "--kv-budget", str(BUDGET), "--model-path"]
+@pytest.mark.parametrize(
+    ("policy", "what"),
+    [("triattention", "statistics of this model's queries"), ("thinkv", "bounds of this model's thoughts")],
+)
+def test_two_starts_measure_the_same_and_another_models_file_is_refused(policy, what, tmp_path):
+    flags = ["--kv-policy", policy, "--kv-budget", str(BUDGET), "--model-path"]
     config = ["--kv-policy-config", json.dumps(CALIBRATION)]
     files = []
     for name in ("first", "second"):
@@ -107,13 +119,18 @@ def test_two_starts_measure_the_same_and_another_models_file_is_refused(tmp_path
     config[1] = json.dumps({**CALIBRATION, "statistics": str(files[0])})
     with pytest.raises(SchedulerFailed) as caught:
         run_scheduler([*flags, str(tiny_model_path("llama-gqa")), *config], [])
-    assert f"{files[0]} does not hold statistics of this model's queries: its model is " in caught.value.log
+    assert f"{files[0]} does not hold {what}: its model is " in caught.value.log
 
 
-def test_a_stateful_policy_forgets_what_a_retraction_dropped():
+@pytest.mark.parametrize("policy", ["h2o", "thinkv"])
+def test_a_stateful_policy_forgets_what_a_retraction_dropped(policy):
     model = tiny_model_path("llama-gqa")
     prompts = six_prompts()[:4]
-    flags = ["--model-path", str(model), "--kv-policy", "h2o", "--rkv-budget", str(BUDGET), "--rkv-buffer", str(BUFFER)]
+    flags = ["--model-path", str(model), "--kv-policy", policy, "--kv-budget", str(BUDGET), "--kv-buffer", str(BUFFER)]
+    parameters = {}
+    if policy == "thinkv":
+        flags += ["--kv-policy-config", json.dumps(THOUGHTS["llama-gqa"])]
+        parameters = {**THOUGHTS["llama-gqa"], "buffer": BUFFER}
     result = run_scheduler(flags, [greedy(prompt, NUM_TOKENS) for prompt in prompts], env=retracting(71))
     result.assert_clean()
     assert result.probe.retractions >= 1
@@ -125,7 +142,7 @@ def test_a_stateful_policy_forgets_what_a_retraction_dropped():
             NUM_TOKENS,
             budget=BUDGET,
             buffer=BUFFER,
-            score=score_function("h2o"),
+            score=score_function(policy, **parameters),
             recompute_at=points,
             guessed_output_ids=output.output_ids,
         )

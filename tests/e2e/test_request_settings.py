@@ -18,6 +18,7 @@ from rkv_sglang.cache.trace import kept_positions
 from rkv_sglang.cli import main
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.runtime.requests import config_for, marked_prompt_len, wants_trace
+from rkv_sglang.view.trace import read_trace
 from tests.e2e.workload import Setting, assert_same_tokens, greedy, oracle, six_prompts
 from tests.garbage.neighbours import assert_one_line, mutated
 from tests.support.harness.scheduler import Request, run_scheduler
@@ -296,6 +297,11 @@ def test_a_prefix_is_made_used_listed_and_deleted_over_http(server):
         assert unknown.status_code == 400 and "kv_prefix 'handbook' is unknown here" in unknown.text
 
 
+def letters(count: int) -> str:
+    """Return a text in which no two tokens are kept by a hair's breadth."""
+    return "".join(random.Random(count).choices("abcdefghij klmno\n", k=count))
+
+
 @pytest.mark.server
 def test_the_command_makes_a_prefix_of_two_files_lists_and_deletes_it(server, tmp_path, capsys):
     def ran(action, *flags):
@@ -304,14 +310,15 @@ def test_the_command_makes_a_prefix_of_two_files_lists_and_deletes_it(server, tm
         assert out.count("\n") + err.count("\n") == 1
         return status, out or err
 
-    document, task = "The north gate is locked at night.\n" * 6, "Which gate is it?"
+    document, task = letters(240), "Which gate is it?"
     (tmp_path / "doc").write_text(document)
     (tmp_path / "task").write_text(task)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     document_ids, task_ids = tokenizer(document)["input_ids"], tokenizer(task)["input_ids"]
     create = ["create", "--name", "gates", "--document", str(tmp_path / "doc"), "--task", str(tmp_path / "task")]
-    status, line = ran(*create, "--budget", "32")
-    assert status == 0 and line.startswith(f"gates: 32 of {len(document_ids)} tokens; requests go on from it with")
+    status, line = ran(*create, "--budget", "32", "--save-trace", str(tmp_path / "trace"))
+    said = f"gates: 32 of {len(document_ids)} tokens"
+    assert status == 0 and line.startswith(f"{said}, judged by policy; requests go on from it with")
     status, line = ran(*create, "--budget", "32")
     assert status == 1 and "the server refuses (status 400): kv_prefix 'gates' is there already: take another" in line
     status, line = ran(*create, "--budget", "3000")
@@ -322,7 +329,15 @@ def test_the_command_makes_a_prefix_of_two_files_lists_and_deletes_it(server, tm
     assert_same_tokens(
         used["output_ids"], dense_generate(MODEL, prompt, 9, budget=32, buffer=16, prefix=prefix), "behind two files"
     )
-    assert ran("list") == (0, f"gates: 32 of {len(document_ids)} tokens\n")
+    (kept,) = read_trace(tmp_path / "trace").kept
+    expected = prefix.compaction.kept_positions[:, :, :32]
+    assert [[head.nonzero()[0].tolist() for head in layer] for layer in kept] == expected.tolist()
+    assert read_trace(tmp_path / "trace").token_ids == document_ids
+    assert ran("list") == (0, f"{said}, judged by policy\n")
+    assert ran("delete", "--name", "gates") == (0, "gates is deleted\n")
+    # Without the task, by the document again.
+    status, line = ran(*create[:-2], "--no-task", "--budget", "32")
+    assert status == 0 and line.startswith(f"{said}, judged by repeat; requests")
     assert ran("delete", "--name", "gates") == (0, "gates is deleted\n")
 
 
@@ -444,6 +459,22 @@ def test_a_trace_tells_what_every_head_kept_and_only_who_asks_gets_one(server):
     none = server.generate(list(prompt), {**params, "custom_params": {"kv_trace": True, "kv_policy": "none"}})
     assert none["meta_info"]["kv_trace"]["compactions"] == []
     assert "kv_trace" not in server.generate(list(prompt), params)["meta_info"]
+
+
+@pytest.mark.server
+def test_the_view_of_a_prompt_has_what_every_head_kept_of_it(server, tmp_path, capsys):
+    prompt, trace = letters(200), tmp_path / "trace"
+    flags = ["--prompt", prompt, "--prompt-budget", "40", "--max-new-tokens", "20", "--save-trace", str(trace)]
+    assert main(["view", "--server", server.url, *flags, "-o", str(tmp_path / "page")]) == 0
+    ids = AutoTokenizer.from_pretrained(MODEL)(prompt)["input_ids"]
+    assert f"40 of {len(ids)} tokens of the prompt (rkv)" in capsys.readouterr().out
+    found = read_trace(trace)
+    assert found.token_ids == ids and "".join(found.tokens) == prompt
+    (kept,) = found.kept
+    (compaction,) = dense_generate(MODEL, ids, 20, budget=32, buffer=16, prompt_budget=40).compactions
+    # Behind those of the prompt come what it had generated.
+    expected = compaction.kept_positions[:, :, :40].tolist()
+    assert [[head.nonzero()[0].tolist() for head in layer] for layer in kept] == expected
 
 
 @pytest.mark.server

@@ -1,5 +1,7 @@
 """What fails in the middle of a compaction, a copy or a restore ends loudly whom it concerns; no token is wrong."""
 
+from dataclasses import replace
+
 import pytest
 
 from devtools.tiny_models import tiny_model_path
@@ -9,15 +11,16 @@ from tests.support.harness.scheduler import Output, RunResult, SchedulerFailed, 
 
 MODEL = tiny_model_path("llama-gqa")
 SETTING = Setting(budget=24, buffer=16)
+BY_PLACE, BY_SCORES = (replace(SETTING, policy=policy, block=16) for policy in ("random_attention", "keydiff"))
 # Of 5, 47 and 74 tokens.
 PROMPTS = (*six_prompts()[4:], six_prompts()[0])
 NUM_TOKENS = 200
 
 
-def run(pool: int, num_requests: int, sabotage: str, *controls: Control) -> RunResult:
+def run(pool: int, num_requests: int, sabotage: str, *controls: Control, setting: Setting = SETTING) -> RunResult:
     requests = [greedy(prompt, NUM_TOKENS) for prompt in PROMPTS[:num_requests]]
     requests.append(greedy(PROMPTS[0], NUM_TOKENS, when_idle=True))
-    flags = ["--model-path", str(MODEL), "--max-total-tokens", str(pool), *SETTING.flags]
+    flags = ["--model-path", str(MODEL), "--max-total-tokens", str(pool), *setting.flags]
     return run_scheduler(flags, requests, controls=controls, env={"RKV_SABOTAGE": sabotage})
 
 
@@ -28,21 +31,25 @@ def paused_after(num_tokens: int) -> list[Control]:
     ]
 
 
-def assert_right_so_far(output: Output, prompt: tuple[int, ...], at_least: int) -> None:
+def assert_right_so_far(output: Output, prompt: tuple[int, ...], at_least: int, setting: Setting = SETTING) -> None:
     assert len(output.output_ids) >= at_least
-    right = oracle(MODEL, prompt, NUM_TOKENS, SETTING, output.output_ids).output_ids[: len(output.output_ids)]
+    right = oracle(MODEL, prompt, NUM_TOKENS, setting, output.output_ids).output_ids[: len(output.output_ids)]
     assert output.output_ids == right
 
 
-@pytest.mark.parametrize("kind", ["choose", "move"])
-def test_a_compaction_that_fails_ends_the_worker_before_a_wrong_token_is_sent(kind):
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [("choose", SETTING), ("move", SETTING), ("choose", BY_SCORES), ("move", BY_PLACE)],
+    ids=["choose", "move", "choose-blocks", "drop-blocks"],
+)
+def test_a_compaction_that_fails_ends_the_worker_before_a_wrong_token_is_sent(kind, setting):
     with pytest.raises(SchedulerFailed, match="sabotaged on purpose") as caught:
-        run(1024, 3, f"{kind}@5")
+        run(1024, 3, f"{kind}@5", setting=setting)
     assert caught.value.exit_code
     for output, prompt in zip(caught.value.outputs[:3], PROMPTS, strict=True):
         assert output.finish_reason is None
         # SGLang sends what it has after every 50 tokens; the fifth compaction comes after more than a hundred.
-        assert_right_so_far(output, prompt, 50)
+        assert_right_so_far(output, prompt, 50, setting)
 
 
 def test_a_copy_for_which_there_is_no_memory_ends_its_request_alone():

@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from devtools.launch import free_port
 from devtools.tiny_models import EOS_ID, tiny_model_path, tiny_tokenizer
 from tests.e2e.workload import Setting, assert_same_tokens, oracle, random_ids, six_prompts
+from tests.support.harness.grpc_call import call_openai
 from tests.support.harness.server import Server
 from tests.support.oracle.dense import dense_generate
 
@@ -29,9 +31,15 @@ IGNORE_EOS = {"max_new_tokens": NUM_TOKENS, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def grpc_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def server(grpc_port: int) -> Iterator[Server]:
     flags = ["--model-path", str(MODEL), "--page-size", "16", "--max-total-tokens", "8192", "--enable-metrics"]
     flags += ["--schedule-policy", "lpm", "--enable-cache-report", "--enable-return-hidden-states"]
+    flags += ["--grpc-port", str(grpc_port)]
     env = {"RKV_PROBE_MAX_PRIVATE": str(SETTING.budget + SETTING.buffer)}
     with Server([*flags, *SETTING.flags], env=env) as server:
         yield server
@@ -65,7 +73,11 @@ def test_logprobs_are_those_of_the_compacted_cache(server):
     expected = oracle(MODEL, prompt, NUM_TOKENS, SETTING)
     found = [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
     assert found == pytest.approx(expected.logprobs, abs=2e-3)
-    assert len(answer["meta_info"]["input_token_logprobs"]) == len(prompt)
+    first, *others = [entry[0] for entry in answer["meta_info"]["input_token_logprobs"]]
+    with torch.inference_mode():
+        logits = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)(torch.tensor([prompt])).logits[0]
+    right = logits[:-1].log_softmax(dim=1).gather(1, torch.tensor(prompt)[1:, None])[:, 0]
+    assert first is None and others == pytest.approx(right.tolist(), abs=2e-3)
 
 
 def test_streaming_gives_the_same_tokens_piece_by_piece(server):
@@ -186,6 +198,20 @@ def test_openai_chat_answers_and_counts_tokens(server):
     assert answer["usage"]["completion_tokens"] == NUM_TOKENS
 
 
+def test_over_grpc_answers_are_those_over_http(server, grpc_port):
+    body = {"model": "default", "messages": [{"role": "user", "content": "count on"}], "max_tokens": NUM_TOKENS}
+    body |= {"temperature": 0, "ignore_eos": True, "return_meta_info": True}
+    for custom, compactions in (({}, 6), ({"kv_budget": 20, "kv_buffer": 10}, 12)):
+        asked = body | {"custom_params": custom}
+        right = requests.post(f"{server.url}/v1/chat/completions", json=asked, timeout=120).json()["choices"][0]
+        (message,) = call_openai(grpc_port, "ChatComplete", asked)
+        answer = json.loads(message[message.index("{") : message.rindex("}") + 1])["choices"][0]
+        assert answer["message"] == right["message"]
+        told = ("kv_policy", "kv_compactions", "kv_evicted_tokens", "kv_prompt_tokens")
+        assert [answer["meta_info"][name] for name in told] == [right["meta_info"][name] for name in told]
+        assert answer["meta_info"]["kv_compactions"] == compactions
+
+
 def test_clients_that_vanish_and_aborts_at_any_step_lose_nothing(server):
     rng = random.Random(11)
     prompts = six_prompts()
@@ -233,6 +259,8 @@ def test_flush_cache_empties_the_tree_and_the_next_answer_is_the_same(server):
 def test_server_info_counts_what_was_done(server):
     before = server.server_info()["internal_states"][0]["kv_policy_stats"]
     server.generate(random_ids(random.Random(2), 20), IGNORE_EOS)
+    assert requests.get(f"{server.url}/health_generate", timeout=60).status_code == 200
+    server.drain()
     info = server.server_info()
     after = info["internal_states"][0]["kv_policy_stats"]
     compactions = len(range(48, NUM_TOKENS - 1, 18))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from devtools.tiny_models import FULL, SLIDING, SLIDING_WINDOW, tiny_model_path
+from devtools.tiny_models import FULL, SINKS_MODEL, SLIDING, SLIDING_WINDOW, tiny_model_path
 from tests.e2e.workload import Setting, assert_same_tokens, greedy, masked_oracle, six_prompts
 from tests.support.harness.scheduler import run_scheduler
 from tests.support.oracle.decoder import load_model
@@ -10,17 +10,18 @@ from tests.support.oracle.decoder import load_model
 PAGES = ["--page-size", "16"]
 # Of the models that have both kinds of layers, and of one that has none of the other kind.
 CASES = [
-    # SGLang would keep its windows in a second pool.
+    # SGLang would keep its windows in a second pool, and those of gpt-oss.
     ("mellum", Setting(budget=37, buffer=23), PAGES),
     ("olmo3", Setting(budget=59, buffer=32, window=SLIDING_WINDOW, policy="snapkv", block=16), PAGES),
     ("gemma3", Setting(budget=SLIDING_WINDOW, buffer=31, policy="snapkv"), []),
     ("olmo3-sliding", Setting(budget=30, buffer=23), []),
+    # SGLang's own backend of Blackwell, but for its kernels: on a CPU no other takes attention sinks.
+    (SINKS_MODEL, Setting(budget=37, buffer=23), ["--attention-backend", "triton", *PAGES]),
 ]
+IDS = ["mellum-gather", "olmo3-drop", "gemma3-gather", "olmo3-sliding-gather", "gpt-oss-gather"]
 
 
-@pytest.mark.parametrize(
-    ("name", "setting", "flags"), CASES, ids=["mellum-gather", "olmo3-drop", "gemma3-gather", "olmo3-sliding-gather"]
-)
+@pytest.mark.parametrize(("name", "setting", "flags"), CASES, ids=IDS)
 def test_tokens_equal_those_of_a_model_that_sees_what_was_kept(name, setting, flags):
     path = tiny_model_path(name)
     num_tokens = setting.budget + 3 * setting.buffer + 5
@@ -30,7 +31,8 @@ def test_tokens_equal_those_of_a_model_that_sees_what_was_kept(name, setting, fl
     # One that would keep less than the window is refused alone.
     requests.append(greedy(prompts[0], num_tokens))
     requests[-1].sampling_params["custom_params"] = {"kv_budget": SLIDING_WINDOW - 1}
-    result = run_scheduler(["--model-path", str(path), *flags, *setting.flags], requests)
+    env = {"RKV_STAND_IN_TRTLLM": "1"} if name == SINKS_MODEL else {}
+    result = run_scheduler(["--model-path", str(path), *flags, *setting.flags], requests, env=env)
     layer_types = load_model(path).config.layer_types
     # Where every layer slides, nothing is lost, so the answer is that of no policy.
     is_lossless = FULL not in layer_types
@@ -43,7 +45,8 @@ def test_tokens_equal_those_of_a_model_that_sees_what_was_kept(name, setting, fl
         assert len(output.output_ids) == num_tokens
         assert_same_tokens(output.output_ids, expected, f"request {i}")
     assert len(result.probe.compactions) == 3 * len(prompts)
-    assert result.log.count("--disable-hybrid-swa-memory is set, because a KV policy keeps") == (name == "mellum")
+    has_second_pool = name in ("mellum", SINKS_MODEL)
+    assert result.log.count("--disable-hybrid-swa-memory is set, because a KV policy keeps") == has_second_pool
     assert refused.finish_reason["type"] == "abort" and refused.finish_reason["status_code"] == 400
     why = (
         "some of the model's layers attend to the latest 24 tokens" if setting.block is None else "the window of 24 is"

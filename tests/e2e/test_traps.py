@@ -163,3 +163,25 @@ def test_aborts_at_every_moment_of_a_compaction_lose_nothing(overlap):
     assert {output.finish_reason["type"] for output in result.outputs[:12]} == {"abort"}
     found = result.outputs[-1].output_ids
     assert_same_tokens(found, oracle(MODEL, tuple(requests[-1].input_ids), 130, SETTING, found), "the one left")
+
+
+def test_where_thinking_is_stripped_from_the_cache_prompts_alone_stay_in_it():
+    """SGLang frees all behind the prompt's own length then, which a compacted prompt does not have any more."""
+    kinds = [(3, 90, 0), (1, 20, 0), (5, 90, 20)]
+    prompts = [six_prompts()[i] for i, _, _ in kinds]
+    requests, follow_ups = [], []
+    for prompt, (_, num_tokens, prompt_budget) in zip(prompts, kinds, strict=True):
+        requests.append(greedy(prompt, num_tokens, extra={"require_reasoning": True}))
+        requests[-1].sampling_params["custom_params"] = {"kv_prompt_budget": prompt_budget}
+        answer = oracle(MODEL, prompt, 20, SETTING).output_ids
+        follow_ups.append(greedy((*prompt, *answer, 7), 2, when_idle=True))
+    flags = ["--page-size", "16", "--strip-thinking-cache", "--reasoning-parser", "qwen3", *SETTING.flags]
+    result = run_scheduler([*FLAGS, *flags], [*requests, *follow_ups], with_tokenizer=True)
+    result.assert_clean()
+    for prompt, (_, num_tokens, prompt_budget), output in zip(prompts, kinds, result.outputs, strict=False):
+        setting = Setting(SETTING.budget, SETTING.buffer, prompt_budget=prompt_budget)
+        expected = oracle(MODEL, prompt, num_tokens, setting, output.output_ids)
+        assert_same_tokens(output.output_ids, expected, f"stripped, prompt budget {prompt_budget}")
+        assert output.info["kv_compactions"] == len(expected.compactions)
+    # Whole pages of the prompts and nothing behind them; the tree had kept those of the compacted one.
+    assert [output.cached_tokens for output in result.outputs[3:]] == [len(prompt) // 16 * 16 for prompt in prompts]

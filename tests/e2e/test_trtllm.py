@@ -9,7 +9,12 @@ from tests.support.harness.scheduler import run_scheduler
 # The backend takes pages of 16, 32 and 64.
 CASES = [
     ("llama-gqa", Setting(budget=37, buffer=23), ["--page-size", "16"]),
-    ("qwen3", Setting(budget=75, buffer=32, window=9, policy="random_attention", block=32), ["--page-size", "32"]),
+    (
+        "qwen3",
+        Setting(budget=75, buffer=32, window=9, policy="random_attention", block=32),
+        # One for prefill and one for decode steps, as SGLang has them where they differ.
+        ["--page-size", "32", "--prefill-attention-backend", "triton", "--decode-attention-backend", "torch_native"],
+    ),
 ]
 
 

@@ -14,7 +14,7 @@ import pytest
 from devtools.tiny_models import VOCAB_SIZE
 from tests.support.harness.scheduler import Request, RunResult
 from tests.support.oracle.decoder import load_model
-from tests.support.oracle.dense import LOGIT_TOLERANCE, SCORE_TOLERANCE, Compaction, DenseResult, dense_generate
+from tests.support.oracle.dense import LOGIT_TOLERANCE, SCORE_TOLERANCE, DenseResult, dense_generate
 from tests.support.oracle.masked_compact import MaskedResult, masked_compact
 from tests.support.oracle.policy_scores import score_function
 from tests.support.oracle.scores import ScoreFunction
@@ -138,9 +138,7 @@ def assert_same_tokens(found: list[int], expected: DenseResult | MaskedResult, n
     """
     for i, (token, right) in enumerate(zip(found, expected.output_ids, strict=True)):
         if token != right:
-            margins = [
-                float(c.margins.min()) for c in expected.compactions if isinstance(c, Compaction) and c.num_outputs <= i
-            ]
+            margins = [margin for num_outputs, margin in _margins(expected) if num_outputs <= i]
             # All tokens before are equal, so of the logits only those of this one count.
             if any(0 < margin < SCORE_TOLERANCE for margin in margins) or expected.logit_gaps[i] < LOGIT_TOLERANCE:
                 pytest.skip(f"{name}: a near-tie decides token {i}: margins {margins}, gap {expected.logit_gaps[i]}")
@@ -148,6 +146,13 @@ def assert_same_tokens(found: list[int], expected: DenseResult | MaskedResult, n
                 f"{name}: token {i} is {token} instead of {right}; logit gap there {expected.logit_gaps[i]:.2e}, "
                 f"smallest score margins of the compactions before: {[f'{m:.1e}' for m in margins]}"
             )
+
+
+def _margins(expected: DenseResult | MaskedResult) -> list[tuple[int, float]]:
+    """Return of each compaction after how many outputs it came, and the least margin of what stayed."""
+    if isinstance(expected, MaskedResult):
+        return list(zip(expected.compactions, expected.margins, strict=True))
+    return [(own.num_outputs, float(own.margins.min())) for own in expected.compactions]
 
 
 def retracting(interval: int) -> dict[str, str]:

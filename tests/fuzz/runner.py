@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz.schedule import Schedule, ServerConfig
+from tests.fuzz.schedule import THOUGHTS, Schedule, ServerConfig
 from tests.support.harness.environment import child_environment, device_flags, with_defaults
 from tests.support.harness.scheduler import run_job
 
@@ -39,6 +39,8 @@ def policy_parameters(server: ServerConfig) -> dict[str, Any]:
     if server.policy == "triattention":
         (path,) = _cache_home(server.model).glob("rkv_sglang/query_statistics/*.safetensors")
         return {"statistics": path, "theta": ROPE_THETA}
+    if server.policy == "thinkv":
+        return {**THOUGHTS, "buffer": server.buffer}
     return {"theta": ROPE_THETA} if server.policy == "beaconkv" else {}
 
 

@@ -22,6 +22,8 @@ KNOWN_TO_THE_ORACLE = {
 }
 # For --kv-policy triattention, which asks the model before it serves: few questions, to start quickly.
 CALIBRATION = {"questions": 2, "answer_tokens": 40}
+# For --kv-policy thinkv: what tiny models attend to are thoughts of several kinds.
+THOUGHTS = {"negligible": 0.01, "execution_up_to": 0.1, "transition_above": 0.95}
 # The longer of the two questions in a tiny model's chat template, with its answer.
 CALIBRATION_ROOM = 100 + 40
 # A tiny model of both kinds of layers.
@@ -96,6 +98,8 @@ class ServerConfig:
             flags += ["--enable-priority-scheduling", "--priority-scheduling-preemption-threshold", "0"]
         if self.policy == "triattention":
             flags += ["--kv-policy-config", json.dumps(CALIBRATION)]
+        if self.policy == "thinkv":
+            flags += ["--kv-policy-config", json.dumps(THOUGHTS)]
         switches = (
             (not self.overlap, "--disable-overlap-schedule"),
             (not self.radix, "--disable-radix-cache"),

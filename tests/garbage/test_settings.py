@@ -10,10 +10,12 @@ import pytest
 from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
 
 from rkv_sglang import policy_names
-from rkv_sglang.config import MOST_TOKENS, PolicyConfig
+from rkv_sglang.config import ARGS_VARIABLE, MOST_TOKENS, PolicyConfig
 from rkv_sglang.integration.doctor.arguments import read_arguments, server_parser
 from rkv_sglang.integration.doctor.command_line import read_launch
 from rkv_sglang.integration.runtime.requests import config_for, marked_prompt_len, wants_trace
+from rkv_sglang.integration.startup import environment
+from rkv_sglang.integration.startup.errors import RefusedError
 from rkv_sglang.integration.startup.server_args import RKVServerArgs, config_from_args, read_config
 from rkv_sglang.policies import POLICIES, make_policy
 from tests.garbage.neighbours import any_value, assert_flat, assert_one_line, damaged, mutated, nested
@@ -200,6 +202,34 @@ def test_a_config_file_is_read_or_refused_in_one_line(
             read({**{name: getattr(options, name) for name in SETTINGS if hasattr(options, name)}, **NO_PARAMETERS})
 
     assert_flat(some, times=60)
+
+
+def test_the_environments_flags_are_read_or_refused_in_one_line(
+    rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = "--kv-policy rkv --kv-budget 64 --rkv-buffer=16 --kv-trace --kv-policy-config '{\"mix_lambda\": 0.2}'"
+    outcomes: set[bool] = set()
+
+    def some() -> None:
+        words = mutated(rng, right.split(), most=2) if rng.random() < 0.7 else right.split()
+        text = " ".join(map(str, words if isinstance(words, list) else [words])).encode("utf-8", "replace")
+        text = damaged(rng, text) if rng.random() < 0.4 else text
+        # No environment holds that byte.
+        monkeypatch.setenv(ARGS_VARIABLE, text.replace(b"\0", b"").decode("utf-8", "surrogateescape"))
+        # A process has one such text.
+        environment._read.cache_clear()
+        try:
+            args = RKVServerArgs(model_path="m")
+        except RefusedError as error:
+            assert_one_line(str(error))
+            outcomes.add(False)
+        else:
+            for problem in read_config(args)[1]:
+                assert_one_line(problem)
+            outcomes.add(True)
+
+    assert_flat(some, times=60)
+    assert outcomes == {False, True}
 
 
 def test_a_shells_line_is_taken_apart_or_refused_in_one_line(rng: random.Random) -> None:

@@ -25,7 +25,15 @@ from rkv_sglang.config import PolicyConfig
 from rkv_sglang.kernels import capture, dispatch, move, select, warmup
 from rkv_sglang.kernels.paged_batch import PagedBatch, PagedBuffers
 from rkv_sglang.kernels.score import key_passes, mean_keys, scan, totals, values
-from rkv_sglang.kernels.score.per_head import beaconkv, block_means, farthest, gkv, half, triattention
+from rkv_sglang.kernels.score.per_head import (
+    beaconkv,
+    block_means,
+    farthest,
+    gkv,
+    half,
+    representatives,
+    triattention,
+)
 from rkv_sglang.policies import make_policy
 from rkv_sglang.sizes.prompt_plan import PromptPlan
 from tests.policies.cases import model_with_statistics
@@ -51,7 +59,7 @@ class AbsentGpu:
 def kernel_counts() -> dict[str, int]:
     """Return how many variants of each kernel were compiled."""
     modules = (capture, move, select, key_passes, mean_keys, scan, totals, values)
-    modules += (beaconkv, block_means, farthest, gkv, half, triattention)
+    modules += (beaconkv, block_means, farthest, gkv, half, representatives, triattention)
     kernels = {name: value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
     return {name: len(kernel.device_caches[0][0]) for name, kernel in kernels.items()}
 

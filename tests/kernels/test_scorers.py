@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from rkv_sglang.algorithm.thoughts import next_table
 from rkv_sglang.kernels import dispatch
 from rkv_sglang.kernels.dispatch import choose_kept_torch, compact_paged
 from rkv_sglang.kernels.score.mean_keys import keydiff_scores_paged
@@ -92,6 +93,7 @@ class Served:
             first_kv_head=self.case.pool.first_kv_head,
             budget=self.case.batch.budgets_cpu[request],
             memory=None if past.memory is None else past.memory[layer],
+            observed=past.observed,
             model=self.model,
         )
 
@@ -285,6 +287,21 @@ def test_beacons_are_chosen_among_the_old_and_the_new(rng):
                 logical_len = served.history[request].logical_len + rng.randint(1, 90)
                 served.history[request] = History(logical_len, None, mine)
         served.case.queries = torch.randn_like(served.case.queries)
+
+
+def test_what_was_observed_is_followed(rng):
+    """Tables of several segments, some of which stay whole and some shrink or go, of requests of different age."""
+    policy = policy_of("thinkv", {"buffer": 9, "rounds": 2})
+    served = serve(rng, kind="random", lens=[60, 44, 51], num_layers=2, window=4, head_dim=32)
+    batch = served.case.batch
+    for request, (kv_len, prompt_len) in enumerate(zip(batch.kv_lens_cpu, batch.prompt_lens_cpu, strict=True)):
+        room, num_candidates = batch.budgets_cpu[request] - batch.window, kv_len - prompt_len - batch.window
+        table = None
+        for _ in range(request * 4):
+            table = next_table(table, torch.tensor(rng.randrange(3)), room + min(9, num_candidates - room), room, 9)
+        observed = next_table(table, torch.tensor(rng.randrange(3)), num_candidates, room, 9)
+        served.history[request] = History(kv_len + 100, observed=observed)
+    check(served, policy, score_all(policy, served))
 
 
 @pytest.mark.parametrize("name", list(POLICIES))

@@ -25,6 +25,7 @@ RUN = {
     "half": (*SHARED, *QUERY_PASSES, "share_out_kernel"),
     "triattention": (*SHARED, "expect_attention_kernel"),
     "beaconkv": (*SHARED, "choose_farthest_kernel", "attend_from_beacons_kernel"),
+    "thinkv": (*SHARED, "choose_representatives_kernel"),
     "longflow": (*SHARED, *QUERY_PASSES, "weigh_by_values_kernel"),
 }
 

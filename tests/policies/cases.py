@@ -11,6 +11,18 @@ from rkv_sglang.config import PolicyConfig
 from rkv_sglang.policies import Policy, make_policy
 
 RKV_DEFAULTS = {"mix_lambda": 0.1, "kernel_size": 7, "similarity_threshold": 0.5}
+THINKV_DEFAULTS = {
+    "buffer": 128,
+    "negligible": 0.01,
+    "rounds": 4,
+    "execution_up_to": None,
+    "transition_above": None,
+    "statistics": "",
+    "questions": 32,
+    "answer_tokens": 2048,
+}
+# Between them lies what random queries do.
+THOUGHT_BOUNDS = {"execution_up_to": 0.35, "transition_above": 0.45}
 
 # Every policy with its defaults, spelt out, and with other parameters.
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -33,6 +45,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("beaconkv", {"num_recent": 4, "num_beacons": 28}),
     ("beaconkv", {"num_recent": 1, "num_beacons": 3}),
     ("triattention", {"statistics": "", "questions": 32, "answer_tokens": 2048}),
+    ("thinkv", THINKV_DEFAULTS),
+    ("thinkv", THINKV_DEFAULTS | {"buffer": 9, "rounds": 1, "negligible": 0.3} | THOUGHT_BOUNDS),
     ("random", {"seed": 0}),
     ("random", {"seed": 2**32 - 1}),
     ("random_attention", {"seed": 0}),

@@ -1,14 +1,14 @@
 """One layer of a request that is compacted again and again, with what a compaction must hand to a policy and carry."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.algorithm.selection import select_kept
-from rkv_sglang.policies import Policy, ScoreInputs, as_scored, is_stateful, needs_values
+from rkv_sglang.policies import Policy, ScoreInputs, as_scored, is_stateful, needs_values, observes
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def replay(
     """Decode ``tokens`` and compact whenever ``budget + buffer`` generated ones are resident."""
     num_kv_heads = tokens.keys.shape[1]
     positions = torch.arange(prompt_len).expand(num_kv_heads, -1)
-    state = memory = None
+    state = memory = observed = None
     for logical_len in range(prompt_len + 1, len(tokens.keys) + 1):
         positions = torch.cat([positions, torch.full((num_kv_heads, 1), logical_len - 1)], dim=1)
         if positions.shape[1] < prompt_len + budget + buffer:
@@ -80,8 +80,12 @@ def replay(
             state=state,
             budget=budget,
             memory=memory,
+            observed=observed,
             model=model,
         )
+        if observes(policy):
+            observed = policy.observe(iter([inputs]))  # type: ignore[attr-defined]
+            inputs = replace(inputs, observed=observed)
         scored = as_scored(policy.score(inputs))
         scores, memory = scored.scores, scored.memory
         kept_indices = select_kept(scores, prompt_len, window, budget)

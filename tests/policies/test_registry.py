@@ -32,7 +32,7 @@ from tests.support.harness.environment import PROJECT_ROOT
 THIRD_PARTY_DIR = PROJECT_ROOT / "tests" / "policies" / "third_party"
 BUILT_IN = (
     *("rkv", "snapkv", "h2o", "streaming_llm", "keydiff", "manifoldkv", "longflow", "random", "random_attention"),
-    *("gkv", "half", "triattention", "beaconkv"),
+    *("gkv", "half", "triattention", "beaconkv", "thinkv"),
 )
 
 
@@ -87,7 +87,7 @@ def test_where_each_choice_can_be_made() -> None:
     granularities = {name: granularities_of(policy) for name, policy in POLICIES.items()}
     assert granularities == {
         **dict.fromkeys(BUILT_IN, ("head", "request")),
-        **dict.fromkeys(("manifoldkv", "longflow", "gkv", "half", "triattention", "beaconkv"), ("head",)),
+        **dict.fromkeys(("manifoldkv", "longflow", "gkv", "half", "triattention", "beaconkv", "thinkv"), ("head",)),
         "random_attention": ("request", "head"),
     }
     assert granularities_of(OfAnotherPackage) == ("head",)
@@ -141,6 +141,15 @@ def test_snapkv_is_rkv_without_redundancy() -> None:
         ("beaconkv", {"num_beacons": 61}, "num_recent 4 and num_beacons 61 are together more than 64"),
         ("triattention", {"questions": 33}, "questions must be at most 32, got 33"),
         ("triattention", {"answer_tokens": 0}, "answer_tokens must be at least 1, got 0"),
+        ("thinkv", {"buffer": 129}, "buffer must be at most 128, the tokens of a segment, got 129"),
+        ("thinkv", {"rounds": -1}, "rounds must be at least 0, got -1"),
+        ("thinkv", {"questions": 33}, "questions must be at most 32, got 33"),
+        ("thinkv", {"transition_above": 0.9}, "execution_up_to and transition_above are two bounds of one measure"),
+        (
+            "thinkv",
+            {"execution_up_to": 0.9, "transition_above": 0.1},
+            "execution_up_to 0.9 must be a number of at most transition_above 0.1",
+        ),
         ("gkv", {"decay": 1.1}, "decay must be in [0, 1], got 1.1"),
         ("gkv", {"importance_weight": -1}, "importance_weight must be in [0, 1], got -1"),
         ("gkv", {"kernel_size": 4}, "--rkv-kernel-size 4 is even"),

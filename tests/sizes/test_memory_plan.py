@@ -26,6 +26,9 @@ def test_llama_8b_by_hand():
     # One that remembers 28 queries of each of 32 layers and 32 heads carries 28 * 32 * 32 * 128 numbers of 2 bytes.
     carried = LLAMA_8B.side_bytes(PolicyConfig(), memory_numbers=28 * 4 * 128) - LLAMA_8B.side_bytes(PolicyConfig())
     assert abs(carried - 2 * 28 * 32 * 32 * 128 / 1152) < 1e-9
+    # What is observed is carried once, by all layers and heads together.
+    carried = LLAMA_8B.side_bytes(PolicyConfig(), observed_numbers=5085) - LLAMA_8B.side_bytes(PolicyConfig())
+    assert abs(carried - 8 * 5085 / 1152) < 1e-9
     # Three numbers for each of 64 pairs of 32 x 32 heads, twice.
     assert LLAMA_8B.statistics_bytes == 2 * 3 * 4 * 64 * 1024
     pool = pool_tokens(LLAMA_8B, 8 * 2**30, None)

@@ -102,6 +102,7 @@ def test_two_traces_are_shown_and_the_page_has_a_name_of_its_own(folder, capsys)
         (["--server", "URL"], "--prompt or --prompt-file"),
         (["--server", "URL", "--prompt", "x", "--prompt-file", "prompt.txt"], "--prompt or --prompt-file"),
         (["--trace", "a.json", "--prompt", "x"], "--prompt belongs to --server"),
+        (["--trace", "a.json", "--prompt-budget", "5"], "--prompt-budget belongs to --server"),
         (["--trace", "a.json", "--save-trace", "c.json"], "--save-trace belongs to --server"),
         (["--trace", "a.json", "-o", "a.json"], "name another"),
         (["--server", "URL", "--prompt", "x", "--save-trace", "p.html", "-o", "./p.html"], "name another"),

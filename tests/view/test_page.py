@@ -141,6 +141,19 @@ def test_the_address_opens_a_state_and_no_token_text_can_break_the_page(tmp_path
         assert int(cell.attributes["data-until"] or 0) == expected.until(history, pair, 7, 2)
 
 
+def test_a_document_is_shown_as_what_stayed_of_it(tmp_path, rng):
+    history = random_history(rng, num_layers=2, num_kv_heads=3, budget=9, buffer=21, num_tokens=30)
+    trace = trace_of(history, rng, subject="document", prompt="", prompt_len=0)
+    seen = open_page(tmp_path, [trace], "#c=1")
+    shown = at_compaction(history, 1)
+    counts = [int(span.attributes["data-count"]) for span in seen.all(data_token=None, data_count=None)]
+    assert counts == [expected.count(shown, token) for token in range(30)]
+    text = seen.one(id="panes").text
+    assert "of the 30 tokens of the document each pair keeps 9, the last 1 among them; 2 layers x 3 KV heads" in text
+    assert "generated" not in text and "30 tokens of the document" in seen.one(id="moment").text
+    assert "always kept" not in text
+
+
 def test_a_state_that_does_not_exist_opens_the_nearest_and_many_compactions_are_told_apart(tmp_path, rng):
     history = random_history(rng, num_layers=1, num_kv_heads=2, budget=3, buffer=1, num_tokens=310)
     assert len(history.held) > 2**8

@@ -1,11 +1,13 @@
 """Recording from a stand-in server: what is asked, what comes back, and one line for every way it can fail."""
 
 import socket
+from dataclasses import replace
 
 import pytest
 
 from rkv_sglang.client.http import is_loopback
 from rkv_sglang.view.record import record
+from rkv_sglang.view.record_text import record_prompt
 from tests.cache.trace_cases import random_history
 from tests.view.expected import trace_of
 from tests.view.stand_in import events, server_info, stand_in
@@ -80,6 +82,38 @@ def test_a_server_on_this_machine_is_reached_past_any_proxy(server, trace, monke
 )
 def test_only_the_loopback_is_reached_past_a_proxy(url, expected):
     assert is_loopback(url) == expected
+
+
+def test_what_stays_of_a_prompt_is_recorded_with_its_tokens(server, rng):
+    ids = [1, *(10 + ord(letter) for letter in "What is it?\n")]
+    history = random_history(rng, num_layers=2, num_kv_heads=2, budget=6, buffer=len(ids) - 6, num_tokens=len(ids))
+    expected = trace_of(history, rng, tokens=["<s>", *"What is it?\n"], ids=ids, prompt="", prompt_len=0)
+    server.say("/server_info", server_info(expected))
+    server.answers["/tokenize"] = lambda asked: {"tokens": ids if asked["add_special_tokens"] else ids[1:]}
+    server.answers["/detokenize"] = lambda asked: {
+        "text": ["".join("<s>" if token == 1 else chr(token - 10) for token in part) for part in asked["tokens"]]
+    }
+    recorded = {"num_layers": 2, "num_kv_heads": 2, "compactions": [], "prompt": history.compactions[0]}
+    meta_info = {"kv_policy": expected.policy, "kv_trace": recorded, "finish_reason": {"type": "length"}}
+    meta_info["kv_prompt_tokens"] = 6
+    server.say("/generate", {"meta_info": meta_info})
+    settings = {"budget": 6, "max_new_tokens": 20, "temperature": 0}
+    assert record_prompt(server.url, "What is it?\n", **settings) == replace(expected, subject="prompt")
+    (asked,) = [body for body in server.asked if "input_ids" in body]
+    assert asked["input_ids"] == ids
+    assert asked["sampling_params"]["custom_params"] == {"kv_trace": True, "kv_prompt_budget": 6}
+    for change, said in (
+        ({"kv_trace": {"compactions": []}}, "left the prompt of 13 tokens whole: set --prompt-budget below that"),
+        ({"kv_trace": {**recorded, "num_layers": 3}}, "damaged"),
+        ({"kv_prompt_tokens": 7}, "keeps another number than the budget"),
+        ({"kv_trace": {**recorded, "prompt": 5}}, "is not of type dict"),
+        ({"kv_trace": 5}, "unlike SGLang"),
+        ({"finish_reason": {"type": "abort", "message": "too full"}}, "the server refuses: too full"),
+    ):
+        server.say("/generate", {"meta_info": {**meta_info, **change}})
+        with pytest.raises(ValueError, match=said) as caught:
+            record_prompt(server.url, "What is it?\n", **settings)
+        assert "\n" not in str(caught.value)
 
 
 def refusal(server) -> str:

@@ -21,7 +21,12 @@ def test_what_is_written_is_read(tmp_path, trace):
     path = tmp_path / "a.json"
     write_trace(trace, path)
     assert read_trace(path) == trace
-    assert json.loads(path.read_text())["format"] == FORMAT
+    content = json.loads(path.read_text())
+    assert content["format"] == FORMAT
+    # Traces that know of answers alone do not say what they are of.
+    del content["subject"]
+    path.write_text(json.dumps(content))
+    assert read_trace(path) == trace
 
 
 def test_totals_are_the_lengths_at_which_it_was_compacted(rng):
@@ -59,6 +64,8 @@ def test_what_is_no_trace_is_refused(tmp_path, trace):
     [
         *(
             ("model", 3),
+            ("subject", "question"),
+            ("subject", ["answer"]),
             ("prompt", None),
             ("budget", 0),
             ("budget", 8),

@@ -13,6 +13,7 @@ from rkv_sglang.cache.verify.recomputed import (
     CompactionDiffersError,
     checksums,
     explains,
+    observed_anew,
     plain_scores,
     rows_of,
     same_bytes,
@@ -100,12 +101,16 @@ def _problems(
             yield f"the {name} moved are not those kept"
     sliding = model.sliding_among(buffers.keys.first_layer, len(kept))
     latest = torch.arange(plan.generated_len - plan.budget, plan.generated_len, device=kept.device)
+    observed = observed_anew(buffers, request, before, queries, policy, model)
+    if observed is not None and (result.observed is None or not torch.equal(result.observed, observed)):
+        yield "it observed something else than the policy says"
+        return
     for layer in range(len(kept)):
         if layer in sliding:
             if not bool((kept[layer] == latest).all()):
                 yield f"layer {layer} attends to the latest tokens alone and kept others"
             continue
-        ways = plain_scores(buffers, request, layer, before, queries, policy, model)
+        ways = plain_scores(buffers, request, layer, before, queries, policy, model, observed)
         tolerance = score_tolerance(policy)
         if not any(explains(scores, kept[layer], plan.prompt_len, window, tolerance) for scores in ways):
             yield f"layer {layer} kept other tokens than the policy's score says"

@@ -1,6 +1,7 @@
 """Bytes of the pool, and scores by the plainest code there is: what both ways to compact are checked by."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from rkv_sglang.algorithm import reference
 from rkv_sglang.algorithm.model_attention import ModelAttention
 from rkv_sglang.cache.buffers import KVBuffers
 from rkv_sglang.cache.compact import DueRequest
-from rkv_sglang.kernels.dispatch import as_numbers
-from rkv_sglang.policies import RKV, Policy, ScoreInputs, as_scored, is_blind
+from rkv_sglang.kernels.gathered import as_numbers
+from rkv_sglang.policies import RKV, Policy, ScoreInputs, as_scored, is_blind, observes
 
 # Of the spread of scores: below this, which of two is the better one is a matter of the order of summation.
 _SUM_TOLERANCE = 1e-4
@@ -40,6 +41,7 @@ def plain_scores(
     queries: Tensor,
     policy: Policy,
     model: ModelAttention,
+    observed: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Yield a layer's scores by the plainest way there is; several where a rounding error decides between them.
 
@@ -47,22 +49,15 @@ def plain_scores(
         layer: Of the buffers, from 0.
         rows: What ``rows_of`` copied of the request before its compaction.
         queries: Of its window, ``[num_layers, window, num_qo_heads, head_dim]``.
+        observed: What the policy observed at this compaction, for one that observes.
 
     Returns:
         Of each way ``[num_kv_heads, resident_len - window]``.
     """
-    inputs = ScoreInputs(
-        queries=queries[layer],
-        keys=as_numbers(buffers.keys, layer, rows[0][layer]),
-        prompt_len=request.plan.prompt_len,
+    inputs = replace(
+        _inputs_of(buffers, request, layer, rows, queries, model),
         values=as_numbers(buffers.values, layer, rows[1][layer]),
-        logical_len=request.logical_len,
-        state=None if request.kept_state is None else request.kept_state[layer],
-        memory=None if request.memory is None else request.memory[layer],
-        layer=buffers.keys.first_layer + layer,
-        first_kv_head=buffers.keys.first_kv_head,
-        budget=request.plan.budget,
-        model=model,
+        observed=observed,
     )
     if type(policy) is not RKV:
         yield as_scored(policy.score(inputs)).scores
@@ -76,6 +71,48 @@ def plain_scores(
             similarity_threshold=min(max(policy.similarity_threshold + shift, -1.0), 1.0),
             model=inputs.model,
         )
+
+
+def observed_anew(
+    buffers: KVBuffers,
+    request: DueRequest[Any],
+    rows: tuple[Tensor, Tensor],
+    queries: Tensor,
+    policy: Any,
+    model: ModelAttention,
+) -> Tensor | None:
+    """Return what a policy observes of a request, arguments as in ``plain_scores``; None if it observes nothing."""
+    if not observes(policy):
+        return None
+    first, sliding = buffers.keys.first_layer, model.sliding_among(buffers.keys.first_layer, len(queries))
+    layers = policy.observed_layers([first + layer for layer in range(len(queries)) if layer not in sliding])
+    of_layers = (_inputs_of(buffers, request, layer - first, rows, queries, model) for layer in layers)
+    observed: Tensor = policy.observe(of_layers)
+    return observed
+
+
+def _inputs_of(
+    buffers: KVBuffers,
+    request: DueRequest[Any],
+    layer: int,
+    rows: tuple[Tensor, Tensor],
+    queries: Tensor,
+    model: ModelAttention,
+) -> ScoreInputs:
+    """Return what ``plain_scores`` gives a policy, but values."""
+    return ScoreInputs(
+        queries=queries[layer],
+        keys=as_numbers(buffers.keys, layer, rows[0][layer]),
+        prompt_len=request.plan.prompt_len,
+        logical_len=request.logical_len,
+        state=None if request.kept_state is None else request.kept_state[layer],
+        memory=None if request.memory is None else request.memory[layer],
+        observed=request.observed,
+        layer=buffers.keys.first_layer + layer,
+        first_kv_head=buffers.keys.first_kv_head,
+        budget=request.plan.budget,
+        model=model,
+    )
 
 
 def explains(scores: Tensor, kept: Tensor, prompt_len: int, window: int, tolerance: float) -> bool:

@@ -97,10 +97,9 @@ def _look_at_resolved(options: argparse.Namespace, folder: str, model_path: str,
             model = model_config_of(looked_at)
         # Of transformers, of the Hub, of code that comes with a model.
         except Exception as error:
-            yield (
-                f"{MODEL_FLAG} {model_path} has no usable configuration here ({told(error)}): "
-                "name its config.json with --model-config"
-            )
+            is_named = folder != model_path
+            mend = "name another config.json than that of" if is_named else "name its config.json with"
+            yield f"{MODEL_FLAG} {model_path} has no usable configuration here ({told(error)}): {mend} --model-config"
             names["model_path"], is_dummy = NO_MODEL, True
         else:
             flags += [ONE_POOL_FLAG] if keep_in_one_pool(looked_at) else []

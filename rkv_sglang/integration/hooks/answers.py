@@ -12,6 +12,7 @@ from rkv_sglang.integration.hooks.owners import MANAGERS, REQ, SCHEDULER
 from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.prefixes.named import INFO_ATTRIBUTE
 from rkv_sglang.integration.runtime.requests import (
+    document_trace_of,
     end_request,
     known_state_of,
     prompt_len_of,
@@ -37,9 +38,10 @@ def answer_info(req: Any) -> dict[str, Any]:
     ``kv_resident_tokens`` are those held at the end, the last token not among them (its KV is never computed), and 0 of
     one that ended while it waited; ``kv_evicted_tokens`` are counted over the whole life, so a token evicted again
     after a retraction counts twice. ``kv_prompt_tokens`` are those that attention sees of the prompt.
-    ``kv_trace`` is there if the request asked for it, and has ``prompt`` if that was compacted; with tensor parallelism
-    it knows the first rank's heads, and where all heads keep the same it has one row for all. ``kv_prefix`` is there if
-    the request asked something of named prefixes, and it was done.
+    ``kv_trace`` is there if the request asked for it, and has ``prompt`` if that was compacted, and ``document`` if a
+    named prefix was made of one; with tensor parallelism it knows the first rank's heads, and where all heads keep the
+    same it has one row for all. ``kv_prefix`` is there if the request asked something of named prefixes, and it was
+    done.
     """
     runtime = get_runtime()
     config = runtime.config_of(req)
@@ -57,6 +59,8 @@ def answer_info(req: Any) -> dict[str, Any]:
         num_layers, num_kv_heads = runtime.trace_shape
         # That of an earlier prefill says nothing of a prompt that is whole again.
         extra = {"prompt": prompt_trace_of(req)} if state.evicted_prompt_tokens > 0 else {}
+        if document_trace_of(req) is not None:
+            extra["document"] = document_trace_of(req)
         info[TRACE_KEY] = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "compactions": trace, **extra}
     if hasattr(req, INFO_ATTRIBUTE):
         info[PREFIX_FIELD] = getattr(req, INFO_ATTRIBUTE)
@@ -82,13 +86,17 @@ def streamer_class(base: Any) -> Any:
         has_additional_customized_info = True
 
         def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[list[Any]]]:
+            from sglang.srt.managers.utils import is_health_check_generate_req
+
             if not any(req.finished() for req in reqs):
                 return {}
             infos = [answer_info(req) if req.finished() else {} for req in reqs]
             for req in reqs:
                 if req.finished() and (state := known_state_of(req)) is not None:
                     state.drop_tensors()
-                    get_runtime().stats.count_answer(state)
+                    # Nobody asked for those, and an idle server has thousands.
+                    if not is_health_check_generate_req(req):
+                        get_runtime().stats.count_answer(state)
             return {key: [[info[key]] if key in info else [] for info in infos] for key in (*KEYS, *OPTIONAL_KEYS)}
 
     return PolicyOutputStreamer
@@ -137,6 +145,7 @@ STREAMER_HOOKS: tuple[Hook, ...] = (
                 "build_additional_customized_info has_additional_customized_info",
             ),
             *names(REQ, "decode_batch_idx extend_batch_idx extend_end finished origin_input_ids output_ids"),
+            f"{MANAGERS}.utils.is_health_check_generate_req",
         ),
     ),
     Hook(

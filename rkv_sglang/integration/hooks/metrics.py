@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from rkv_sglang.integration.hooking.hook import Hook, names
-from rkv_sglang.integration.hooks.owners import REPORTER, SCHEDULER
+from rkv_sglang.integration.hooks.owners import REPORTER, REQ, SCHEDULER
 from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.requests import state_of
+from rkv_sglang.integration.runtime.restore import host_copy_of, len_after_prefill
 from rkv_sglang.integration.runtime.runtime import Runtime
 
 
@@ -39,6 +40,16 @@ def add_to_decode_log(parts: list[str], pool_stats: Any) -> list[str]:
     return [*parts, f"#resident/logical: {resident}/{logical}"]
 
 
+def count_what_was_kept(loads: Any, inquirer: Any) -> None:
+    """Let a request that waits to be restored weigh what it kept: a gateway would leave the server alone."""
+    if not get_runtime().is_bound:
+        return
+    waiting = [req for req in inquirer.get_waiting_queue() if host_copy_of(req) is not None]
+    dropped = sum(req.seqlen - len_after_prefill(req) for req in waiting)
+    loads.num_total_tokens -= dropped
+    loads.num_active_tokens -= dropped
+
+
 METRICS_HOOKS: tuple[Hook, ...] = (
     Hook(
         target="sglang.srt.observability.metrics_collector.SchedulerMetricsCollector.log_stats",
@@ -66,5 +77,18 @@ METRICS_HOOKS: tuple[Hook, ...] = (
         capability="reports",
         why="The decode log line tells the size of the pool in use, but not what it would be without the policy.",
         upstream="Parts of the log line that a plugin adds.",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler_components.load_inquirer.SchedulerLoadInquirer.get_loads",
+        kind="AFTER",
+        function=count_what_was_kept,
+        signature="(self)",
+        why="What waits is counted by all it has seen, and one that comes back with a copy will hold far less.",
+        upstream="A request says how many slots it will hold when it runs.",
+        uses=(
+            *names("sglang.srt.managers.scheduler_components.load_inquirer.SchedulerLoadInquirer", "get_waiting_queue"),
+            *names("sglang.srt.managers.load_snapshot.LoadSnapshot", "num_active_tokens num_total_tokens"),
+            f"{REQ}.seqlen",
+        ),
     ),
 )

@@ -23,7 +23,7 @@ from rkv_sglang.integration.hooks.owners import (
 from rkv_sglang.integration.runtime.current import get_runtime
 from rkv_sglang.integration.runtime.prefixes.making import see_tasks
 from rkv_sglang.integration.runtime.restore import add_evicted_tokens
-from rkv_sglang.policies import is_stateful, keeps_prompt_hits, memory_numbers, needs_statistics
+from rkv_sglang.policies import is_stateful, keeps_prompt_hits, memory_numbers, needs_statistics, observed_numbers
 from rkv_sglang.sizes.memory_plan import ModelShape
 
 
@@ -51,6 +51,7 @@ def leave_room_for_side_buffers(profile: Callable[..., int], configurator: Any, 
         runtime.config,
         stateful=is_stateful(runtime.policy),
         memory_numbers=numbers,
+        observed_numbers=observed_numbers(runtime.policy, runtime.config.budget, runtime.config.window),
         prompt_hits=keeps_prompt_hits(runtime.policy),
     )
     if needs_statistics(runtime.policy):
@@ -69,7 +70,7 @@ def record_queries(layer: Any, q: Any, k: Any, v: Any, forward_batch: Any, *args
     if forward_batch.forward_mode.is_decode():
         runtime.record_queries(layer.layer_id, q, forward_batch)
     elif runtime.meter is not None:
-        runtime.meter.add(layer.layer_id, q, forward_batch.positions)
+        runtime.meter.add(layer.layer_id, q, k, forward_batch.positions)
     elif runtime.is_bound and runtime.parts.prefixes.in_making:
         see_tasks(runtime.parts, layer.layer_id, q, forward_batch)
 

@@ -164,7 +164,7 @@ STEP_HOOKS: tuple[Hook, ...] = (
                 SERVER_ARGS,
                 "prefill_attention_backend prefill_only_disable_kv_cache radix_cache_backend speculative_algorithm",
             ),
-            *names(SERVER_ARGS, "moe_a2a_backend use_ray"),
+            *names(SERVER_ARGS, "grpc_mode moe_a2a_backend smg_grpc_mode use_ray"),
             *names(ENVS, "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING SGLANG_RUST_SERVER SGLANG_USE_HND_KVCACHE"),
             *names(ENVS, "SGLANG_KV_CANARY_ENABLE_TOKEN_ORACLE SGLANG_KV_CANARY_ENABLE_VERIFY_TOKEN_ASSERT"),
         ),

@@ -44,6 +44,7 @@ def compact(parts: Parts, policy: Policy, window: int, batch: ScheduleBatch, job
             if result.kept_indices is not None:
                 job.record_trace(result.kept_indices)
             job.state.kept_state, job.state.memory = result.kept_state, result.memory
+            job.state.observed = result.observed
     allocator: Any = scheduler.token_to_kv_pool_allocator
     # Each free by itself would copy the allocator's whole list of free slots.
     allocator.free_group_begin()

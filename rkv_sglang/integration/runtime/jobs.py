@@ -123,6 +123,7 @@ def scoring(
                 job.logical_len,
                 kept_state=job.state.kept_state,
                 memory=job.state.memory,
+                observed=job.state.observed,
                 wants_indices=job.wants_trace,
                 prompt_hits=None
                 if of_prompts

@@ -24,7 +24,15 @@ from rkv_sglang.integration.startup.policy_trial import score_problem
 from rkv_sglang.kernels.dispatch import runs_triton
 from rkv_sglang.kernels.paged_batch import FP8_DTYPES
 from rkv_sglang.kernels.warmup import warm_up
-from rkv_sglang.policies import POLICIES, Policy, keeps_prompt_hits, memory_numbers, needs_rope, needs_statistics
+from rkv_sglang.policies import (
+    POLICIES,
+    Policy,
+    keeps_prompt_hits,
+    memory_numbers,
+    needs_rope,
+    needs_statistics,
+    observes,
+)
 from rkv_sglang.sizes.query_rows import num_query_rows
 
 # How much more than what a policy remembers a compaction holds meanwhile.
@@ -124,6 +132,7 @@ def scored_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy
         ),
     )
     attention = attention_of(layers, model_runner.model, policy, config.policy)
+    refuse_split_observations(policy, config.policy, parallel.attn_tp_size)
     req_to_token = model_runner.req_to_token_pool.req_to_token
     num_requests = req_to_token.shape[0]
     query_window = QueryWindow(
@@ -161,6 +170,15 @@ def scored_parts(model_runner: ModelRunner, config: PolicyConfig, policy: Policy
         memory_bytes=MEMORY_COPIES * 4 * numbers,
         prompt_hits_room=PromptHitsRoom(is_used=keeps_prompt_hits(policy)),
     )
+
+
+def refuse_split_observations(policy: Policy, name: str, num_ranks: int) -> None:
+    """Raise ``RefusedError``, one line, if a policy is to decide for all heads where no rank has them all."""
+    if observes(policy) and num_ranks > 1:
+        raise RefusedError(
+            f"--kv-policy {name} cannot be used with {num_ranks} tensor-parallel ranks: what it decides for all layers "
+            "it would decide on each rank by the KV heads of that rank; set --tp-size 1 or choose another --kv-policy"
+        )
 
 
 def _scales_of(layers: Sequence[Any]) -> tuple[list[float], list[float]]:

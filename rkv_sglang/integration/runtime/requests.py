@@ -27,6 +27,7 @@ CONFIG_ATTRIBUTE = "rkv_config"
 TRACE_ATTRIBUTE = "rkv_trace"
 PROMPT_ATTRIBUTE = "rkv_prompt_len"
 PROMPT_TRACE_ATTRIBUTE = "rkv_prompt_trace"
+DOCUMENT_TRACE_ATTRIBUTE = "rkv_document_trace"
 
 
 def known_state_of(req: Any) -> RequestState | None:
@@ -77,6 +78,11 @@ def trace_of(req: Any) -> list[dict[str, Any]] | None:
 def prompt_trace_of(req: Any) -> dict[str, Any] | None:
     """Return what its prompt's last compaction kept, as ``pack_compaction`` makes it; None if nothing was recorded."""
     return getattr(req, PROMPT_TRACE_ATTRIBUTE, None)
+
+
+def document_trace_of(req: Any) -> dict[str, Any] | None:
+    """Return what the named prefix that it made kept of its document, as ``prompt_trace_of`` does of a prompt."""
+    return getattr(req, DOCUMENT_TRACE_ATTRIBUTE, None)
 
 
 def end_request(scheduler: Any, req: Any, reason: Any) -> None:

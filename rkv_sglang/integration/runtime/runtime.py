@@ -27,8 +27,9 @@ from rkv_sglang.integration.runtime.requests import (
     wants_trace,
 )
 from rkv_sglang.integration.runtime.stats import PolicyStats
-from rkv_sglang.integration.startup.calibration import QueryMeter, calibrated
+from rkv_sglang.integration.startup.calibration import bounded, calibrated
 from rkv_sglang.integration.startup.memory_report import report_memory
+from rkv_sglang.integration.startup.meters.meter import Meter
 from rkv_sglang.integration.startup.sliding import attention_window
 from rkv_sglang.policies import looks_at_nothing, make_policy
 from rkv_sglang.sizes.lengths import NEVER, can_ever_compact, decodes_again, steps_until_due
@@ -53,7 +54,7 @@ class Runtime:
         self.stats = PolicyStats()
         # Whether the policy, as it is set, needs no queries, keys or values: nothing is recorded then.
         self.looks_at_nothing = looks_at_nothing(config)
-        self.meter: QueryMeter | None = None
+        self.meter: Meter | None = None
         # The one place that chooses between the two ways.
         self._way: Any = gather if config.granularity == HEAD else drop
         self._scored: Scored | None = None
@@ -87,6 +88,7 @@ class Runtime:
             raise RuntimeError("SGLang built a scheduler without a KV pool; please report this with the server's flags")
         if scored is not None:
             scored = replace(scored, attention=calibrated(scored.attention, scheduler, self))
+            self.policy = bounded(scored.attention, scored.layers, scheduler, self)
         side_bytes = 0 if scored is None else scored.query_window.num_bytes
         self.bind(
             Parts(
@@ -251,7 +253,9 @@ class Runtime:
         # From here on tokens and slots no longer match, so the tree must not take this request's tail.
         job.req.skip_radix_cache_insert = True
         kv.kv_allocated_len = kv.kv_committed_len = job.plan.kept_len
-        is_needed_soon = job.config.buffer <= self.config.window or isinstance(job.plan, PromptPlan)
+        # A request that was computed again keeps up to a block more than its budget, and is due that much sooner.
+        steps_left = job.config.capacity - job.plan.budget
+        is_needed_soon = steps_left <= self.config.window or isinstance(job.plan, PromptPlan)
         if self.parts.scored is not None and not is_needed_soon:
             self.parts.scored.query_window.release(kv.req_pool_idx)
         job.state.record(job.plan)

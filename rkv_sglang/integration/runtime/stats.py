@@ -21,7 +21,7 @@ class PolicyStats:
         requests_restored: Times that a preempted request went on from a host copy of its compacted KV.
         requests_aborted: Requests ended because, once preempted, they could neither be computed again nor restored.
         peak_private_tokens: Most generated tokens any request ever held.
-        requests_answered: Requests that ended, however they did.
+        requests_answered: Requests that ended, however they did; not those of SGLang's health checks.
         answers_compressed: Those of them that were compacted at least once.
     """
 

@@ -1,11 +1,21 @@
 """A policy tried on made-up tokens, so that one whose scores are none is refused before it serves anybody."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from rkv_sglang.algorithm.model_attention import PLAIN_ATTENTION, ModelAttention
 from rkv_sglang.messages import one_line
-from rkv_sglang.policies import Policy, Scored, ScoreInputs, needs_statistics, needs_values
+from rkv_sglang.policies import (
+    Policy,
+    Scored,
+    ScoreInputs,
+    needs_statistics,
+    needs_values,
+    observed_numbers,
+    observes,
+)
 
 PROMPT_LEN = 2
 
@@ -46,6 +56,15 @@ def score_problem(
         budget=budget,
         model=model,
     )
+    if observes(policy):
+        try:
+            numbers, layers = observed_numbers(policy, budget, window), policy.observed_layers([0, 1])  # type: ignore[attr-defined]
+            observed = policy.observe(iter([inputs] * len(layers)))  # type: ignore[attr-defined]
+        except Exception as error:
+            return f"what it observes raises {type(error).__name__}: {one_line(error)}"
+        if not isinstance(observed, Tensor) or observed.device != inputs.keys.device or observed.numel() > numbers:
+            return f"what it observes is no tensor on {inputs.keys.device} of at most {numbers} numbers"
+        inputs = replace(inputs, observed=observed)
     try:
         scored = policy.score(inputs)
     # Whatever somebody's code raises.

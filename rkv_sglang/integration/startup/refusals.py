@@ -204,8 +204,9 @@ def _pool_problem(scheduler: Any) -> str | None:
     return None
 
 
-def _heads(layer: Any) -> tuple[int, ...]:
-    return layer.tp_q_head_num, layer.tp_k_head_num, layer.qk_head_dim, layer.v_head_dim
+def _heads(layer: Any, *, of_queries: bool) -> tuple[int, ...]:
+    of_entries = layer.tp_k_head_num, layer.qk_head_dim, layer.v_head_dim
+    return (layer.tp_q_head_num, *of_entries) if of_queries else of_entries
 
 
 def _layer_problem(scheduler: Any, config: PolicyConfig) -> str | None:
@@ -215,16 +216,19 @@ def _layer_problem(scheduler: Any, config: PolicyConfig) -> str | None:
     model_runner = scheduler.tp_worker.model_runner
     layers = [module for module in model_runner.model.modules() if isinstance(module, RadixAttention)]
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    # How a layer makes its logits is asked by scores alone.
+    is_scored = not _records_nothing(config)
     for layer in layers:
         if layer.use_irope:
             return f"attention layer {layer.layer_id} attends to chunks, counted in tokens still cached"
         if layer.xai_temperature_len > 0:
             return f"attention layer {layer.layer_id} scales by length, counted in tokens still cached"
-        if (layer.scaling, layer.logit_cap) != (layers[0].scaling, layers[0].logit_cap):
+        if is_scored and (layer.scaling, layer.logit_cap) != (layers[0].scaling, layers[0].logit_cap):
             return f"attention layers 0 and {layer.layer_id} scale or cap their logits in different ways"
-        if layer.logit_cap and layer.logit_capping_method != "tanh":
+        if is_scored and layer.logit_cap and layer.logit_capping_method != "tanh":
             return f"attention layer {layer.layer_id} caps its logits by {layer.logit_capping_method}, not by tanh"
-        if not isinstance(pool, MLATokenToKVPool) and _heads(layer) != _heads(layers[0]):
+        same = _heads(layer, of_queries=is_scored) == _heads(layers[0], of_queries=is_scored)
+        if not isinstance(pool, MLATokenToKVPool) and not same:
             return f"attention layers 0 and {layer.layer_id} differ in the number or size of their heads"
         if layer.is_cross_attention or layer.attn_type != AttentionType.DECODER:
             return f"attention layer {layer.layer_id} is not causal self-attention"

@@ -76,6 +76,10 @@ _ON_THE_HOST = (
 )
 _SPLIT = "every rank must hold all tokens of its requests to choose which to keep"
 _OWN_STEPS = "it runs decode steps of its own, which neither record queries nor compact"
+_OWN_LAUNCHER = (
+    "its servicer starts schedulers in a way of its own, and would serve on if one of them ran without the policy"
+)
+_OWN_LAUNCHER_MEND = "use --grpc-port, which is SGLang's own"
 _BACKEND_WHY = "this attention backend has not been shown right on a compacted cache"
 _BACKEND_MEND = "choose flashinfer, trtllm_mha, fa3, fa4 or triton, or on a CPU torch_native or intel_amx"
 
@@ -174,6 +178,14 @@ REFUSED_SETTINGS: tuple[RefusedSetting, ...] = (
         found=_in_environment("SGLANG_RUST_SERVER"),
         why="the embedded Rust front end has not been shown right with it",
     ),
+    RefusedSetting(
+        setting="--smg-grpc-mode",
+        # The other is an older name of it, which SGLang makes this of.
+        found=lambda args: args.smg_grpc_mode and not args.grpc_mode,
+        why=_OWN_LAUNCHER,
+        mend=_OWN_LAUNCHER_MEND,
+    ),
+    RefusedSetting(setting="--grpc-mode", found=_is_on("grpc_mode"), why=_OWN_LAUNCHER, mend=_OWN_LAUNCHER_MEND),
     # Where the cache lives.
     RefusedSetting(setting="--enable-hierarchical-cache", found=_is_on("enable_hierarchical_cache"), why=_ON_THE_HOST),
     RefusedSetting(setting="--hicache-storage-backend", found=_is_given("hicache_storage_backend"), why=_ON_THE_HOST),

@@ -17,6 +17,7 @@ from rkv_sglang.kernels.score.per_head.block_means import manifoldkv_scores_page
 from rkv_sglang.kernels.score.per_head.gkv import gkv_scores_paged
 from rkv_sglang.kernels.score.per_head.half import half_scores_paged
 from rkv_sglang.kernels.score.per_head.received import h2o_scores_paged, snapkv_scores_paged
+from rkv_sglang.kernels.score.per_head.representatives import representatives_paged
 from rkv_sglang.kernels.score.per_head.triattention import triattention_scores_paged
 from rkv_sglang.kernels.score.places import places_of, spread
 from rkv_sglang.kernels.score.values import longflow_scores_paged
@@ -34,6 +35,7 @@ from rkv_sglang.policies import (
     RandomAttention,
     SnapKV,
     StreamingLLM,
+    ThinKV,
     TriAttention,
     is_stateful,
 )
@@ -49,12 +51,14 @@ class History:
             ``[num_layers, num_kv_heads, budget - window]``, fp32; None before the first.
         memory: What the policy remembers from it, ``[num_layers, num_kv_heads, ...]``; None before the first.
         prompt_hits: What the prompt finds within the prompt, written unless it is filled; None to find it anew.
+        observed: What the policy observed of the request at this compaction, for one that observes, or at the last.
     """
 
     logical_len: int
     kept_state: Tensor | None = None
     memory: Tensor | None = None
     prompt_hits: PromptHits | None = None
+    observed: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +220,23 @@ def _beaconkv(policy: BeaconKV, inputs: PagedInputs) -> PagedScored:
     return PagedScored(scores, scores, beacons)
 
 
+def _thinkv(policy: ThinKV, inputs: PagedInputs) -> Tensor:
+    batch, device = inputs.batch, inputs.keys.device
+    rooms = zip(batch.kv_lens_cpu, batch.prompt_lens_cpu, batch.budgets_cpu, strict=True)
+    tables = [
+        policy.table_of(past.observed, kv_len - batch.window - prompt_len, budget - batch.window, device)
+        for past, (kv_len, prompt_len, budget) in zip(inputs.history, rooms, strict=True)
+    ]
+    return representatives_paged(
+        inputs.keys,
+        batch,
+        tables,
+        logical_lens=[past.logical_len for past in inputs.history],
+        segment=policy.buffer,
+        rounds=policy.rounds,
+    )
+
+
 def _random_attention(policy: RandomAttention, inputs: PagedInputs) -> Tensor:
     keys = inputs.keys
     places = places_of(inputs.batch, [past.logical_len for past in inputs.history])
@@ -247,6 +268,7 @@ PAGED_SCORERS: dict[type, PagedScorer] = {
     Half: _half,
     TriAttention: _triattention,
     BeaconKV: _beaconkv,
+    ThinKV: _thinkv,
     GivenScores: _given,
 }
 

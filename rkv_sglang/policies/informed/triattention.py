@@ -9,7 +9,7 @@ from rkv_sglang.algorithm.query_statistics import QueryStatistics
 from rkv_sglang.algorithm.rope import Rope
 from rkv_sglang.algorithm.validation import check_keys
 from rkv_sglang.policies.base import ScoreInputs
-from rkv_sglang.policies.parameters import check_at_least
+from rkv_sglang.policies.parameters import check_calibration
 
 # How far ahead queries are looked for: 1, 2, 4, ... 4096 tokens.
 DISTANCES = tuple(2**power for power in range(13))
@@ -44,10 +44,7 @@ class TriAttention:
     answer_tokens: int = 2048
 
     def __post_init__(self) -> None:
-        check_at_least("questions", self.questions, 1)
-        check_at_least("answer_tokens", self.answer_tokens, 1)
-        if self.questions > 32:
-            raise ValueError(f"questions must be at most 32, got {self.questions}")
+        check_calibration(self.questions, self.answer_tokens)
 
     def score(self, inputs: ScoreInputs) -> Tensor:
         """See ``Policy.score``."""

@@ -3,7 +3,6 @@
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +14,7 @@ from benchmarks.prefixes.documents import NUM_EXAMPLES, is_right, make_document,
 from benchmarks.prefixes.load import Answer, load_row
 from benchmarks.prefixes.recall import CONTROL, FULL, Asked, Study, in_tokens, recall_rows
 from benchmarks.prefixes.report import markdown, plot
-from benchmarks.prefixes.servers import decode_peaks, knows_judge
-from tests.view.stand_in import INFO, stand_in
+from benchmarks.prefixes.servers import decode_peaks
 
 
 def tokenizer(text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
@@ -119,24 +117,6 @@ def test_each_part_is_told_and_drawn_with_and_without_the_other(tmp_path: Path, 
     assert ("3.50 (3.00 to 4.00)" in told) == ("load" in parts)
     assert ("| small | task | 8 | 4 | 0.500 [0.500, 0.500] |" in told) == ("recall" in parts)
     assert plot(tmp_path).stat().st_size > 5000
-
-
-def test_a_judge_that_a_server_does_not_know_is_told_from_other_refusals() -> None:
-    with stand_in() as told:
-        server: Any = SimpleNamespace(url=told.url)
-        told.say("/server_info", {**INFO, "kv_policy": "rkv"})
-        told.say("/generate", {"meta_info": {"kv_prefix": {"name": "b"}}})
-        assert knows_judge(server, "task", [5] * 40, 20)
-        assert [asked["sampling_params"]["custom_params"]["kv_prefix"] for asked in told.asked] == [
-            {"create": "tried with task", "length": 40, "budget": 20, "judge": "task"},
-            {"delete": "tried with task"},
-        ]
-        line = "kv_prefix {'create': 'b', 'judge': 'task'} is none of the objects that there are: set it to"
-        told.say("/generate", {"error": {"message": line}}, 400)
-        assert not knows_judge(server, "task", [5] * 40, 20)
-        told.say("/generate", {"error": {"message": "kv_prefix 'b' does not fit the KV pool"}}, 400)
-        with pytest.raises(ValueError, match="does not fit"):
-            knows_judge(server, "task", [5] * 40, 20)
 
 
 @pytest.mark.parametrize(

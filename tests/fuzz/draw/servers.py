@@ -4,7 +4,7 @@ import random
 
 from devtools.tiny_models import IMAGE_MODEL, SLIDING_WINDOW
 from rkv_sglang.config import HEAD, REQUEST
-from rkv_sglang.policies import POLICIES, granularities_of, is_blind
+from rkv_sglang.policies import POLICIES, granularities_of, is_blind, observes
 from rkv_sglang.sizes.compaction_plan import block_of_pages
 from tests.fuzz.draw.prompts import draw_prompt_budget
 from tests.fuzz.schedule import CALIBRATION_ROOM, SLIDING_MODEL, ServerConfig
@@ -37,8 +37,8 @@ def server_of(block: int) -> ServerConfig:
     budget = window + max(unit - 1, 1) + rng.choice([0, 0, 1, 2, 4, 7, 12])
     buffer = rng.choice([1, 2, 3, 5, 8, 12, 16]) if unit == 1 else unit * rng.choice([1, 1, 2, 3])
     tight = rng.random() < 0.4
-    # Two ranks take the time of many schedules.
-    tp_size = 2 if block % 13 == 9 else 1
+    # Two ranks take the time of many schedules. What is observed is observed by one.
+    tp_size = 2 if block % 13 == 9 and not observes(POLICIES[policy]) else 1
     sees_nothing = granularity == REQUEST and is_blind(POLICIES[policy])
     model = rng.choice(["llama-gqa", "llama-gqa", "qwen3", "llama-mqa"] if tp_size == 1 else ["llama-gqa"])
     kind = _kind_of(block, policy) if tp_size == 1 else None

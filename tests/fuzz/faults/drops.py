@@ -33,7 +33,7 @@ DROPS = (
         _RUNTIME,
         "kv.kv_allocated_len = kv.kv_committed_len = job.plan.kept_len",
         "kv.kv_committed_len = job.plan.kept_len",
-        ("tests/e2e/test_drop.py", "-k", "three_hundred_slots"),
+        ("tests/e2e/test_drop.py", "-k", "as_there_are_slots"),
     ),
     Mutant(
         "blocks are scored by the last layer alone",
@@ -76,6 +76,13 @@ DROPS = (
         "(resident_len - window) // block",
         "resident_len // block",
         _DROPPED,
+    ),
+    Mutant(
+        "a query row is given up though its request is due soon",
+        _RUNTIME,
+        "steps_left = job.config.capacity - job.plan.budget",
+        "steps_left = job.config.buffer",
+        ("tests/integration/runtime/test_streams.py", "-k", "due_again"),
     ),
     Mutant(
         "a policy forgets what the blocks that stayed had scored",

@@ -104,7 +104,7 @@ ENTRIES = (
     ),
     Mutant(
         "entries in fp8 are scored without their factors",
-        _DISPATCH,
+        "kernels/gathered.py",
         "return stored.view(buffers.dtype).float() * buffers.scales[layer]",
         "return stored.view(buffers.dtype).float()",
         _FACTORS,

@@ -93,4 +93,18 @@ PREFIXES = (
         "lambda part, layers: verdict.queries.roll(1, 0)[layers, None],",
         _SHARED,
     ),
+    Mutant(
+        "a document is judged by keys that are not written yet",
+        "integration/runtime/prefixes/judging.py",
+        "        self._waiting = (layer, queries.clone(), place)\n",
+        "        self._waiting = (layer, queries.clone(), place)\n        self._judge_waiting()\n",
+        ("tests/integration/runtime/test_judging.py",),
+    ),
+    Mutant(
+        "a document is judged by a task that sees the next token",
+        "algorithm/document_attention.py",
+        "is_later = keys > places[:, None]",
+        "is_later = keys > places[:, None] + 1",
+        ("tests/algorithm/test_document_attention.py",),
+    ),
 )

@@ -234,6 +234,7 @@ def test_a_bad_model_configuration_is_one_line(tmp_path: Path, text: str | None)
         file.write_text(json.dumps({"model_type": "no-such-model"}))
         (line,) = refused(LAUNCH, str(file))
         assert "has no usable configuration here (" in line and tempfile.gettempdir() not in line
+        assert line.endswith("): name another config.json than that of --model-config")
 
 
 @pytest.mark.parametrize(("refusal", "value"), REFUSED_CASES, ids=lambda part: getattr(part, "setting", part))

@@ -39,6 +39,8 @@ OWNERS = {
     "add_policy_stats.result": f"{MANAGERS}.io_struct.GetInternalStateReqOutput",
     "abort_req": f"{MANAGERS}.io_struct.AbortReq",
     "adder": ADDER,
+    "inquirer": f"{MANAGERS}.scheduler_components.load_inquirer.SchedulerLoadInquirer",
+    "loads": f"{MANAGERS}.load_snapshot.LoadSnapshot",
     "orchestrator": f"{PENALTIES}.BatchedPenalizerOrchestrator",
     "output_streamer": f"{MANAGERS}.scheduler_components.output_streamer.SchedulerOutputStreamer",
     "penalizer": f"{PENALTIES}.BatchedMinNewTokensPenalizer",

@@ -10,6 +10,7 @@ import torch
 
 from rkv_sglang.cache.host_copy import HostCopy
 from rkv_sglang.config import PolicyConfig
+from rkv_sglang.integration.hooks import metrics
 from rkv_sglang.integration.hooks import restore as hooks
 from rkv_sglang.integration.runtime import prefill_adder, restore
 from rkv_sglang.integration.runtime.parts import Parts
@@ -54,6 +55,7 @@ def saved(monkeypatch, rowless):
         config=PolicyConfig(budget=24, buffer=16),
         config_of=lambda req: PolicyConfig(budget=24, buffer=16),
         looks_at_nothing=False,
+        is_bound=True,
         forget_queries=rowless.append,
         page_size=1,
         parts=Parts(
@@ -63,7 +65,7 @@ def saved(monkeypatch, rowless):
         ),
         stats=PolicyStats(),
     )
-    for module in (hooks, restore):
+    for module in (hooks, metrics, restore):
         monkeypatch.setattr(module, "get_runtime", lambda: runtime)
     monkeypatch.setattr(restore, "_save", save)
     return lengths
@@ -135,6 +137,15 @@ def test_what_is_left_as_it_was(saved):
     for req in (finished, embedded, never_compacted, fits, SimpleNamespace()):
         hooks.copy_before_release(req=req)
     assert saved == []
+
+
+def test_a_gateway_sees_a_request_that_waits_for_its_copy_as_what_it_kept(saved):
+    copied, others = a_request(81), [a_request(41), SimpleNamespace()]
+    copied.rkv_state.host_copy = HostCopy(*torch.zeros(2, 1, RESIDENT_LEN, 1, 1))
+    copied.seqlen = PROMPT_LEN + 81
+    loads = SimpleNamespace(num_total_tokens=300, num_active_tokens=280)
+    metrics.count_what_was_kept(loads, SimpleNamespace(get_waiting_queue=lambda: [copied, *others]))
+    assert (loads.num_total_tokens, loads.num_active_tokens) == (300 - 50, 280 - 50)
 
 
 def test_a_request_that_waits_for_its_copy_counts_by_what_it_kept(saved, monkeypatch):

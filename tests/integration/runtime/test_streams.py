@@ -129,6 +129,27 @@ def test_a_row_is_rewritten_on_the_schedulers_stream_behind_the_scores_if_there_
     assert [entry["resident_len"] for entry in getattr(req, TRACE_ATTRIBUTE)] == [40]
 
 
+@pytest.mark.parametrize("more", range(16))
+def test_who_is_due_again_within_a_window_keeps_its_query_row(monkeypatch, more):
+    """Computed again, a request holds some tokens more than it has to, and up to a block of them stays."""
+    config = PolicyConfig(policy="keydiff", granularity="request", budget=24, buffer=16, block=16)
+    policy, req, batch = a_step(Streams(), config)
+    released: list[int] = []
+    policy.parts.scored.query_window.release = released.append
+    req.kv.kv_allocated_len = req.kv.kv_committed_len = 45 + more
+
+    def choose(buffers: Any, requests: Any, *args: Any, **kwargs: Any) -> list[BlockChoice]:
+        blocks = torch.arange(requests[0].plan.first_block, requests[0].plan.end_block)
+        return [BlockChoice(blocks[1:], blocks[:1])]
+
+    monkeypatch.setattr(drop, "choose_by_scores", choose)
+    policy._compact(batch, [0])
+    assert req.kv.kv_allocated_len == 29 + more
+    # The step that follows is the first of as many as are left until it is due.
+    steps_left = 16 - more
+    assert released == ([] if steps_left <= config.window else [0])
+
+
 def test_a_choice_by_places_runs_no_kernel_and_touches_nothing_but_the_map():
     """Counted are calls of whatever reads or writes a pool or records queries, in the torch form that a CPU runs."""
     counts = {}

@@ -49,6 +49,8 @@ REFUSED_VALUES: dict[str, list[str]] = {
     "--language-only": [""],
     "--use-ray": [""],
     "SGLANG_RUST_SERVER": ["1"],
+    "--smg-grpc-mode": [""],
+    "--grpc-mode": [""],
     "--enable-hierarchical-cache": [""],
     "--hicache-storage-backend": ["file", "mooncake"],
     "--enable-lmcache": [""],

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from rkv_sglang.config import PolicyConfig
+from rkv_sglang.integration.runtime.parts import refuse_split_observations
+from rkv_sglang.integration.startup.errors import RefusedError
 from rkv_sglang.integration.startup.policy_trial import score_problem
 from rkv_sglang.policies import POLICIES, Scored, make_policy
 from tests.policies.cases import model_with_statistics
@@ -78,3 +80,50 @@ def test_a_choice_may_stand_in_the_place_of_scores(change: Any) -> None:
 def test_what_the_prompt_scores_is_looked_at_by_nobody() -> None:
     policy = Some(lambda scores: scores.index_fill(1, torch.tensor([0, 1]), torch.nan))
     assert score_problem(policy, **SHAPES[0], device="cpu") is None
+
+
+@dataclass
+class SomeObserver:
+    """Observes what a test makes of it, and scores by that."""
+
+    observed: Any
+
+    def observed_layers(self, layers: Any) -> Any:
+        return layers[1:]
+
+    def observed_numbers(self, budget: int, window: int) -> int:
+        return budget - window
+
+    def observe(self, layers: Any) -> Any:
+        (only,) = layers
+        return self.observed(only.keys)
+
+    def score(self, inputs: Any) -> Any:
+        num_tokens, num_kv_heads, _ = inputs.keys.shape
+        return inputs.observed[0].expand(num_kv_heads, num_tokens - len(inputs.queries))
+
+
+@pytest.mark.parametrize(
+    ("observed", "problem"),
+    [
+        (lambda keys: keys[0].flatten()[:24], None),
+        (lambda keys: None, "what it observes is no tensor on cpu of at most 24 numbers"),
+        (lambda keys: keys[0].flatten()[:25], "what it observes is no tensor on cpu of at most 24 numbers"),
+        (lambda keys: keys.to("meta"), "what it observes is no tensor on cpu"),
+        (raising, "what it observes raises KeyError: 'two\\nlines'"),
+    ],
+)
+def test_what_is_no_observation_is_named_in_one_line(observed: Any, problem: str | None) -> None:
+    found = score_problem(SomeObserver(observed), **SHAPES[0], device="cpu")
+    assert found is None if problem is None else found is not None and found.startswith(problem) and "\n" not in found
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_who_observes_all_heads_serves_on_one_rank_alone(name: str) -> None:
+    policy = make_policy(PolicyConfig(policy=name))
+    refuse_split_observations(policy, name, 1)
+    if name != "thinkv":
+        refuse_split_observations(policy, name, 2)
+        return
+    with pytest.raises(RefusedError, match=r"^--kv-policy thinkv cannot be used with 2 tensor-parallel ranks: .*; set"):
+        refuse_split_observations(policy, name, 2)

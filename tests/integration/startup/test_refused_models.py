@@ -184,6 +184,27 @@ def test_a_scheduler_with_other_parts_is_refused(model_config: Any, parts: Any, 
     refuse_runtime(scheduler_with(server_args=off, model_config=model_config, **parts()))
 
 
+# Of the parts above, those that only scores mind: what a launcher lets pass then must not be refused here.
+OF_SCORES = ("layers 0 and 1 scale or cap", "layer 0 caps its logits by sigmoid, not by tanh")
+
+
+@pytest.mark.parametrize("policy", ["random_attention", "rkv"])
+def test_how_layers_make_their_logits_is_minded_by_scores_alone(model_config: Any, policy: str) -> None:
+    args = RKVServerArgs(model_path="m", kv_policy=policy, kv_granularity="request", kv_window=8, kv_buffer=128)
+    served = [parts() for parts, why in RUNTIMES if why in OF_SCORES]
+    served.append({"layers": (attention_layer(0), attention_layer(1, num_heads=4))})
+    assert len(served) == 4
+    for parts in served:
+        scheduler = scheduler_with(server_args=args, model_config=model_config, **parts)
+        if policy == "rkv":
+            message_of(refuse_runtime, scheduler)
+        else:
+            refuse_runtime(scheduler)
+    more_kv_heads = (attention_layer(0), attention_layer(1, num_heads=4, num_kv_heads=2))
+    scheduler = scheduler_with(server_args=args, model_config=model_config, layers=more_kv_heads)
+    assert "layers 0 and 1 differ in the number" in message_of(refuse_runtime, scheduler)
+
+
 def test_a_scheduler_looks_at_flags_and_model_again(model_config: Any, tmp_path: Path) -> None:
     flags = RKVServerArgs(model_path="m", kv_policy="rkv", enable_lmcache=True)
     assert "--enable-lmcache" in message_of(

@@ -90,6 +90,7 @@ class _Run:
         self._stage = "launcher"
         self._seconds: dict[str, float] = {}
         self._outputs: dict[str, dict[str, Any]] = {}
+        self._states: list[dict[str, Any]] = []
 
     def answer(self) -> dict[str, Any]:
         try:
@@ -137,7 +138,8 @@ class _Run:
         if self._exit_code():
             raise _Died("the scheduler failed after its last request")
         self._next_stage("")
-        return {"status": "ok", "outputs": outputs, "init_info": init_info, "seconds": self._seconds}
+        answer = {"outputs": outputs, "states": self._states, "init_info": init_info, "seconds": self._seconds}
+        return {"status": "ok", **answer}
 
     def _launch(self) -> dict[str, Any]:
         """Do what the server's main process does, in a process of its own: plugins are loaded per process."""
@@ -211,7 +213,7 @@ class _Run:
                 self._send(to_scheduler, generate_message(rid, request, tokenizer))
             while any(output["finish_reason"] is None for output in outputs.values()):
                 if from_scheduler.poll(100):
-                    take(outputs, sock_recv(from_scheduler))
+                    take(outputs, sock_recv(from_scheduler), self._states)
                 else:
                     self._check_alive()
             # Not before all answers are here: a scheduler that ends takes those with it that its socket still holds.
@@ -219,7 +221,7 @@ class _Run:
             self._send(to_schedulers[0], ShutdownReq())
             while self._is_scheduler_alive():
                 if from_scheduler.poll(100):
-                    take(outputs, sock_recv(from_scheduler))
+                    take(outputs, sock_recv(from_scheduler), self._states)
                 else:
                     self._check_alive()
         finally:

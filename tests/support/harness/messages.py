@@ -62,9 +62,17 @@ def empty_output(prompt_tokens: int) -> dict[str, Any]:
     }
 
 
-def take(outputs: dict[str, dict[str, Any]], message: Any) -> None:
-    from sglang.srt.managers.io_struct import AbortReq, BatchTokenIDOutput, unwrap_from_pickle
+def take(outputs: dict[str, dict[str, Any]], message: Any, states: list[dict[str, Any]] | None = None) -> None:
+    """Add what a message says to the outputs, or to the ``states`` that schedulers were asked for."""
+    from sglang.srt.managers.io_struct import (
+        AbortReq,
+        BatchTokenIDOutput,
+        GetInternalStateReqOutput,
+        unwrap_from_pickle,
+    )
 
+    if isinstance(message, GetInternalStateReqOutput) and states is not None:
+        states.append(message.internal_state)
     if isinstance(message, AbortReq):
         # Aborted before it ran.
         outputs[message.rid]["finish_reason"] = message.finished_reason or {"type": "abort", "message": "in the queue"}

@@ -98,9 +98,13 @@ class Output:
 
 @dataclass(kw_only=True)
 class RunResult:
-    """What one run gave, outputs in the order of the requests."""
+    """What one run gave, outputs in the order of the requests.
+
+    ``states`` are what schedulers answered to a ``GetInternalStateReq``, one of each that answers a server.
+    """
 
     outputs: list[Output]
+    states: list[dict[str, Any]]
     probe: ProbeLog
     log: str
     init_info: dict[str, Any]
@@ -134,7 +138,7 @@ def run_scheduler(
     Args:
         flags: As for ``python -m sglang.launch_server``; the flags for a CPU and a small pool are added.
         requests: See ``Request``; may be empty (start and stop only).
-        controls: Messages to the scheduler itself; what it answers to them is dropped.
+        controls: Messages to the scheduler itself; of what it answers to them only its state is kept.
         env: Environment variables for this run, such as ``SGLANG_TEST_RETRACT``.
         timeout: Seconds for the whole run.
         num_threads: Threads of torch; one is fastest for a tiny model.
@@ -185,7 +189,8 @@ def run_scheduler(
         error.probe = probe  # type: ignore[attr-defined]
         raise error
     outputs = [Output(**answer["outputs"][arrival.rid]) for arrival in arrivals]
-    return RunResult(outputs=outputs, probe=probe, log=log, init_info=answer["init_info"], seconds=answer["seconds"])
+    parts = {name: answer[name] for name in ("states", "init_info", "seconds")}
+    return RunResult(outputs=outputs, probe=probe, log=log, **parts)
 
 
 def run_job(job: dict[str, Any], timeout: float) -> dict[str, Any]:

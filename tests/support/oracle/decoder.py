@@ -34,12 +34,17 @@ class Fp8:
     Attributes:
         dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
         scales: Of each layer the factors of keys and of values.
+        shaken: Draws errors as large as those of another order of summation, which come before the rounding: a number
+            half-way between two may go the other way.
     """
 
     dtype: torch.dtype
     scales: tuple[tuple[float, float], ...]
+    shaken: torch.Generator | None = None
 
     def rounded(self, numbers: torch.Tensor, scale: float) -> torch.Tensor:
+        if self.shaken is not None:
+            numbers = numbers + 2e-6 * numbers.std() * torch.randn(numbers.shape, generator=self.shaken)
         return (numbers / scale).to(self.dtype).float() * scale
 
 
@@ -65,7 +70,7 @@ class LayerCache:
         self._positions = torch.full((num_kv_heads, capacity), -1, dtype=torch.int64)
         self._rounding = rounding
         self.memory = torch.zeros(num_kv_heads, capacity)
-        self.beacons: list[torch.Tensor] = []
+        self.beacons: list[Any] = []
         self.length = 0
         self.queries: deque[torch.Tensor] = deque(maxlen=window)
 

@@ -264,6 +264,8 @@ def dense_generate(
                 is_ahead = position + (is_dropped and not is_in_flight) - caches[0].length >= most_evicted
                 if num_resident_generated >= due_len and num_decoded_since_prefill >= window and not is_ahead:
                     is_whole = False
+                    if block is None:
+                        _observe(caches, held_prompt_len, budget, decoder, score)
                     sizes = (num_seen, held_prompt_len, budget, window)
                     result.compactions.append(
                         _compact(caches, *sizes, scores_of)
@@ -385,19 +387,33 @@ def _scores(
     """Return scores of all but the window's tokens; None in a layer that keeps the latest and has no say."""
     if windows[layer] is not None:
         return None
-    return score(
-        ScoreInputs(
-            layer_cache.keys,
-            layer_cache.values,
-            torch.stack(tuple(layer_cache.queries), dim=1),
-            layer_cache.positions,
-            prompt_len,
-            layer_cache.memory,
-            layer,
-            budget=budget,
-            logit_scale=logit_scale,
-            beacons=layer_cache.beacons,
-        )
+    return score(_inputs(layer_cache, layer, prompt_len, budget, logit_scale))
+
+
+def _observe(
+    caches: Sequence[LayerCache], prompt_len: int, budget: int, decoder: Decoder, score: ScoreFunction
+) -> None:
+    """Let a policy that wants it look at all layers that attend to everything, before any is scored."""
+    observe = getattr(getattr(score, "func", score), "observe", None)
+    if observe is None:
+        return
+    attending = [layer for layer, window in enumerate(decoder.windows) if window is None]
+    inputs = [_inputs(caches[layer], layer, prompt_len, budget, decoder.logit_scale) for layer in attending]
+    observe(inputs, **getattr(score, "keywords", {}))
+
+
+def _inputs(layer_cache: LayerCache, layer: int, prompt_len: int, budget: int, logit_scale: float) -> ScoreInputs:
+    return ScoreInputs(
+        layer_cache.keys,
+        layer_cache.values,
+        torch.stack(tuple(layer_cache.queries), dim=1),
+        layer_cache.positions,
+        prompt_len,
+        layer_cache.memory,
+        layer,
+        budget=budget,
+        logit_scale=logit_scale,
+        beacons=layer_cache.beacons,
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from tests.support.oracle.loop_scores import loop_rkv_scores
+from tests.support.oracle.thoughts import REASONING, Request, chosen_of
 
 Vector = np.ndarray
 
@@ -35,6 +36,8 @@ class OneHead:
             mean of its length; by how much a position turns each pair, and how much longer it becomes.
         beacons: Old queries of ``beaconkv`` by head of the group, before their position turned them; it brings them up
             to date.
+        thoughts: For ``thinkv``, of each segment what is held and its level allows; empty: nothing was observed.
+        doubts: It says here how far its decisions were from others.
         logit_scale, logit_cap: A logit is ``cap * tanh(scale * q . k / cap)``; no scale: 1 / sqrt(head_dim), no cap:
             ``scale * q . k``.
     """
@@ -50,6 +53,8 @@ class OneHead:
     head: int = 0
     usual: tuple[Vector, Vector, list[float], float] | None = None
     beacons: list[list[Any]] = field(default_factory=list)
+    thoughts: list[tuple[int, int]] = field(default_factory=list)
+    doubts: list[float] = field(default_factory=list)
     logit_scale: float | None = None
     logit_cap: float | None = None
 
@@ -268,6 +273,15 @@ def _beaconkv(head: OneHead, *, num_recent: int, num_beacons: int) -> list[float
     return best
 
 
+def _thinkv(head: OneHead, *, buffer: int, rounds: int, **of_the_observation: Any) -> list[float]:
+    """What is chosen before all else, and of both the newest first."""
+    del of_the_observation
+    num_candidates, room = head.num_scored - head.prompt_len, head.budget - head.queries.shape[1]
+    plan = head.thoughts or Request().compact(REASONING, num_candidates, room, buffer)
+    chosen = chosen_of(head.keys[head.prompt_len : head.num_scored], plan, rounds, head.doubts)
+    return [2.0**23 * is_chosen + j for j, is_chosen in enumerate([False] * head.prompt_len + chosen)]
+
+
 def _mix(x: int) -> int:
     x = ((x ^ (x >> 16)) * 0x45D9F3B) % 2**32
     x = ((x ^ (x >> 16)) * 0x45D9F3B) % 2**32
@@ -298,4 +312,5 @@ _LOOPS: dict[str, Callable[..., list[float]]] = {
     "beaconkv": _beaconkv,
     "triattention": _triattention,
     "random_attention": _random_attention,
+    "thinkv": _thinkv,
 }

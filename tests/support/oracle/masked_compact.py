@@ -18,11 +18,15 @@ from tests.support.oracle.scores import ScoreFunction, ScoreInputs
 
 @dataclass(frozen=True)
 class MaskedResult:
-    """The answer; of each token how far its logit is above the second best; after how many outputs it was compacted."""
+    """The answer; of each token how far its logit is above the second best; after how many outputs it was compacted.
+
+    Of each compaction ``margins`` has the least by which anything that stays scores above what goes.
+    """
 
     output_ids: list[int] = field(default_factory=list)
     logit_gaps: list[float] = field(default_factory=list)
     compactions: list[int] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
 
 
 @torch.inference_mode()
@@ -89,8 +93,9 @@ def masked_compact(
                 passed = passed.of_first(row)
                 scores = _scores(passed, resident, prompt_len, budget, window, score, windows, block is not None)
                 choose = _per_head if block is None else _in_blocks
-                resident = choose(resident, scores, prompt_len, budget, window, block)
+                resident, margin = choose(resident, scores, prompt_len, budget, window, block)
                 result.compactions.append(len(result.output_ids))
+                result.margins.append(margin)
             feed(token)
 
 
@@ -130,20 +135,24 @@ def _scores(
 
 def _per_head(
     resident: torch.Tensor, scores: torch.Tensor, prompt_len: int, budget: int, window: int, block: None
-) -> torch.Tensor:
-    ranked = scores[:, :, prompt_len:].sort(dim=2, descending=True, stable=True).indices
+) -> tuple[torch.Tensor, float]:
+    of_ranks, ranked = scores[:, :, prompt_len:].sort(dim=2, descending=True, stable=True)
+    margins = of_ranks[:, :, budget - window - 1] - of_ranks[:, :, budget - window]
     best = ranked[:, :, : budget - window].sort(dim=2).values + prompt_len
     prompt = torch.arange(prompt_len).expand(*best.shape[:2], -1)
     latest = torch.arange(resident.shape[2] - window, resident.shape[2]).expand(*best.shape[:2], -1)
-    return resident.gather(2, torch.cat([prompt, best, latest], dim=2))
+    return resident.gather(2, torch.cat([prompt, best, latest], dim=2)), float(margins.min())
 
 
 def _in_blocks(
     resident: torch.Tensor, scores: torch.Tensor, prompt_len: int, budget: int, window: int, block: int
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, float]:
     length = resident.shape[2]
     of_tokens = scores.double().mean(dim=(0, 1))
     starts = [i for i in range(0, length, block) if i >= prompt_len and i + block <= length - window]
-    ranked = sorted(starts, key=lambda i: (float(of_tokens[i : i + block].mean()), i))
-    gone = {i + offset for i in ranked[: (length - prompt_len - budget) // block] for offset in range(block)}
-    return resident[:, :, [i for i in range(length) if i not in gone]]
+    of_blocks = {i: float(of_tokens[i : i + block].mean()) for i in starts}
+    ranked = sorted(starts, key=lambda i: (of_blocks[i], i))
+    num_gone = (length - prompt_len - budget) // block
+    gone = {i + offset for i in ranked[:num_gone] for offset in range(block)}
+    margin = of_blocks[ranked[num_gone]] - of_blocks[ranked[num_gone - 1]] if len(ranked) > num_gone else 1.0
+    return resident[:, :, [i for i in range(length) if i not in gone]], margin

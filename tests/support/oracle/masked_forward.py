@@ -40,7 +40,7 @@ def masked_forward(model: PreTrainedModel, token_ids: Sequence[int], visible: to
     scalings: set[float] = set()
 
     def attention(
-        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scaling: float, **_: Any
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scaling: float, **more: Any
     ) -> tuple[torch.Tensor, None]:
         scalings.add(scaling)
         queries.append(query[0])
@@ -48,7 +48,11 @@ def masked_forward(model: PreTrainedModel, token_ids: Sequence[int], visible: to
         groups = query.shape[1] // key.shape[1]
         logits = scaling * query[0] @ key[0].repeat_interleave(groups, dim=0).mT
         hidden = ~visible[module.layer_idx].repeat_interleave(groups, dim=0)
-        weights = logits.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+        logits = logits.masked_fill(hidden, float("-inf"))
+        if (sinks := more.get("s_aux")) is not None:
+            # One more number a query head, which takes weight and gives no value.
+            logits = torch.cat([logits, sinks[:, None, None].expand(-1, logits.shape[1], 1)], dim=2)
+        weights = logits.softmax(dim=-1)[:, :, : key.shape[2]]
         attended = weights @ value[0].repeat_interleave(groups, dim=0)
         return attended.transpose(0, 1).unsqueeze(0), None
 

@@ -1,6 +1,6 @@
 """The scores of all policies for the dense oracle, from their definitions, with everything written out in full."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from tests.support.oracle.scores import ScoreFunction, ScoreInputs, redundancies, rkv_scores
+from tests.support.oracle.thoughts import REASONING, Request, chosen_of, kind_of, sparsity_of_layer
 
 EPS = 1e-8
 
@@ -181,6 +182,68 @@ def _beaconkv(inputs: ScoreInputs, *, num_recent: int = 4, num_beacons: int = 28
     return (logits * inputs.scale).softmax(dim=-1).amax(dim=(1, 2)).float()
 
 
+def _observe_thoughts(
+    layers: Sequence[ScoreInputs],
+    *,
+    buffer: int = 128,
+    negligible: float = 0.01,
+    rounds: int = 4,
+    execution_up_to: float | None = None,
+    transition_above: float | None = None,
+) -> None:
+    """Leave the request's segments, and how many tokens each may keep, in what each layer remembers."""
+    del rounds
+    count = min(4, len(layers))
+    looked_at = [layers[len(layers) * (2 * i + 1) // (2 * count)] for i in range(count)]
+    kinds = []
+    # What lies at the border of what is negligible may be counted either way.
+    for factor in (1.0, 1.0 - 1e-5, 1.0 + 1e-5):
+        shares = []
+        for inputs in looked_at:
+            num_kv_heads, _, head_dim = inputs.keys.shape
+            queries = inputs.window_queries.reshape(num_kv_heads, -1, inputs.window_queries.shape[1], head_dim)
+            shares.append(
+                sparsity_of_layer(
+                    queries.double().numpy(),
+                    inputs.keys.double().numpy(),
+                    negligible * factor,
+                    lambda product, scale=inputs.scale: product * scale,
+                )
+            )
+        kinds.append(kind_of(sum(shares) / len(shares), execution_up_to, transition_above))
+    first = layers[0]
+    request: Request = first.beacons[0] if first.beacons else Request()
+    window = first.window_queries.shape[1]
+    num_candidates = first.keys.shape[1] - window - first.prompt_len
+    plan = request.compact(kinds[0], num_candidates, first.budget - window, buffer)
+    request.doubts = [0.0] if len(set(kinds)) > 1 else []
+    for inputs in layers:
+        inputs.beacons[:] = [request, plan]
+
+
+def _thinkv(inputs: ScoreInputs, *, buffer: int = 128, rounds: int = 4, **_: Any) -> torch.Tensor:
+    """Numbers above 0 for what stays, 0 for the rest; near 0 where a rounding error may have chosen others."""
+    num_scored, window = _num_scored(inputs), inputs.window_queries.shape[1]
+    room = inputs.budget - window
+    if inputs.beacons:
+        request, plan = inputs.beacons
+    else:
+        request = Request()
+        plan = request.compact(REASONING, num_scored - inputs.prompt_len, room, buffer)
+    scores = torch.zeros(len(inputs.keys), num_scored)
+    for head, keys in enumerate(inputs.keys.double().numpy()):
+        chosen = chosen_of(keys[inputs.prompt_len : num_scored], plan, rounds, request.doubts)
+        newest_first = sorted(range(len(chosen)), key=lambda index: (not chosen[index], -index))
+        margin = max(3e-3 * min([*request.doubts, 1.0]), 1e-12)
+        if inputs.beacons:
+            scores[head, [inputs.prompt_len + index for index in newest_first[:room]]] = margin
+        else:
+            # Of a prompt's tokens only some are candidates, so all are ranked.
+            for rank, index in enumerate(newest_first):
+                scores[head, inputs.prompt_len + index] = margin * (len(newest_first) - rank)
+    return scores
+
+
 def _random(inputs: ScoreInputs, *, seed: int = 0) -> torch.Tensor:
     return torch.tensor(
         [[_hash(position, seed) for position in row] for row in _scored_positions(inputs).tolist()],
@@ -229,4 +292,7 @@ _SCORES: dict[str, Callable[..., torch.Tensor]] = {
     "triattention": _triattention,
     "beaconkv": _beaconkv,
     "random_attention": _random_attention,
+    "thinkv": _thinkv,
 }
+# It looks at all layers before any is scored.
+_thinkv.observe = _observe_thoughts  # type: ignore[attr-defined]

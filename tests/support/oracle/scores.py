@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,8 @@ class ScoreInputs:
         layer: Number of the layer.
         logit_scale: Factor of the products of queries and keys; None: ``head_dim ** -0.5``.
         budget: Generated tokens that are kept, the window included.
-        beacons: What ``beaconkv`` remembers of this layer, at the most one tensor; it brings it up to date.
+        beacons: What ``beaconkv`` remembers of this layer, at the most one tensor; it brings it up to date. Of
+            ``thinkv`` the request's segments and what each may keep, the same in all layers.
     """
 
     keys: torch.Tensor
@@ -35,14 +37,16 @@ class ScoreInputs:
     layer: int = 0
     logit_scale: float | None = None
     budget: int = 0
-    beacons: list[torch.Tensor] = field(default_factory=list)
+    beacons: list[Any] = field(default_factory=list)
 
     @property
     def scale(self) -> float:
         return self.keys.shape[2] ** -0.5 if self.logit_scale is None else self.logit_scale
 
 
-# Returns a score for every token before the window, [num_kv_heads, L - window], higher = keep.
+# Returns a score for every token before the window, [num_kv_heads, L - window], higher = keep. One whose
+# function has an attribute ``observe`` wants that called with the inputs of all layers and its own keywords, before any
+# layer is scored, where generated tokens are compacted.
 ScoreFunction = Callable[[ScoreInputs], torch.Tensor]
 
 

@@ -4,7 +4,7 @@
 fails without it.
 
 ``choose``   a compaction, before it has written anything
-``move``     a compaction, after its first write
+``move``     a compaction, after its first write, to the pool or to the map
 ``save``     a copy to host memory: the device has no room to gather the tokens
 ``keep``     a copy to host memory: the host has no memory for it
 ``restore``  a restore: the pool has no slots
@@ -42,30 +42,32 @@ class _Countdown:
 
 
 def _choose(countdown: _Countdown) -> None:
-    from rkv_sglang.integration.runtime import gather
+    from rkv_sglang.integration.runtime import drop, gather
 
-    original = gather.compact_requests
-
-    def fail(*args: Any, **kwargs: Any) -> Any:
-        if countdown.is_due():
-            raise RuntimeError(MESSAGE)
-        return original(*args, **kwargs)
-
-    gather.compact_requests = fail
+    for module, name in ((gather, "compact_requests"), (drop, "choose_by_place"), (drop, "choose_by_scores")):
+        _fail(module, name, countdown)
 
 
 def _move(countdown: _Countdown) -> None:
     from rkv_sglang.cache import compact
+    from rkv_sglang.integration.runtime import drop
 
-    original = compact.compact_paged
+    # Where blocks are dropped, the map is what is written.
+    for module, name in ((compact, "compact_paged"), (drop, "drop_blocks")):
+        _fail(module, name, countdown, is_done=True)
+
+
+def _fail(module: Any, name: str, countdown: _Countdown, *, is_done: bool = False) -> None:
+    """Have a function of a module fail when it is due, before it has done anything or ``is_done`` afterwards."""
+    original = getattr(module, name)
 
     def fail(*args: Any, **kwargs: Any) -> Any:
-        moved = original(*args, **kwargs)
+        result = original(*args, **kwargs) if is_done else None
         if countdown.is_due():
             raise RuntimeError(MESSAGE)
-        return moved
+        return result if is_done else original(*args, **kwargs)
 
-    compact.compact_paged = fail
+    setattr(module, name, fail)
 
 
 class _Full:

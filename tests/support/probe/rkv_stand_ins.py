@@ -1,7 +1,8 @@
 """A plugin of the tests: what SGLang does on a GPU only, in torch, so that the rest of it runs with it on a CPU.
 
 ``RKV_STAND_IN_TRTLLM``  the attention backend torch_native becomes SGLang's own trtllm_mha: its metadata, its page
-                         tables and its writes to the pool. The kernels of FlashInfer that it calls are torch.
+                         tables and its writes to the pool. The kernels of FlashInfer that it calls are torch. So does
+                         triton, because SGLang serves no model with attention sinks by torch_native.
 ``RKV_STAND_IN_FP8``     SGLang builds an e4m3 pool as on a GPU (on a CPU it wants one with AMX), and the backend
                          torch_native writes and reads fp8 pools with the scales of their layers, as those of a GPU do.
                          The value is those scales, ``K:V`` of each layer; new weights double them.
@@ -9,6 +10,8 @@
                          batch; on a CPU SGLang asks it that where ranks step together, and it has no answer.
 ``RKV_STAND_IN_PINNING`` memory that is asked for page-locked is plain: without a GPU there is no other, and SGLang's
                          LoRA asks for it everywhere.
+``RKV_STAND_IN_SAVER``   what SGLang's memory saver releases, pool or weights, holds numbers that are none until it is
+                         written again; the library itself releases the memory of a GPU only.
 """
 
 import multiprocessing
@@ -25,7 +28,7 @@ def register() -> None:
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     if os.environ.get("RKV_STAND_IN_TRTLLM"):
-        ATTENTION_BACKENDS["torch_native"] = _trtllm_mha
+        ATTENTION_BACKENDS["torch_native"] = ATTENTION_BACKENDS["triton"] = _trtllm_mha
     if os.environ.get("RKV_STAND_IN_FP8"):
         _build_fp8_pools()
         ATTENTION_BACKENDS["torch_native"] = _scaled_torch_native
@@ -35,6 +38,8 @@ def register() -> None:
         TorchNativeAttnBackend.get_cpu_graph_seq_len_fill_value = lambda backend: 1
     if os.environ.get("RKV_STAND_IN_PINNING"):
         _pin_nothing()
+    if os.environ.get("RKV_STAND_IN_SAVER"):
+        _spoil_what_is_released()
 
 
 def _pin_nothing() -> None:
@@ -48,6 +53,31 @@ def _pin_nothing() -> None:
             return make(*args, **kwargs)
 
         setattr(torch, name, without)
+
+
+def _spoil_what_is_released() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.utils import torch_memory_saver_adapter as saver
+
+    runners: list[Any] = []
+
+    def note(result: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
+        runners.append(runner)
+
+    class Spoiling(saver._TorchMemorySaverAdapterNoop):  # type: ignore[misc, name-defined]
+        """Says that it saves memory."""
+
+        enabled = True
+
+        def pause(self, tag: str) -> None:
+            (runner,) = runners
+            pool = runner.token_to_kv_pool
+            tensors = {"kv_cache": [*pool.k_buffer, *pool.v_buffer], "weights": list(runner.model.parameters())}
+            for tensor in tensors.get(tag, ()):
+                tensor.data.fill_(float("nan"))
+
+    saver.TorchMemorySaverAdapter.create = staticmethod(lambda enable: Spoiling())
+    HookRegistry.register("sglang.srt.model_executor.model_runner.ModelRunner.load_model", note, HookType.AFTER)
 
 
 def _trtllm_mha(runner: Any) -> Any:
@@ -75,10 +105,9 @@ def _trtllm_mha(runner: Any) -> Any:
             self._swa_kv_pool = self._multi_ctas_kv_counter_buffer = self.workspace_buffer = None
             self.decode_seq_len_splits = 1
 
-    def attend(
-        query: Any, kv_cache: Any, block_tables: Any, seq_lens: Any, ends: list[int], left: int, scale: float, out: Any
-    ) -> Any:
+    def attend(query: Any, kv_cache: Any, block_tables: Any, seq_lens: Any, ends: list[int], **others: Any) -> Any:
         """Rows of ``query`` up to ``ends[i]`` are the last of request i. HND pages, heads of a group neighbours."""
+        left, scale, out, sinks = (others[name] for name in ("window_left", "bmm1_scale", "out", "sinks"))
         keys_hnd, values_hnd = kv_cache
         page_size = keys_hnd.shape[2]
         found = torch.empty_like(query) if out is None else out
@@ -96,21 +125,21 @@ def _trtllm_mha(runner: Any) -> Any:
             own = torch.arange(length - (end - first), length)[:, None]
             is_seen = (places <= own) & ((places >= own - left) if left >= 0 else True)
             logits = torch.einsum("qhd,khd->hqk", query[first:end], keys) * scale
-            weights = logits.masked_fill(~is_seen, float("-inf")).softmax(dim=-1)
+            logits = logits.masked_fill(~is_seen, float("-inf"))
+            if sinks is not None:
+                # A number of each query head, which takes weight and has no value.
+                logits = torch.cat([logits, sinks[:, None, None].expand(-1, end - first, 1)], dim=2)
+            weights = logits.softmax(dim=-1)[:, :, :length]
             found[first:end] = torch.einsum("hqk,khd->qhd", weights, values)
         return found
 
     def decode(*, query: Any, kv_cache: Any, block_tables: Any, seq_lens: Any, **others: Any) -> Any:
         ends = list(range(1, len(seq_lens) + 1))
-        return attend(
-            query, kv_cache, block_tables, seq_lens, ends, others["window_left"], others["bmm1_scale"], others["out"]
-        )
+        return attend(query, kv_cache, block_tables, seq_lens, ends, **others)
 
     def extend(*, query: Any, kv_cache: Any, block_tables: Any, seq_lens: Any, **others: Any) -> Any:
         ends = others["cum_seq_lens_q"][1:].tolist()
-        return attend(
-            query, kv_cache, block_tables, seq_lens, ends, others["window_left"], others["bmm1_scale"], others["out"]
-        )
+        return attend(query, kv_cache, block_tables, seq_lens, ends, **others)
 
     trtllm_mha_backend.flashinfer = SimpleNamespace(
         decode=SimpleNamespace(trtllm_batch_decode_with_kv_cache=decode),

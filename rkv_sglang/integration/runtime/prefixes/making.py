@@ -15,11 +15,13 @@ import torch
 from rkv_sglang.cache.compact import DueRequest
 from rkv_sglang.cache.prompt import compact_prompts
 from rkv_sglang.cache.step_tensors import read_slots
+from rkv_sglang.cache.trace import pack_compaction
 from rkv_sglang.config import PREFIX_FIELD
 from rkv_sglang.integration.runtime.jobs import on_forward_stream
 from rkv_sglang.integration.runtime.parts import Parts
 from rkv_sglang.integration.runtime.prefixes.named import INFO_ATTRIBUTE, MADE_ATTRIBUTE, Prefix, made_by
 from rkv_sglang.integration.runtime.prompts.slots import alloc_slots
+from rkv_sglang.integration.runtime.requests import DOCUMENT_TRACE_ATTRIBUTE, trace_of
 from rkv_sglang.integration.startup.verify_switch import is_verifying
 from rkv_sglang.messages import shown
 from rkv_sglang.policies import Policy
@@ -101,16 +103,19 @@ def _make(parts: Parts, policy: Policy, req: Any, prefix: Prefix) -> None:
         for tensor in (slots, new_slots) if stream is not None else ():
             if tensor.is_cuda:
                 tensor.record_stream(stream)
-        _compacting(scheduler.tree_cache)(
+        kept: torch.Tensor | None = _compacting(scheduler.tree_cache)(
             scored.buffers,
-            [DueRequest(plan, slots, plan.resident_len)],
+            [DueRequest(plan, slots, plan.resident_len, wants_indices=trace_of(req) is not None)],
             [new_slots],
             lambda part, layers: verdict.queries[layers, None],
             verdict.policy,
             prefix.window,
             query_bytes=scored.request_bytes,
             model=scored.attention,
-        )
+        )[0]
+        if kept is not None:
+            record = pack_compaction(kept.cpu(), resident_len=prefix.length, evicted_before=0)
+            setattr(req, DOCUMENT_TRACE_ATTRIBUTE, record)
     parts.prefixes.made(prefix, req.rid, _put_into_tree(scheduler.tree_cache, prefix, new_slots))
 
 

@@ -12,12 +12,13 @@ from typing import Any
 
 from rkv_sglang.client.prefixes import Prefixes
 from rkv_sglang.client.server import API_KEY_VARIABLE
-from rkv_sglang.config import PREFIX_FIELD
+from rkv_sglang.config import BY_POLICY, BY_TASK, PREFIX_FIELD
 from rkv_sglang.messages import one_line, shown
-from rkv_sglang.user_files import read_text, reason
+from rkv_sglang.user_files import check_writable, read_text, reason
+from rkv_sglang.view.record_text import text_trace
+from rkv_sglang.view.trace import DOCUMENT, write_trace
 
 ACTIONS = ("create", "list", "delete")
-JUDGES = ("policy", "task")
 
 
 def add_prefix_flags(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,15 @@ def add_prefix_flags(parser: argparse.ArgumentParser) -> None:
         "--no-task", action="store_true", help="the document is judged by its own repetition, for whatever may come"
     )
     create.add_argument(
-        "--judge", choices=JUDGES, help="by what the task judges: the server's policy (default), or all its attention"
+        "--judge",
+        choices=(BY_POLICY, BY_TASK),
+        help="by what the task judges: the server's policy (default), or all its attention",
+    )
+    create.add_argument(
+        "--save-trace",
+        metavar="FILE",
+        type=Path,
+        help="record what every head keeps, for rkv-sglang view --trace, on a server started with --kv-trace",
     )
 
 
@@ -51,6 +60,9 @@ def run_prefix(options: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"rkv-sglang prefix: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"rkv-sglang prefix: {options.save_trace} cannot be written ({error.strerror})", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -63,6 +75,7 @@ def _misuse(options: argparse.Namespace) -> str | None:
         "--task": options.task,
         "--no-task": options.no_task or None,
         "--judge": options.judge,
+        "--save-trace": options.save_trace,
     }
     wanted = {"--server": options.server}
     if action != "list":
@@ -87,9 +100,11 @@ def _run(options: argparse.Namespace) -> None:
     if options.name is not None:
         _check_text("--name", options.name)
     texts = {flag: _text(flag, path) for flag, path in (("--document", options.document), ("--task", options.task))}
+    if options.save_trace is not None:
+        check_writable(options.save_trace)
     prefixes = Prefixes(options.server, options.api_key or os.environ.get(API_KEY_VARIABLE))
     if options.action == "create":
-        made = prefixes.create(options.name, texts["--document"] or "", texts["--task"], options.budget, options.judge)
+        made = _create(options, prefixes, texts["--document"] or "", texts["--task"])
         use = json.dumps({PREFIX_FIELD: options.name}, ensure_ascii=False)
         print(f"{_line(made)}; requests go on from it with custom_params {use}")
     elif options.action == "delete":
@@ -97,6 +112,17 @@ def _run(options: argparse.Namespace) -> None:
         print(f"{one_line(options.name)} is deleted")
     else:
         print("\n".join(map(_line, prefixes.list())) or "there are no named prefixes")
+
+
+def _create(options: argparse.Namespace, prefixes: Prefixes, document: str, task: str | None) -> Any:
+    """Make a prefix, keep the record of what it kept if that is wanted, and return what the server says of it."""
+    path, tokenizer = options.save_trace, prefixes.tokenizer()
+    ids = tokenizer.ids(document, special=True)
+    task_ids = None if task is None else tokenizer.ids(task)
+    meta_info = prefixes.create(options.name, ids, task_ids, options.budget, options.judge, traced=path is not None)
+    if path is not None:
+        write_trace(text_trace(options.server, DOCUMENT, prefixes.info, meta_info, ids, tokenizer), path)
+    return meta_info[PREFIX_FIELD]
 
 
 def _line(prefix: Any) -> str:

@@ -1,0 +1,1 @@
+"""Meters: measures of the queries that a calibration shows."""
