@@ -256,7 +256,7 @@ def test_whether_a_prompt_is_compacted_is_decided_once(rng):
     prompt, setting = random_ids(rng, 50), Setting(budget=12, buffer=8, window=4)
     request = greedy(prompt, 50, at_step=100)
     request.sampling_params["custom_params"] = {"kv_prompt_budget": 30}
-    # Of 100 slots it could take all, with both prompts: but not beside a prefix, which is deleted as it decodes.
+    # It needs 100 slots of the 115, which there are not beside a prefix; that is deleted as it decodes.
     requests = [
         asking({"create": NAME, "length": 30, "budget": 20}, random_ids(rng, 36)),
         request,
@@ -264,7 +264,7 @@ def test_whether_a_prompt_is_compacted_is_decided_once(rng):
         greedy(prompt, 50, at_step=400),
     ]
     requests[3].sampling_params["custom_params"] = {"kv_prompt_budget": 30}
-    flags = [*FLAGS, "--max-total-tokens", "100", *setting.flags]
+    flags = [*FLAGS, "--max-total-tokens", "115", *setting.flags]
     result = run_scheduler(flags, requests, env={"RKV_PROBE_MAX_LOCKED": "20"})
     result.assert_clean()
     assert result.outputs[2].info["kv_prefix"] == {"deleted": NAME}
