@@ -95,7 +95,7 @@ def test_what_was_kept_is_read_for_a_trace_on_the_stream_that_computes_it(monkey
     monkeypatch.setattr(
         gather,
         "compact_requests",
-        lambda *args, **kwargs: [SimpleNamespace(kept_indices=KeptIndices(), kept_state=0, memory=None)],
+        lambda *args, **kwargs: [SimpleNamespace(kept_indices=KeptIndices(), kept_state=0, memory=None, observed=None)],
     )
     policy, req, batch = a_step(streams, PolicyConfig(budget=24, buffer=16))
     policy._compact(batch, [0])
