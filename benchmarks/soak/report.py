@@ -15,10 +15,14 @@ MEMORY = ("pss_main_mib", "pss_scheduler_mib", "pss_detokenizer_mib", "pss_other
 WARM_UP_SHARE = 0.2
 
 
-def memory_slopes(rows: Sequence[Row]) -> dict[str, Estimate]:
-    """Return the growth of each kind of process and of all, MiB an hour, over the idle moments behind the warm-up."""
+def memory_slopes(rows: Sequence[Row], left_out: float = WARM_UP_SHARE) -> dict[str, Estimate]:
+    """Return the growth of each kind of process and of all, MiB an hour, over the idle moments behind the warm-up.
+
+    Args:
+        left_out: Share of the idle moments that are the warm-up.
+    """
     idle = [row for row in rows if row["phase"] == IDLE]
-    idle = idle[int(len(idle) * WARM_UP_SHARE) :]
+    idle = idle[int(len(idle) * left_out) :]
     hours = [float(row["seconds"]) / 3600 for row in idle]
     columns = {name: [float(row[name]) for row in idle] for name in MEMORY}
     columns["all"] = [sum(values) for values in zip(*columns.values(), strict=True)]
@@ -49,15 +53,18 @@ def summary(rows: Sequence[Row]) -> str:
     last = rows[-1]
     load = [row for row in rows if row["phase"] == LOAD]
     halves = [load[: len(load) // 2], load[len(load) // 2 :]]
+    later = memory_slopes(rows, left_out=0.5)
     lines = [
         f"{last['requests']} requests in {float(last['seconds']) / 60:.1f} minutes, {last['compactions']} compactions, "
         f"{last['retractions']} retractions, {last['restored']} restored",
         f"mismatches: {last['mismatches']}; errors: {last['errors']}; slots in use when idle: {leaked_tokens(rows)}",
         *(
-            f"memory of {name.removeprefix('pss_').removesuffix('_mib')}: {_told(slope)} MiB an hour"
+            f"memory of {name.removeprefix('pss_').removesuffix('_mib')}: {_told(slope)} MiB an hour, "
+            f"{_told(later[name])} in the second half"
             for name, slope in memory_slopes(rows).items()
         ),
-        f"p99 of the latency: {_told(latency_slope(rows))} ms an hour; first half "
+        f"p99 of the latency: {_told(latency_slope(rows))} ms an hour, {_told(latency_slope(halves[1]))} in the second "
+        "half; first half "
         + ", second half ".join(f"{_median([float(row['latency_p99_ms']) for row in half]):.0f} ms" for half in halves)
         + " (medians of the samples)",
     ]
