@@ -108,6 +108,9 @@ class Pools:
             model_config=SimpleNamespace(context_len=MAX_TOKENS),
             running_batch=SimpleNamespace(reqs=[]),
             waiting_queue=[],
+            # Of those that wait for a prefix that is deleted: what it does to the tree, which knows nothing of them.
+            _release_aborted_request=lambda req: None,
+            output_streamer=SimpleNamespace(stream_output=lambda reqs, return_logprob: None),
         )
         os.environ[VERIFY_VARIABLE] = str(int(verify))
         self.runtime.bind(Parts(scheduler=self.scheduler, scored=scored, metrics=None))  # type: ignore[arg-type]

@@ -67,32 +67,34 @@ def test_equals_one_masked_pass_of_transformers(
     model: PreTrainedModel, retractions: tuple[int, ...], rng: random.Random
 ) -> None:
     budget, buffer, window, num_outputs = 20, 12, 4, 72
-    prompt = random_prompt(rng, rng.randrange(1, 24))
-    result = dense_generate(
-        model, prompt, num_outputs, budget=budget, buffer=buffer, window=window, recompute_at=retractions
-    )
-    token_ids = prompt + result.output_ids
     num_compared_heads = num_heads = 0
-    # What came before a retraction was computed anew with full attention, so every stretch has a pass of its own.
-    for start, end in pairwise((0, *retractions, num_outputs)):
-        compactions = [c for c in result.compactions if start < c.num_outputs < end]
-        stretch = token_ids[: len(prompt) + end]
-        whole = masked_forward(model, stretch, visibility(model, len(prompt), len(stretch), compactions))
-        rows = torch.arange(len(prompt) + start - 1, len(prompt) + end - 1)
-        logprobs = whole.logits[rows].log_softmax(dim=-1)
-        output_ids = torch.tensor(result.output_ids[start:end])
-        torch.testing.assert_close(
-            logprobs.gather(1, output_ids[:, None])[:, 0],
-            torch.tensor(result.logprobs[start:end]),
-            atol=2e-4,
-            rtol=1e-5,
+    # Answers that repeat themselves have their ties together, so one prompt says little.
+    for _ in range(3):
+        prompt = random_prompt(rng, rng.randrange(1, 24))
+        result = dense_generate(
+            model, prompt, num_outputs, budget=budget, buffer=buffer, window=window, recompute_at=retractions
         )
-        clear = torch.tensor(result.logit_gaps[start:end]) > 1e-3
-        assert torch.equal(logprobs.argmax(dim=-1)[clear], output_ids[clear])
-        for previous, compaction in pairwise((None, *compactions)):
-            compared, of = compare_choice(whole, len(prompt), previous, compaction, budget, window)
-            num_compared_heads += compared
-            num_heads += of
+        token_ids = prompt + result.output_ids
+        # What came before a retraction was computed anew with full attention, so every stretch has a pass of its own.
+        for start, end in pairwise((0, *retractions, num_outputs)):
+            compactions = [c for c in result.compactions if start < c.num_outputs < end]
+            stretch = token_ids[: len(prompt) + end]
+            whole = masked_forward(model, stretch, visibility(model, len(prompt), len(stretch), compactions))
+            rows = torch.arange(len(prompt) + start - 1, len(prompt) + end - 1)
+            logprobs = whole.logits[rows].log_softmax(dim=-1)
+            output_ids = torch.tensor(result.output_ids[start:end])
+            torch.testing.assert_close(
+                logprobs.gather(1, output_ids[:, None])[:, 0],
+                torch.tensor(result.logprobs[start:end]),
+                atol=2e-4,
+                rtol=1e-5,
+            )
+            clear = torch.tensor(result.logit_gaps[start:end]) > 1e-3
+            assert torch.equal(logprobs.argmax(dim=-1)[clear], output_ids[clear])
+            for previous, compaction in pairwise((None, *compactions)):
+                compared, of = compare_choice(whole, len(prompt), previous, compaction, budget, window)
+                num_compared_heads += compared
+                num_heads += of
     assert num_heads > 0
     # A similarity at the threshold, or a tie at the cut, may go either way. Both are rare.
     assert num_compared_heads >= 0.8 * num_heads
@@ -168,7 +170,7 @@ def compare_choice(
                 continue
             candidate_scores = expected.scores[prompt_len:]
             torch.testing.assert_close(
-                compaction.candidate_scores[layer, head].double(), candidate_scores, atol=1e-6, rtol=1e-4
+                compaction.candidate_scores[layer, head].double(), candidate_scores, atol=3e-6, rtol=1e-4
             )
             if compaction.margins[layer, head] < 1e-7:
                 continue
