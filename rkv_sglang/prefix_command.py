@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rkv_sglang.client.flags import add_server_flags, api_key_of
 from rkv_sglang.client.prefixes import Prefixes
-from rkv_sglang.client.server import API_KEY_VARIABLE
 from rkv_sglang.config import BY_POLICY, BY_TASK, PREFIX_FIELD
 from rkv_sglang.messages import one_line, shown
-from rkv_sglang.user_files import check_writable, read_text, reason
+from rkv_sglang.user_files import check_flag_text, check_writable, read_flag_text
 from rkv_sglang.view.record_text import text_trace
 from rkv_sglang.view.trace import DOCUMENT, write_trace
 
@@ -24,10 +23,7 @@ ACTIONS = ("create", "list", "delete")
 def add_prefix_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``prefix``."""
     parser.add_argument("action", choices=ACTIONS, help="make a prefix, show all there are, or give one up")
-    parser.add_argument("--server", metavar="URL", help="its address, such as http://127.0.0.1:30000")
-    parser.add_argument(
-        "--api-key", metavar="KEY", help=f"its --api-key; others cannot see it in the variable {API_KEY_VARIABLE}"
-    )
+    add_server_flags(parser)
     parser.add_argument("--name", metavar="N", help="of the prefix; not with list")
     create = parser.add_argument_group("create")
     create.add_argument("--document", metavar="FILE", type=Path, help="what is compressed, a text file")
@@ -98,11 +94,11 @@ def _misuse(options: argparse.Namespace) -> str | None:
 
 def _run(options: argparse.Namespace) -> None:
     if options.name is not None:
-        _check_text("--name", options.name)
+        check_flag_text("--name", options.name)
     texts = {flag: _text(flag, path) for flag, path in (("--document", options.document), ("--task", options.task))}
     if options.save_trace is not None:
         check_writable(options.save_trace)
-    prefixes = Prefixes(options.server, options.api_key or os.environ.get(API_KEY_VARIABLE))
+    prefixes = Prefixes(options.server, api_key_of(options))
     if options.action == "create":
         made = _create(options, prefixes, texts["--document"] or "", texts["--task"])
         use = json.dumps({PREFIX_FIELD: options.name}, ensure_ascii=False)
@@ -137,16 +133,7 @@ def _text(flag: str, path: Path | None) -> str | None:
     """Return a file's text; None without a file."""
     if path is None:
         return None
-    try:
-        text = read_text(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{flag} {path} cannot be read ({reason(error)})") from error
+    text = read_flag_text(flag, path)
     if not text.strip():
         raise ValueError(f"{flag} {path} is empty: write some text into it")
     return text
-
-
-def _check_text(flag: str, text: str) -> None:
-    # Python keeps bytes of a command line that are no text as halves of characters, which no server takes.
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError(f"{flag} is not text in UTF-8")

@@ -46,6 +46,21 @@ def read_text(path: str | Path, *, most_bytes: int = MOST_BYTES, patience_s: flo
         raise ValueError("it is not text in UTF-8") from None
 
 
+def read_flag_text(flag: str, path: Path) -> str:
+    """Return the text of a file that a flag names, as ``read_text``; ``ValueError``, one line, if it cannot be read."""
+    try:
+        return read_text(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{flag} {path} cannot be read ({reason(error)})") from error
+
+
+def check_flag_text(flag: str, text: str) -> None:
+    """Raise ``ValueError``, one line, unless what a flag gives is text."""
+    # Python keeps bytes of a command line that are no text as halves of characters, which no server takes.
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{flag} is not text in UTF-8")
+
+
 def check_writable(path: Path) -> None:
     """Raise ``ValueError``, one line, unless a file can be written there; nothing is made."""
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):

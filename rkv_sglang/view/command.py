@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from functools import partial
 from pathlib import Path
 
-from rkv_sglang.client.server import API_KEY_VARIABLE
-from rkv_sglang.user_files import check_writable, read_text, reason
+from rkv_sglang.client.flags import add_server_flags, api_key_of
+from rkv_sglang.user_files import check_flag_text, check_writable, read_flag_text
 from rkv_sglang.view.page import page_html
 from rkv_sglang.view.record import record
 from rkv_sglang.view.record_text import record_prompt
@@ -19,10 +18,7 @@ from rkv_sglang.view.trace import ANSWER, Trace, read_trace, write_trace
 def add_view_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``view``."""
     live = parser.add_argument_group("record from a server started with --kv-policy and --kv-trace")
-    live.add_argument("--server", metavar="URL", help="its address, such as http://127.0.0.1:30000")
-    live.add_argument(
-        "--api-key", metavar="KEY", help=f"its --api-key; others cannot see it in the variable {API_KEY_VARIABLE}"
-    )
+    add_server_flags(live)
     live.add_argument("--prompt", metavar="TEXT", help="the prompt, sent as it is, without a chat template")
     live.add_argument("--prompt-file", metavar="FILE", type=Path, help="the prompt as a text file, instead of --prompt")
     live.add_argument(
@@ -101,7 +97,7 @@ def _recorded(options: argparse.Namespace) -> Trace:
         _prompt(options),
         max_new_tokens=512 if options.max_new_tokens is None else options.max_new_tokens,
         temperature=0.0 if options.temperature is None else options.temperature,
-        api_key=options.api_key or os.environ.get(API_KEY_VARIABLE),
+        api_key=api_key_of(options),
     )
 
 
@@ -109,15 +105,10 @@ def _prompt(options: argparse.Namespace) -> str:
     if options.prompt_file is None:
         prompt = str(options.prompt)
     else:
-        try:
-            prompt = read_text(options.prompt_file)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--prompt-file {options.prompt_file} cannot be read ({reason(error)})") from error
+        prompt = read_flag_text("--prompt-file", options.prompt_file)
     if not prompt:
         raise ValueError("the prompt is empty: give --prompt or --prompt-file some text")
-    # Python keeps bytes of a command line that are no text as halves of characters, which no server takes.
-    if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise ValueError("--prompt is not text in UTF-8")
+    check_flag_text("--prompt", prompt)
     return prompt
 
 
