@@ -3,6 +3,7 @@
     python -m benchmarks.accuracy --model M --problems FILE_OR_DATASET [--settings none,rkv:1024:128]
         [--split test] [--subset NAME] [--limit N] [--samples 4] [--max-tokens 16384] [--temperature 0.6] [--top-p 0.95]
         [--concurrency 64] [--server-args "--tp 2"] [--answered] [--out FOLDER] [--work FOLDER]
+    python -m benchmarks.accuracy --collected FILE --problems FILE --out FOLDER
     python -m benchmarks.accuracy --smoke
     python -m benchmarks.accuracy --plot-only FOLDER
 
@@ -22,22 +23,28 @@ with the same final answer as the sample of ``none`` of that number, right or wr
 ``none`` gives no answer that can be read, kept is who gives none either (the table says how many these are). Kept is
 meant for greedy answers: of two that are drawn, the full cache's own differ, too.
 
+``--collected`` asks nothing either: it judges the answers that ``benchmarks.gpu.accuracy`` brought from a GPU, of all
+settings in its file or of ``--settings``, and what is said of the run is what was said there.
+
 Writes ``accuracy.csv`` (one row a setting; columns in ``common/tables.py``), ``accuracy.json`` and ``accuracy.png``,
 and prints the table.
 """
 
 import argparse
+import math
 import shlex
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
+from benchmarks.accuracy.collected import judge_answers, read_answers
 from benchmarks.accuracy.judge import Judge
 from benchmarks.accuracy.kept import compare_answers
 from benchmarks.accuracy.problems import DRY_RUN_PROBLEMS, Problem, load_problems
 from benchmarks.accuracy.report import markdown, plot
 from benchmarks.accuracy.rows import ByProblem, accuracy_rows
-from benchmarks.accuracy.run import Sampling, run_samples, setting_server
+from benchmarks.accuracy.run import INSTRUCTION, Sampling, run_samples, setting_server
 from benchmarks.accuracy.store import SampleStore
 from benchmarks.common.arguments import add_model_arguments, benchmark_parser
 from benchmarks.common.schema import hardware_folder, run_info, write_table
@@ -46,7 +53,7 @@ from benchmarks.common.tables import ACCURACY
 from devtools.launch import ServerError, exit_on_sigterm, has_gpu
 from rkv_sglang.config import NO_POLICY
 
-INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
+SETTINGS = "none,rkv:1024:128"
 # What one of the hours is an hour of, by whether there is an accelerator.
 DEVICE = {True: "GPU", False: "machine"}
 SMOKE = {"settings": "none,rkv:24:8", "limit": 3, "samples": 2, "max_tokens": 64, "concurrency": 6}
@@ -60,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--split", default="test", help="of a data set of the hub, default %(default)s")
     parser.add_argument("--subset", help="of a data set of the hub, such as main")
     parser.add_argument("--limit", type=int, help="ask only the first so many problems")
-    parser.add_argument("--settings", default="none,rkv:1024:128", help="comma-separated, default %(default)s")
+    parser.add_argument("--settings", help=f"comma-separated, default {SETTINGS}; with --collected: all of the file")
     parser.add_argument("--control", help="setting to hold all others against, default random_attention as above")
     parser.add_argument("--samples", type=int, default=4, help="of every problem, default %(default)s")
     parser.add_argument("--max-tokens", type=int, default=16384, help="of an answer, default %(default)s")
@@ -70,6 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--instruction", default=INSTRUCTION, help="follows every problem, default %(default)r")
     parser.add_argument("--concurrency", type=int, default=64, help="requests at a time, default %(default)s")
     parser.add_argument("--timeout", type=float, default=7200, help="seconds for one answer, default %(default)s")
+    parser.add_argument("--collected", type=Path, metavar="FILE", help="judge what benchmarks.gpu.accuracy has written")
     parser.add_argument("--answered", action="store_true", help="only show what is there, and start no server")
     parser.add_argument("--server-args", default="", help="further flags of every server, in one string")
     options = parser.parse_args()
@@ -78,13 +86,17 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("samples", "max_tokens", "concurrency", "limit"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if options.settings is None:
+        options.settings = "" if options.collected else SETTINGS
     try:
-        options.settings = list(dict.fromkeys(parse_setting(text) for text in options.settings.split(",")))
+        options.settings = list(dict.fromkeys(parse_setting(text) for text in options.settings.split(",") if text))
         options.control = parse_setting(options.control) if options.control else None
         options.server_args = shlex.split(options.server_args)
     except ValueError as error:
         parser.error(str(error))
-    if options.control is not None and options.control not in options.settings:
+    if options.collected and options.out is None:
+        parser.error("--collected needs --out: this machine is not where the answers are from")
+    if options.control is not None and options.settings and options.control not in options.settings:
         parser.error(f"--control {options.control.name} must be one of --settings")
     return options
 
@@ -157,17 +169,45 @@ def _answered(stores: Collection[SampleStore], problems: Sequence[Problem], num_
     return found
 
 
-def write_results(options: argparse.Namespace, results: dict[Setting, ByProblem], judge: Judge) -> None:
-    """Write the CSV, its JSON and the plot, and print the table."""
+def judge_collected(
+    options: argparse.Namespace, problems: Sequence[Problem], judge: Judge
+) -> tuple[dict[Setting, ByProblem], dict[str, Any]]:
+    """Return the judged answers of a file, of all its settings unless some are named, and what it says of its run."""
+    info, answers = read_answers(options.collected)
+    wanted = options.settings or sorted(answers, key=_place)
+    if missing := [setting.name for setting in wanted if setting not in answers]:
+        raise ValueError(f"{options.collected} has no answers of {', '.join(missing)}: leave them out of --settings")
+    return judge_answers({setting: answers[setting] for setting in wanted}, problems, judge), info
+
+
+def _place(setting: Setting) -> tuple[bool, str, str, int, int]:
+    """Return where a setting stands in a table: policies by name, of each its variants, of these the smallest first."""
+    variant = ":".join(setting.name.split(":")[3:])
+    return setting.policy != NO_POLICY, setting.policy, variant, setting.budget, setting.buffer
+
+
+def write_results(
+    options: argparse.Namespace, results: dict[Setting, ByProblem], judge: Judge, asked: dict[str, Any] | None = None
+) -> None:
+    """Write the CSV, its JSON and the plot, and print the table.
+
+    Args:
+        asked: What is known of the run, where another machine asked.
+    """
     dataset = Path(options.problems).name if Path(options.problems).exists() else options.problems
     full = next((by for setting, by in results.items() if setting.policy == NO_POLICY), None)
     kept = {setting: compare_answers(judge, by, full) for setting, by in results.items()} if full else None
     rows = accuracy_rows(dataset, results, kept, options.control)
-    settings = {**vars(options), "settings": [setting.name for setting in options.settings]}
+    if asked is not None:
+        # Servers shared the GPU, and settings a server.
+        rows = [{**row, "seconds": math.nan, "correct_per_hour": math.nan} for row in rows]
+    settings = {**vars(options), "settings": [setting.name for setting in results]}
     settings["control"] = options.control.name if options.control else ""
     settings["problems"] = dataset
     info = run_info(**{name: str(v) if isinstance(v, Path) else v for name, v in settings.items()})
-    info["device_of_an_hour"] = DEVICE[has_gpu()]
+    if asked is not None:
+        info = {**asked, "judged": {name: info[name] for name in ("command", "commit", "date", "settings")}}
+    info["device_of_an_hour"] = DEVICE[has_gpu() or asked is not None]
     out = options.out or hardware_folder()
     write_table(out, ACCURACY, rows, info)
     print(f"\n{markdown(rows, info['device_of_an_hour'])}\n\n{plot(out)}")
@@ -186,7 +226,11 @@ def main() -> int:
             for problem in problems:
                 # An answer that cannot be read must not end the run hours later.
                 judge.require(problem.answer)
-            write_results(options, measure(options, problems, judge), judge)
+            if options.collected:
+                results, asked = judge_collected(options, problems, judge)
+                write_results(options, results, judge, asked)
+            else:
+                write_results(options, measure(options, problems, judge), judge)
     except (ServerError, ValueError, ModuleNotFoundError) as error:
         print(f"accuracy: {error}", file=sys.stderr)
         return 1

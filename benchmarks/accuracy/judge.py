@@ -4,10 +4,13 @@ import contextlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 from benchmarks.accuracy.checker import UNJUDGED, Verdict
+from benchmarks.accuracy.problems import Problem
+from benchmarks.accuracy.store import Sample
 
 # Of a CPU, for one answer; what takes longer is not decided by waiting.
 CPU_SECONDS = 10
@@ -81,3 +84,9 @@ class Judge:
         if process is not None:
             process.kill()
             process.communicate()
+
+
+def judged(judge: Judge, problem: Problem, sample: Sample) -> Sample:
+    """Return a sample with what the judge says of it; of an answer that was cut off only what is boxed counts."""
+    verdict = judge.verdict(sample.text, problem.answer, truncated=sample.truncated)
+    return replace(sample, outcome=verdict.outcome, found=verdict.found)

@@ -11,7 +11,7 @@ from rkv_sglang.config import NO_POLICY
 
 
 def markdown(rows: Sequence[Row], device: str) -> str:
-    """Return the rows as a table; ``device`` says what an hour is an hour of."""
+    """Return the rows as a table; ``device`` says what an hour is an hour of, where the rows have times."""
     head = (
         "setting",
         "right",
@@ -25,7 +25,7 @@ def markdown(rows: Sequence[Row], device: str) -> str:
         "no answer",
         "compressed",
         "compactions",
-        f"right per {device}-hour",
+        f"right per {device}-hour" if float(rows[0]["seconds"]) == float(rows[0]["seconds"]) else "",
     )
     lines = [head, ["---"] * len(head)]
     for row in rows:
@@ -41,7 +41,7 @@ def markdown(rows: Sequence[Row], device: str) -> str:
                 f"{row['tokens_mean']:.0f} (median {row['tokens_median']:.0f})",
                 *(f"{row[name]:.0%}" for name in ("truncated", "no_answer", "compressed")),
                 f"{row['compactions']:.1f}",
-                f"{row['correct_per_hour']:.1f}",
+                f"{row['correct_per_hour']:.1f}" if head[-1] else "",
             )
         )
     first = rows[0]
@@ -51,7 +51,10 @@ def markdown(rows: Sequence[Row], device: str) -> str:
         f"bootstrap interval over problems. Control: {_control(rows)}. Kept: the final answer of "
         f"none's sample, which in {_neither(rows):.0%} of them is that there is none."
     )
-    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", what, *notes])
+    # Answers that shared a GPU have no time of their own.
+    width = len(head) if head[-1] else len(head) - 1
+    shown = ("| " + " | ".join(line[:width]) + " |" for line in lines)
+    return "\n".join([*shown, "", what, *notes])
 
 
 def _control(rows: Sequence[Row]) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.accuracy.judge import Judge
+from benchmarks.accuracy.checker import UNJUDGED
+from benchmarks.accuracy.judge import Judge, judged
 from benchmarks.accuracy.problems import Problem
 from benchmarks.accuracy.store import Sample, SampleStore
 from benchmarks.common.asking import ask_side_by_side
@@ -22,6 +23,8 @@ from rkv_sglang.client.http import open_url
 
 # A large model is read from a disk, and a busy machine is slow.
 STARTUP_TIMEOUT_S = 7200
+# Follows every problem.
+INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +89,7 @@ def run_samples(
 
     def ask(wanted: tuple[Problem, int]) -> tuple[dict[str, Any], float, float] | None:
         try:
-            return None if failures else _ask(server, sampling.request(*wanted), timeout_s)
+            return None if failures else ask_server(server, sampling.request(*wanted), timeout_s)
         except ServerError as error:
             failures.append(error)
             return None
@@ -96,13 +99,17 @@ def run_samples(
         answers, total=len(todo), desc=server.log_path.stem, unit="sample", mininterval=2
     ):
         if answer is not None:
-            store.add(_sample(judge, problem, sample, devices, *answer))
+            store.add(judged(judge, problem, collect_sample(problem, sample, devices, *answer)))
     if failures:
         raise failures[0]
 
 
-def _ask(server: Server, body: dict[str, Any], timeout_s: float) -> tuple[dict[str, Any], float, float]:
-    """Return the answer's JSON and when it was asked and had."""
+def ask_server(server: Server, body: dict[str, Any], timeout_s: float) -> tuple[dict[str, Any], float, float]:
+    """Return the answer's JSON and when it was asked and had.
+
+    Raises:
+        ServerError: It refused or did not answer; one line.
+    """
     data = json.dumps(body).encode()
     start = time.time()
     try:
@@ -116,20 +123,17 @@ def _ask(server: Server, body: dict[str, Any], timeout_s: float) -> tuple[dict[s
     return answer, start, time.time()
 
 
-def _sample(
-    judge: Judge, problem: Problem, sample: int, devices: int, answer: dict[str, Any], start: float, end: float
+def collect_sample(
+    problem: Problem, sample: int, devices: int, answer: dict[str, Any], start: float, end: float
 ) -> Sample:
+    """Return what a server answered and when, not judged."""
     choice, usage = answer["choices"][0], answer["usage"]
     info = choice.get("meta_info") or {}
-    message = choice["message"]
-    # With a reasoning parser SGLang splits the thoughts off, and an answer cut off within them has no content.
-    text = message.get("content") or ""
-    verdict = judge.verdict(text, problem.answer, truncated=choice["finish_reason"] == "length")
     return Sample(
         problem=problem.key,
         sample=sample,
-        outcome=verdict.outcome,
-        found=verdict.found,
+        outcome=UNJUDGED,
+        found="",
         prompt_tokens=usage["prompt_tokens"],
         output_tokens=usage["completion_tokens"],
         finish_reason=choice["finish_reason"],
@@ -138,5 +142,6 @@ def _sample(
         start=start,
         end=end,
         devices=devices,
-        text=text,
+        # With a reasoning parser SGLang splits the thoughts off, and an answer cut off within them has no content.
+        text=choice["message"].get("content") or "",
     )

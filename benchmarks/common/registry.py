@@ -97,10 +97,11 @@ class Benchmark:
 
 _WORK = ("--work", "{out}/work")
 _QUALITY = (QUALITY_FORCED, QUALITY_POSITION, QUALITY_FREE, QUALITY_RECALL)
+_ACCURACY = (Plot("benchmarks.accuracy.report:plot", (ACCURACY,)),)
 # The longest smoke run first, so that side by side they end together.
 BENCHMARKS = (
     Benchmark("quality", "benchmarks.quality", (Plot("benchmarks.quality.report:plot", _QUALITY),), _WORK),
-    Benchmark("accuracy", "benchmarks.accuracy", (Plot("benchmarks.accuracy.report:plot", (ACCURACY,)),), _WORK),
+    Benchmark("accuracy", "benchmarks.accuracy", _ACCURACY, _WORK),
     Benchmark("idle_cost", "benchmarks.idle_cost", (Plot("benchmarks.idle_cost:plot", (IDLE_COST, FIRST_TOKEN)),)),
     Benchmark("frontend", "benchmarks.frontend", (Plot("benchmarks.frontend.report:plot", (FRONTEND,)),)),
     Benchmark(
@@ -130,6 +131,7 @@ BENCHMARKS = (
         (Plot("benchmarks.gpu.throughput:plot", (THROUGHPUT,)),),
         script="benchmarks/gpu/throughput.sh",
     ),
+    Benchmark("gpu_accuracy", "benchmarks.gpu.accuracy", _ACCURACY, script="benchmarks/gpu/accuracy.sh"),
     Benchmark(
         "gpu_kernels",
         "benchmarks.kernels",

@@ -118,6 +118,7 @@ SERVE_CHECK = Table(
         Column("compacting_steps", int, "", "steps before which a request was compacted"),
         Column("compacting_p50_ms", float, "ms", "median time of those or, if larger, of the next; NaN if none"),
         Column("compacting_p99_ms", float, "ms", "99th percentile; NaN if there is none"),
+        Column("around_p50_ms", float, "ms", "median time of three steps before and three behind each; NaN if none"),
         Column("compactions", int, "", "of all requests, as their answers say"),
     ),
 )

@@ -66,12 +66,19 @@ def figures_of(steps: Sequence[Step], batch_size: int) -> Row:
     """Return the figures of ``serve_check`` of the steps of full batches; NaN where there is no such step."""
     full = list(steady(steps, batch_size))
     # Where forward passes overlap with scheduling, the line after the one that tells of a compaction has waited for it.
-    compacting = [max(step.time_ms, after.time_ms) for step, after in itertools.pairwise(full) if step.compacted]
+    due = [number for number, step in enumerate(full[:-1]) if step.compacted]
+    compacting = [max(full[number].time_ms, full[number + 1].time_ms) for number in due]
+    # Steps grow with what is held, so a compaction's is judged by those around it.
+    around = [step.time_ms for number in due for step in [*full[max(number - 3, 0) : number], *full[number + 2 :][:3]]]
     row: Row = {"steps": len(full), "graph_steps": sum(step.graph for step in full)}
     for name, times in (("step", [step.time_ms for step in full]), ("compacting", compacting)):
         for quantile in (50, 99):
-            value = float(np.percentile(times, quantile)) if times else float("nan")
-            row[f"{name}_p{quantile}_ms"] = round(value, 4)
+            row[f"{name}_p{quantile}_ms"] = _percentile(times, quantile)
+    row["around_p50_ms"] = _percentile(around, 50)
     row["compacting_steps"] = len(compacting)
     row["step_mean_ms"] = round(statistics.fmean(step.time_ms for step in full), 4) if full else float("nan")
     return row
+
+
+def _percentile(times: Sequence[float], quantile: int) -> float:
+    return round(float(np.percentile(times, quantile)), 4) if times else float("nan")

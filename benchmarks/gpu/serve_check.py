@@ -180,12 +180,13 @@ def running(
 def markdown(rows: Sequence[Row]) -> str:
     """Return the rows, the policy beside none, as a Markdown table."""
     lines = [
-        "| batch | setting | tokens/s | step p50 ms | p99 | compacting p50 | p99 | graph steps |",
-        "|---" * 8 + "|",
+        "| batch | setting | tokens/s | step p50 ms | p99 | compacting p50 | p99 | around p50 | graph steps |",
+        "|---" * 9 + "|",
     ]
     for row in sorted(rows, key=lambda row: (int(row["batch_size"]), str(row["setting"]))):
         shown = [row["tokens_per_s"], row["step_p50_ms"], row["step_p99_ms"]]
-        shown += [row["compacting_p50_ms"], row["compacting_p99_ms"], f"{row['graph_steps']}/{row['steps']}"]
+        shown += [row[f"{name}_ms"] for name in ("compacting_p50", "compacting_p99", "around_p50")]
+        shown.append(f"{row['graph_steps']}/{row['steps']}")
         lines.append(f"| {row['batch_size']} | {row['setting']} | " + " | ".join(map(str, shown)) + " |")
     return "\n".join(lines)
 

@@ -1,12 +1,13 @@
 """Compaction by the map alone: whole blocks leave the rows of an engine's index map, and no key or value is touched."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from rkv_sglang.cache.block_choice import BlockChoice
 from rkv_sglang.kernels.transfer import sent, to_device
+from rkv_sglang.kernels.warmup import NUM_REQUESTS
 from rkv_sglang.sizes.compaction_plan import DropPlan
 
 
@@ -56,3 +57,23 @@ def drop_blocks(
     freed = slots[((dropped_start + dropped * block)[:, None] + offsets[::page_size]).flatten()]
     slots[torch.cat([(target[:, None] + offsets).flatten(), tail_target])] = stayed
     return freed.to(torch.int64) // page_size
+
+
+def warm_up_drop(
+    req_to_token: torch.Tensor,
+    plan: DropPlan,
+    choose: Callable[[Sequence[DropPlan]], Sequence[BlockChoice]],
+    page_size: int,
+) -> None:
+    """Choose and drop blocks of made-up requests once, in a map of their own: a GPU loads code at its first use.
+
+    Args:
+        req_to_token: The map that will be rewritten; not touched.
+        plan: Of each of these requests.
+        choose: Chooses for some of them.
+        page_size: As in ``drop_blocks``.
+    """
+    for num_requests in NUM_REQUESTS:
+        plans = [plan] * num_requests
+        rows = req_to_token.new_zeros(num_requests, plan.resident_len)
+        drop_blocks(rows, range(num_requests), plans, choose(plans), page_size)

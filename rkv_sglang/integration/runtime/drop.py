@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rkv_sglang.cache.block_choice import BlockChoice, choose_by_place, choose_by_scores, kept_tokens
-from rkv_sglang.cache.drop import drop_blocks
+from rkv_sglang.cache.compact import DueRequest
+from rkv_sglang.cache.drop import drop_blocks, warm_up_drop
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.runtime.jobs import Job, scoring
 from rkv_sglang.integration.runtime.parts import Parts, Scored
@@ -32,6 +33,33 @@ def plan(config: PolicyConfig, *, prompt_len: int, resident_len: int, page_size:
         window=config.window,
         block=config.block,
     )
+
+
+def warm_up(config: PolicyConfig, policy: Policy, scheduler: Scheduler, scored: Scored | None) -> None:
+    """Run all that a compaction runs, once, on requests that there are not; nothing changes. Nothing may run meanwhile.
+
+    Slot 0, where nothing is ever written by a request, stands for all of theirs.
+    """
+    page_size = scheduler.token_to_kv_pool_allocator.page_size
+    own_plan = plan(config, prompt_len=0, resident_len=config.capacity, page_size=page_size)
+
+    def choose(plans: Sequence[DropPlan]) -> list[BlockChoice]:
+        if scored is None:
+            return choose_by_place([(own, own.resident_len, None) for own in plans], policy, config.window)
+        num_layers, _, *shape = scored.query_window.rings.shape
+        queries = scored.query_window.rings.new_zeros(num_layers, len(plans), *shape)
+        slots = torch.zeros(own_plan.resident_len, dtype=torch.int64, device=scored.buffers.keys.device)
+        return choose_by_scores(
+            scored.buffers,
+            [DueRequest(own, slots, own.resident_len) for own in plans],
+            lambda part, layers: queries[layers, part],
+            policy,
+            config.window,
+            query_bytes=scored.request_bytes,
+            model=scored.attention,
+        )
+
+    warm_up_drop(scheduler.req_to_token_pool.req_to_token, own_plan, choose, page_size)
 
 
 def compact(parts: Parts, policy: Policy, window: int, batch: ScheduleBatch, jobs: Sequence[Job[DropPlan]]) -> None:

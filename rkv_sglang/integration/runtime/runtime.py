@@ -89,6 +89,8 @@ class Runtime:
         if scored is not None:
             scored = replace(scored, attention=calibrated(scored.attention, scheduler, self))
             self.policy = bounded(scored.attention, scored.layers, scheduler, self)
+        if self.config.granularity == REQUEST and scheduler.device != "cpu":
+            drop.warm_up(self.config, self.policy, scheduler, scored)
         side_bytes = 0 if scored is None else scored.query_window.num_bytes
         self.bind(
             Parts(

@@ -146,6 +146,15 @@ def _cache_folder() -> Path:
     return Path(folder, "rkv_sglang")
 
 
+def sampled_places(length: int, device: torch.device) -> torch.Tensor:
+    """Return which of ``length`` elements stand for all: ``SAMPLED_ELEMENTS`` at most, evenly spaced, int64, ascending.
+
+    In integers: of more than 2**24 elements fp32 does not know the last, and takes one behind it.
+    """
+    count = min(SAMPLED_ELEMENTS, length)
+    return torch.arange(count, device=device) * (length - 1) // max(count - 1, 1)
+
+
 def _made_from(scheduler: Scheduler, about: str, policy: Any) -> dict[str, str]:
     """Return what is measured depends on, by name."""
     from sglang.srt.runtime_context import get_parallel
@@ -154,7 +163,7 @@ def _made_from(scheduler: Scheduler, about: str, policy: Any) -> dict[str, str]:
     digest = hashlib.sha256(about.encode())
     for name, weight in sorted(model_runner.model.named_parameters()):
         flat = weight.detach().reshape(-1)
-        places = torch.linspace(0, len(flat) - 1, min(SAMPLED_ELEMENTS, len(flat)), device=flat.device).long()
+        places = sampled_places(len(flat), flat.device)
         digest.update(f"{name} {list(weight.shape)} {flat[places].double().tolist()}".encode())
     parallel = get_parallel()
     return {
