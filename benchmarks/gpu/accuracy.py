@@ -67,7 +67,9 @@ def body_of(setting: Setting, problem: Problem, sampling: Sampling) -> dict[str,
     return body
 
 
-def answer_group(group: Sequence[Setting], problems: Sequence[Problem], options: argparse.Namespace) -> None:
+def answer_group(
+    group: Sequence[Setting], problems: Sequence[Problem], options: argparse.Namespace, answers: AnswerFile
+) -> None:
     """Have one server answer all problems under every setting of a group.
 
     Raises:
@@ -86,14 +88,16 @@ def answer_group(group: Sequence[Setting], problems: Sequence[Problem], options:
             return ask_server(server, body_of(*job, sampling), TIMEOUT_S)
 
         for (setting, problem), answer in ask_side_by_side(ask, wanted, options.concurrency):
-            options.answers.add(setting, collect_sample(problem, 0, devices, *answer))
+            answers.add(setting, collect_sample(problem, 0, devices, *answer))
 
 
-def run_all(groups: Sequence[Sequence[Setting]], problems: Sequence[Problem], options: argparse.Namespace) -> list[str]:
+def run_all(
+    groups: Sequence[Sequence[Setting]], problems: Sequence[Problem], options: argparse.Namespace, answers: AnswerFile
+) -> list[str]:
     """Run all groups, some at a time, and return one line for each that failed."""
     failed = []
     with ThreadPoolExecutor(options.servers) as pool:
-        running = {pool.submit(answer_group, group, problems, options): group for group in groups}
+        running = {pool.submit(answer_group, group, problems, options, answers): group for group in groups}
         try:
             for number, done in enumerate(as_completed(running), start=1):
                 names = " ".join(setting.name for setting in running[done])
@@ -152,8 +156,8 @@ def main() -> int:
         given = {name: value for name, value in vars(options).items() if name != "parsed"}
         info = run_info(**{name: str(value) for name, value in given.items()})
         print(f"{len(options.parsed)} settings on {len(groups)} servers, {len(problems)} problems", flush=True)
-        with AnswerFile(options.out / FILE_NAME, info) as options.answers:
-            failed = run_all(groups, problems, options)
+        with AnswerFile(options.out / FILE_NAME, info) as answers:
+            failed = run_all(groups, problems, options, answers)
     except ValueError as error:
         print(f"accuracy: {error}", file=sys.stderr)
         return 1
