@@ -4,7 +4,7 @@
         [--model M] [--setting rkv:64:32] [--document-len 4000] [--kept 250,500,1000] [--num-requests 64]
         [--prompt-len 32] [--num-tokens 256] [--pool 6144] [--rounds 3]
         [--models M,M] [--policies rkv,snapkv,random_attention] [--documents 24] [--facts 10] [--recall-len 1000]
-        [--recall-kept 125,250,500]
+        [--recall-kept 125,250,500] [--flags "--attention-backend triton"]
 
 - load: 64 requests at once over one document, each with a prompt of its own. The document stands in front of every
   prompt and in the radix cache, on a server without a policy and on one with it; or it is held in a named prefix of so
@@ -21,6 +21,7 @@ Writes ``prefix_load.csv`` and ``prefix_recall.csv`` (columns in ``common/tables
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -76,6 +77,7 @@ def parse_arguments() -> argparse.Namespace:
         "--policies", default="rkv,snapkv,random_attention", help="of recall, comma-separated, default %(default)s"
     )
     parser.add_argument("--recall-kept", default="125,250,500", help="comma-separated, default %(default)s")
+    parser.add_argument("--flags", default="", help="further flags of all servers, in one string")
     parser.add_argument("--plot-only", type=Path, metavar="FOLDER", help="only draw the CSVs of a folder again")
     options = parser.parse_args()
     if options.smoke:
@@ -105,6 +107,7 @@ def _split(options: argparse.Namespace) -> None:
     if any(getattr(options, flag[2:].replace("-", "_")) < 1 for flag in NUMBERS):
         raise ValueError(f"{', '.join(NUMBERS)} are numbers of at least 1")
     options.setting = parse_setting(options.setting)
+    options.server_flags = tuple(shlex.split(options.flags))
     options.models = options.models.split(",")
     options.policies = recall.policy_servers(options.policies.split(","))
     if problem := load.setting_problem(options.setting):
@@ -131,14 +134,16 @@ def main() -> int:
 
         options.model = str(tiny_model_path(BENCHMARK_MODEL))
     pool = ("--max-total-tokens", str(options.pool), "--max-running-requests", str(options.num_requests))
-    load_flags = (*pool, "--context-length", str(load.context_len(options)))
-    recall_flags: tuple[str, ...] = ()
+    load_flags = (*pool, "--context-length", str(load.context_len(options)), *options.server_flags)
+    recall_flags: tuple[str, ...] = options.server_flags
     if options.smoke:
         # One server serves both parts: a start takes longer than all else.
         options.models, options.policies = [options.model], [options.setting]
-        load_flags = recall_flags = (*pool, "--context-length", str(options.pool))
+        load_flags = recall_flags = (*pool, "--context-length", str(options.pool), *options.server_flags)
     out = options.out or hardware_folder()
-    told = {name: str(value) for name, value in vars(options).items() if name not in ("setting", "policies")}
+    told = {
+        name: str(value) for name, value in vars(options).items() if name not in ("setting", "policies", "server_flags")
+    }
     told |= {"setting": options.setting.name, "policies": ",".join(setting.name for setting in options.policies)}
     try:
         with Servers.ended_at_last() as servers:

@@ -3,7 +3,7 @@
     python -m benchmarks.quality --model .cache/models/SmolLM2-135M-Instruct
         [--policies rkv,random] [--budgets 64,128,256] [--num-prompts 32] [--num-tokens 336]
         [--parts forced,free,recall] [--recall-form mixed|early] [--batch-size 32] [--num-servers 1] [--prompts FILE]
-        [--smoke] [--fresh]
+        [--flags "..."] [--smoke] [--fresh]
     python -m benchmarks.quality --plot-only FOLDER
 
 Real servers with the plugin generate every token, one server a policy; each request asks for its own budget (the
@@ -30,6 +30,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -81,6 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32, help="requests at a time, default %(default)s")
     parser.add_argument("--num-servers", type=int, default=1, help="servers at a time, default %(default)s")
     parser.add_argument("--prompts", type=Path, default=PROMPTS, help="a question a line, or JSON lines with 'problem'")
+    parser.add_argument("--flags", default="", help="further flags of all servers, in one string")
     parser.add_argument("--fresh", action="store_true", help="do not go on from what an earlier run left in --work")
     parser.set_defaults(all_policies=policies)
     options = parser.parse_args()
@@ -128,6 +130,8 @@ def make_study(options: argparse.Namespace) -> Study:
     prompts = [chat_ids(tokenizer, question) for question in load_prompts(options.prompts, options.num_prompts)]
     sizes = [(budget, buffer_of(budget)) for budget in options.budgets]
     content = (options.model, prompts, [text.tokens for text in texts], options.num_tokens, sizes)
+    # Without, the folder has the name that it had before there were any.
+    content += (options.flags,) if options.flags else ()
     folder = options.work / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
     if options.fresh:
         shutil.rmtree(folder, ignore_errors=True)
@@ -146,6 +150,7 @@ def make_study(options: argparse.Namespace) -> Study:
         budgets=tuple(options.budgets),
         batch_size=options.batch_size,
         num_servers=options.num_servers,
+        flags=tuple(shlex.split(options.flags)),
     )
 
 

@@ -51,6 +51,7 @@ class Study:
     budgets: tuple[int, ...]
     batch_size: int
     num_servers: int = 1
+    flags: tuple[str, ...] = ()
 
     @property
     def checked(self) -> range:
@@ -94,10 +95,12 @@ def policy_server(study: Study, policy: str) -> Iterator[Server]:
         *("--chunked-prefill-size", "-1", "--max-prefill-tokens", str(max(longest, PREFILL_TOKENS))),
         *("--max-running-requests", str(study.batch_size), "--max-total-tokens", str(pool)),
         *("--stream-interval", str(STREAM_INTERVAL), "--decode-log-interval", "100"),
+        *study.flags,
     ]
     log_path = Path(".cache/logs") / f"quality-{policy}.log"
     # The server's processes find the processor by its module's name.
-    environment = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    others = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+    environment = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[2]), *others])}
     # More threads than cores that are free wait for each other, so whoever set a number knows better.
     if not has_gpu() and "OMP_NUM_THREADS" not in os.environ:
         environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // study.num_servers))
