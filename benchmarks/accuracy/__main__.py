@@ -23,8 +23,8 @@ with the same final answer as the sample of ``none`` of that number, right or wr
 ``none`` gives no answer that can be read, kept is who gives none either (the table says how many these are). Kept is
 meant for greedy answers: of two that are drawn, the full cache's own differ, too.
 
-``--collected`` asks nothing either: it judges the answers that ``benchmarks.gpu.accuracy`` brought from a GPU, of all
-settings in its file or of ``--settings``, and what is said of the run is what was said there.
+``--collected`` asks nothing either: it judges the answers that ``benchmarks.accuracy.collect`` brought from a GPU, of
+all settings in its file or of ``--settings``, and what is said of the run is what was said there.
 
 Writes ``accuracy.csv`` (one row a setting; columns in ``common/tables.py``), ``accuracy.json`` and ``accuracy.png``,
 and prints the table.
@@ -38,7 +38,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.collected import judge_answers, read_answers
+from benchmarks.accuracy.answer_file import judge_answers, read_answers
 from benchmarks.accuracy.judge import Judge
 from benchmarks.accuracy.kept import compare_answers
 from benchmarks.accuracy.problems import DRY_RUN_PROBLEMS, Problem, load_problems
@@ -77,7 +77,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--instruction", default=INSTRUCTION, help="follows every problem, default %(default)r")
     parser.add_argument("--concurrency", type=int, default=64, help="requests at a time, default %(default)s")
     parser.add_argument("--timeout", type=float, default=7200, help="seconds for one answer, default %(default)s")
-    parser.add_argument("--collected", type=Path, metavar="FILE", help="judge what benchmarks.gpu.accuracy has written")
+    parser.add_argument(
+        "--collected", type=Path, metavar="FILE", help="judge what benchmarks.accuracy.collect has written"
+    )
     parser.add_argument("--answered", action="store_true", help="only show what is there, and start no server")
     parser.add_argument("--server-args", default="", help="further flags of every server, in one string")
     options = parser.parse_args()

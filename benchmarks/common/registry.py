@@ -131,7 +131,7 @@ BENCHMARKS = (
         (Plot("benchmarks.gpu.throughput:plot", (THROUGHPUT,)),),
         script="benchmarks/gpu/throughput.sh",
     ),
-    Benchmark("gpu_accuracy", "benchmarks.gpu.accuracy", _ACCURACY, script="benchmarks/gpu/accuracy.sh"),
+    Benchmark("gpu_accuracy", "benchmarks.accuracy.collect", _ACCURACY, script="benchmarks/gpu/accuracy.sh"),
     Benchmark(
         "gpu_kernels",
         "benchmarks.kernels",

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from benchmarks.accuracy import __main__ as accuracy
-from benchmarks.accuracy.collected import TOGETHER, AnswerFile, judge_answers, read_answers
+from benchmarks.accuracy.answer_file import TOGETHER, AnswerFile, judge_answers, read_answers
+from benchmarks.accuracy.collect import body_of, by_server
 from benchmarks.accuracy.judge import Judge
 from benchmarks.accuracy.problems import Problem
 from benchmarks.accuracy.run import Sampling
@@ -19,7 +20,6 @@ from benchmarks.accuracy.store import Sample
 from benchmarks.common.schema import read_table
 from benchmarks.common.settings import parse_setting
 from benchmarks.common.tables import ACCURACY
-from benchmarks.gpu.accuracy import body_of, by_server
 from tests.algorithm.cases import fresh_seed
 
 NONE, RKV, LARGE = (parse_setting(name) for name in ("none", "rkv:64:16", "rkv:128:32"))

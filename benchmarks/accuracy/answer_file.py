@@ -75,7 +75,9 @@ def read_answers(path: Path) -> tuple[dict[str, Any], dict[Setting, list[Sample]
             found.setdefault(fields.pop("setting"), []).append(Sample(**fields))
         return info, {parse_setting(name): samples for name, samples in found.items()}
     except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds no answers of benchmarks.gpu.accuracy ({error}): name another file") from None
+        raise ValueError(
+            f"{path} holds no answers of benchmarks.accuracy.collect ({error}): name another file"
+        ) from None
 
 
 def judge_answers(

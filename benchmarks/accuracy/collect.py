@@ -1,6 +1,6 @@
 """The answers of many settings to the same problems, from servers side by side on one GPU, for the accuracy benchmark.
 
-    python -m benchmarks.gpu.accuracy --model M --problems FILE --settings none rkv:64:32 rkv:128:32 ... | @FILE
+    python -m benchmarks.accuracy.collect --model M --problems FILE --settings none rkv:64:32 rkv:128:32 ... | @FILE
         [--limit N] [--max-tokens 768] [--concurrency 256] [--servers 12] [--flags "..."] [--out FOLDER] [--smoke]
 
 Settings that differ in budget and buffer alone share one server: each request names its own, in ``custom_params``.
@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.accuracy.collected import AnswerFile
+from benchmarks.accuracy.answer_file import AnswerFile
 from benchmarks.accuracy.problems import DRY_RUN_PROBLEMS, Problem, load_problems
 from benchmarks.accuracy.run import INSTRUCTION, Sampling, ask_server, collect_sample, num_devices, setting_server
 from benchmarks.common.arguments import SMALL_MODEL, benchmark_parser
