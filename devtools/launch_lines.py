@@ -19,10 +19,11 @@ PAGE = ROOT / "docs" / "launch-lines.md"
 KINDS = {
     "H100": "A100, H100, H200",
     "B200": "B200, B300, GB200, GB300",
-    "MI300X": "MI300X, MI325X, MI350X, MI355X",
+    "MI300X": "MI300X, MI325X",
+    "MI350X": "MI350X, MI355X",
 }
 # What SGLang chooses by itself there, and what may be chosen instead.
-INSTEAD = {"MI300X": "--attention-backend triton"}
+INSTEAD = dict.fromkeys(("MI300X", "MI350X"), "--attention-backend triton")
 
 
 @dataclass(frozen=True)
@@ -60,28 +61,42 @@ LINES = (
     Line("Llama-3.1", "--tp-size 4 --kv-cache-dtype fp8_e4m3"),
     Line("Mistral-Large", "--tp-size 8"),
     Line("Mistral-Nemo", "--context-length 65536"),
+    Line("Mistral-Small-3", "--context-length 32768 --tool-call-parser mistral"),
     Line("GLM-4.6", "--tp-size 8 --reasoning-parser glm45 --tool-call-parser glm45"),
     Line("GLM-4.6", "--tp-size 8 --speculative-algorithm EAGLE --speculative-num-steps 3 --speculative-eagle-topk 1"),
     Line("MiniMax-M2", "--tp-size 4 --mem-fraction-static 0.85"),
+    Line("MiniMax-M2.7", "--tp-size 8 --ep-size 8 --tool-call-parser minimax-m2"),
     Line("Qwen3-VL", "--tp-size 1"),
     Line("Qwen3-VL-MoE", "--tp-size 4 --ep-size 4"),
     Line("GLM-4.6V", "--tp-size 4 --mm-enable-dp-encoder"),
     Line("GLM-4.6V-Flash", "--tp-size 1"),
+    Line("Intern-S1", "--tp-size 8 --trust-remote-code"),
+    Line("LLaDA-2.1", "--trust-remote-code --dllm-algorithm LowConfidence"),
     Line("gpt-oss", "--tp-size 2 --reasoning-parser gpt-oss"),
     Line("Mellum", "--tp-size 1"),
     Line("Llama-4-Scout", "--tp-size 8 --context-length 65536"),
+    Line("Gemma-3", "--tp-size 2"),
+    Line("Gemma-3", "--tp-size 2 --kv-budget 512"),
     Line("Gemma-4", "--tp-size 2"),
-    Line("Step-3.5-Flash", "--tp-size 4"),
+    Line("Step-3.5-Flash", "--tp-size 4 --trust-remote-code"),
+    Line("Step-3.5-Flash", "--tp-size 4 --trust-remote-code --kv-window 512", policy="random_attention"),
     Line("MiMo-V2-Flash", "--tp-size 4"),
     Line("DeepSeek-R1", "--tp-size 8"),
     Line("DeepSeek-R1", "--tp-size 8 --attention-backend triton", policy="random_attention"),
     Line("DeepSeek-V3.2", "--tp-size 8"),
+    Line("DeepSeek-Math-V2", "--tp-size 8 --dp-size 8 --enable-dp-attention"),
+    Line("Mistral-Small-4", "--tp-size 2 --tool-call-parser mistral --reasoning-parser mistral"),
     Line("Kimi-K2", "--tp-size 8 --tool-call-parser kimi_k2"),
     Line("Kimi-K2.5", "--tp-size 8"),
+    Line("Kimi-K2.6", "--tp-size 8 --kv-cache-dtype fp8_e4m3"),
     Line("GLM-5", "--tp-size 8"),
+    Line("GLM-5.1", "--tp-size 8 --reasoning-parser glm45"),
     Line("Qwen3-Next", "--tp-size 4"),
+    Line("Qwen3-Coder-Next", "--tp-size 4 --tool-call-parser qwen3_coder"),
     Line("Qwen3.5", "--tp-size 8"),
-    Line("Nemotron-3", "--tp-size 1"),
+    Line("Qwen3.6", "--tp-size 2 --reasoning-parser qwen3"),
+    Line("Nemotron-3-Nano", "--tp-size 1"),
+    Line("Nemotron-3-Super", "--tp-size 4 --kv-cache-dtype fp8_e4m3"),
     Line("Ring-2.5", "--tp-size 8"),
 )
 
@@ -93,8 +108,9 @@ Made by `python -m devtools.launch_lines` from the table in `devtools/launch_lin
 Whether a server starts with a policy, for the families of models that people serve and the GPUs they serve them on, as
 `rkv-sglang doctor --command "..." --model-config config.json --hardware GPU` says it: SGLang's own resolution of the
 arguments, told of that GPU, and every refusal. Models stand for their family by the shape that their public
-`config.json` gives. What it cannot see are the weights, the memory that they leave, and how the kernels of a GPU that
-the project has not run on behave: [compatibility](compatibility.md) says what has run where.
+`config.json` gives (Mistral-Small-4: its `params.json`). What it cannot see are the weights, the memory that they
+leave, and how the kernels of a GPU that the project has not run on behave: [compatibility](compatibility.md) says what
+has run where.
 
 "with `FLAG`" starts if that flag is added to the line. Every line begins with `sglang serve MODEL`.
 
@@ -115,15 +131,17 @@ def judge(line: Line, hardware: str) -> Verdict:
 def _ask(flags: str, shape: str, hardware: str) -> tuple[str, ...]:
     out = io.StringIO()
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "config.json"
+        # What has no kind is of Mistral's own making.
+        config = Path(folder) / ("config.json" if "model_type" in SHAPES[shape] else "params.json")
         config.write_text(json.dumps(SHAPES[shape]))
-        status = check_command(f"sglang serve MODEL {flags}", str(config), out, hardware=hardware)
+        # SGLang looks at a model's name, too.
+        status = check_command(f"sglang serve {shape} {flags}", str(config), out, hardware=hardware)
     return tuple(map(_reason, out.getvalue().splitlines())) if status else ()
 
 
 def _reason(line: str) -> str:
     """Return what of a refusal is of no one model alone."""
-    return re.sub(r"^--model-path MODEL \(\w+\) cannot", "This model cannot", line)
+    return re.sub(r"^--model-path \S+ \(\w+\) cannot", "This model cannot", line)
 
 
 def render() -> str:

@@ -42,7 +42,10 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--page-size", type=int, default=1, help="as the server's")
     group.add_argument("--tp-size", type=int, default=1, help="as the server's")
     group.add_argument(
-        "--kv-itemsize", type=int, default=None, help="bytes of a cached number, 1 for fp8; the model's by default"
+        "--kv-itemsize",
+        type=int,
+        default=None,
+        help="bytes of a cached number, 1 for fp8; by default what the server takes for the model by itself",
     )
 
 
@@ -79,6 +82,19 @@ def _check_heads(num_qo_heads: int, num_kv_heads: int, tp_size: int) -> None:
         )
 
 
+def asks_for_fp8_kv(config: Any) -> bool:
+    """Return whether a checkpoint's configuration asks for its KV to be kept in fp8, as SGLang reads it."""
+    asked = getattr(config, "quantization_config", None)
+    if not isinstance(asked, dict):
+        return False
+    scheme, method = asked.get("kv_cache_scheme"), str(asked.get("quant_method", "modelopt"))
+    if not isinstance(scheme, dict) or not method.startswith(("modelopt", "compressed")):
+        return not method.startswith("compressed") and str(asked.get("kv_cache_quant_algo")).upper() == "FP8"
+    is_fp8 = scheme.get("type") == "float" and scheme.get("num_bits") == 8
+    is_one_factor = scheme.get("strategy") == "tensor" and scheme.get("symmetric", True) and not scheme.get("dynamic")
+    return bool(is_fp8 and (is_one_factor or method.startswith("modelopt")))
+
+
 def model_shape(model_path: str, tp_size: int, kv_itemsize: int | None) -> ModelShape:
     """Read a model's shape from its Hugging Face configuration.
 
@@ -97,6 +113,7 @@ def model_shape(model_path: str, tp_size: int, kv_itemsize: int | None) -> Model
             f"--model-path {model_path} has no usable configuration ({reason}): name a folder with a "
             "config.json or a model on the Hub"
         ) from error
+    own_kv_itemsize = 1 if asks_for_fp8_kv(config) else None
     config = config.get_text_config()
     num_qo_heads = getattr(config, "num_attention_heads", None)
     if num_qo_heads is None or getattr(config, "kv_lora_rank", None):
@@ -113,7 +130,7 @@ def model_shape(model_path: str, tp_size: int, kv_itemsize: int | None) -> Model
         num_kv_heads=max(1, num_kv_heads // tp_size),
         head_dim=head_dim,
         v_head_dim=head_dim,
-        kv_itemsize=kv_itemsize or itemsize,
+        kv_itemsize=kv_itemsize or own_kv_itemsize or itemsize,
         query_itemsize=itemsize,
     )
 

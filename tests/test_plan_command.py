@@ -1,9 +1,12 @@
 """The plan's table is arithmetic on a model's configuration."""
 
+import copy
 import json
+import random
 from pathlib import Path
 
 import pytest
+from sglang.srt.layers.quantization import get_quantization_config
 
 from rkv_sglang import cli
 
@@ -42,6 +45,45 @@ def test_what_looks_at_nothing_takes_nothing_beside_the_cache(tmp_path, capsys) 
     assert list(counts.values()) == ["38", "38", "39"]
     assert cli.main(["doctor", "--plan", "--model-path", str(tmp_path), *flags, "--buffer", "100"]) == 1
     assert capsys.readouterr().err.endswith("--granularity request drops together: set --buffer 112\n")
+
+
+def _kib_per_token(folder: Path, capsys: pytest.CaptureFixture[str], quantization: object, *flags: str) -> str:
+    (folder / "config.json").write_text(json.dumps({**LLAMA_8B, "quantization_config": quantization}))
+    assert cli.main(["doctor", "--plan", "--model-path", str(folder), *flags]) == 0
+    return capsys.readouterr().out.split(" KiB")[0]
+
+
+def test_a_checkpoint_that_asks_for_fp8_takes_half(tmp_path, capsys) -> None:
+    scheme = {"type": "float", "num_bits": 8, "strategy": "tensor", "dynamic": False}
+    asking = {"quant_method": "compressed-tensors", "kv_cache_scheme": scheme}
+    assert _kib_per_token(tmp_path, capsys, asking) == "64"
+    assert _kib_per_token(tmp_path, capsys, asking, "--kv-itemsize", "2") == "128"
+    assert _kib_per_token(tmp_path, capsys, {**asking, "kv_cache_scheme": None}) == "128"
+
+
+def test_what_asks_for_fp8_is_what_sglang_takes_for_it(tmp_path, capsys, rng: random.Random) -> None:
+    seen = set()
+    for _ in range(300):
+        method = rng.choice(["compressed-tensors", "modelopt", "fp8"])
+        scheme = {
+            "type": rng.choice(["float", "float", "int"]),
+            "num_bits": rng.choice([8, 8, 8, 4]),
+            "strategy": rng.choice(["tensor", "tensor", "attn_head"]),
+            "symmetric": rng.choice([True, True, False]),
+            "dynamic": rng.choice([False, False, True]),
+        }
+        fields = {
+            "kv_cache_scheme": rng.choice([None, scheme, scheme]),
+            "kv_cache_quant_algo": rng.choice([None, "FP8", "fp8", "NVFP4"]),
+        }
+        given = {key: value for key, value in fields.items() if rng.random() < 0.8}
+        asking = {"quant_method": method, "quant_algo": "FP8", "activation_scheme": "dynamic", **given}
+        reader = get_quantization_config({"modelopt": "modelopt_fp8"}.get(method, method))
+        taken = getattr(reader.from_config(copy.deepcopy(asking)), "kv_cache_quant_algo", None)
+        is_fp8 = isinstance(taken, str) and taken.upper() == "FP8"
+        assert _kib_per_token(tmp_path, capsys, asking) == ("64" if is_fp8 else "128"), asking
+        seen.add((method, is_fp8))
+    assert len(seen) == 6
 
 
 @pytest.mark.parametrize(

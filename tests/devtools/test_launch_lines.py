@@ -28,8 +28,8 @@ def test_every_line_and_every_shape_is_on_the_page():
     assert {line.shape for line in LINES} == set(SHAPES)
 
 
-def test_what_the_page_says_of_a_third_of_its_cells_is_what_the_doctor_says(rng: random.Random):
-    """Which third is drawn anew: all of them take minutes."""
+def test_what_the_page_says_of_a_quarter_of_its_cells_is_what_the_doctor_says(rng: random.Random):
+    """Which quarter is drawn anew: all of them take minutes."""
     listed = dict(table(PAGE.read_text(), "number", "reason"))
     for line, row in zip(LINES, rows(), strict=True):
         column = rng.randrange(len(KINDS))

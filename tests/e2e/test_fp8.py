@@ -1,7 +1,13 @@
 """A KV pool in fp8: the server answers as a dense cache that rounds keys and values, by the factors of each layer."""
 
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from devtools.tiny_models import tiny_model_path
 from tests.e2e.workload import Setting, assert_same_tokens, greedy, outputs_at_restores, retracting, six_prompts
@@ -13,11 +19,26 @@ from tests.support.oracle.dense import DenseResult, dense_generate
 MODEL = tiny_model_path("llama-gqa")
 SCALES = ((0.25, 0.02), (0.03, 0.125))
 DTYPES = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+_SCHEME = {"type": "float", "num_bits": 8, "dynamic": False}
+_MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["*"]}
+# Of nothing but the KV: what quantised weights are multiplied by, SGLang has for GPUs only.
+ASKING_FOR_FP8 = {
+    "compressed-tensors": {
+        "quant_method": "compressed-tensors",
+        "format": "dense",
+        "config_groups": {},
+        "ignore": [],
+        "kv_cache_scheme": {**_SCHEME, "strategy": "tensor", "symmetric": True},
+    },
+    "modelopt": {**_MODELOPT, "kv_cache_scheme": _SCHEME},
+    "modelopt-by-name": {**_MODELOPT, "kv_cache_quant_algo": "FP8"},
+}
 
 
-def run(dtype: str, setting: Setting, requests: list, *flags: str, **options: object) -> RunResult:
-    env = {"RKV_STAND_IN_FP8": ",".join(f"{k}:{v}" for k, v in SCALES), **options.pop("env", {})}  # type: ignore[dict-item]
-    flags = ("--model-path", str(MODEL), "--kv-cache-dtype", dtype, *setting.flags, *flags)
+def run(dtype: str, setting: Setting, requests: list, *flags: str, model: Path = MODEL, **options: object) -> RunResult:
+    scales = ",".join(f"{k}:{v}" for k, v in SCALES) if model == MODEL else "checkpoint"
+    env = {"RKV_STAND_IN_FP8": scales, **options.pop("env", {})}  # type: ignore[dict-item]
+    flags = ("--model-path", str(model), "--kv-cache-dtype", dtype, *setting.flags, *flags)
     result = run_scheduler(list(flags), requests, env=env, **options)  # type: ignore[arg-type]
     result.assert_clean()
     return result
@@ -89,6 +110,37 @@ def test_factors_follow_new_weights():
     for i, factor in enumerate((1, 2)):
         name, found = f"with {factor} times the factors", result.outputs[i].output_ids
         expected = assert_answer(found, name, prompt, "fp8_e4m3", setting, factor=factor)
+        assert len(expected.compactions) == 2
+
+
+def checkpoint(folder: Path, asking: dict[str, Any], factor: float) -> Path:
+    """Make a copy of the model that asks for fp8 KV and brings so many times the factors for it."""
+    shutil.copytree(MODEL, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": asking}))
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    for layer, scales in enumerate(SCALES):
+        for name, scale in zip("kv", scales, strict=True):
+            owner = f"{name}_proj." if asking["quant_method"] == "modelopt" else ""
+            weights[f"model.layers.{layer}.self_attn.{owner}{name}_scale"] = torch.tensor(factor * scale)
+    save_file(weights, file, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("name", ASKING_FOR_FP8)
+def test_a_checkpoint_that_asks_for_fp8_gets_it_with_its_own_factors(name, tmp_path):
+    """Nobody says so on the command line, and new weights bring others."""
+    setting, prompt = Setting(budget=24, buffer=16, policy="snapkv"), six_prompts()[4]
+    first, second = (checkpoint(tmp_path / str(factor), ASKING_FOR_FP8[name], factor) for factor in (1, 2))
+    requests = [greedy(prompt, 70), greedy(prompt, 70, at_step=130)]
+    fields = {"model_path": str(second), "load_format": "auto", "flush_cache": True}
+    update = Control(100, "UpdateWeightFromDiskReqInput", fields)
+    result = run("auto", setting, requests, model=first, controls=[update])
+    assert "dtype: torch.float8_e4m3fn, " in result.log
+    for i, factor in enumerate((1, 2)):
+        found = result.outputs[i].output_ids
+        expected = assert_answer(found, f"{name}, {factor}", prompt, "fp8_e4m3", setting, factor=factor)
         assert len(expected.compactions) == 2
 
 

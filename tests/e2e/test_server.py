@@ -198,18 +198,70 @@ def test_openai_chat_answers_and_counts_tokens(server):
     assert answer["usage"]["completion_tokens"] == NUM_TOKENS
 
 
-def test_over_grpc_answers_are_those_over_http(server, grpc_port):
-    body = {"model": "default", "messages": [{"role": "user", "content": "count on"}], "max_tokens": NUM_TOKENS}
-    body |= {"temperature": 0, "ignore_eos": True, "return_meta_info": True}
-    for custom, compactions in (({}, 6), ({"kv_budget": 20, "kv_buffer": 10}, 12)):
-        asked = body | {"custom_params": custom}
-        right = requests.post(f"{server.url}/v1/chat/completions", json=asked, timeout=120).json()["choices"][0]
-        (message,) = call_openai(grpc_port, "ChatComplete", asked)
+def test_however_a_chat_is_asked_for_its_answer_is_the_same(server):
+    """What passes no custom_params on, and says nothing of the policy, has the server's budget."""
+    message, custom = [{"role": "user", "content": "count on"}], {"custom_params": {"kv_budget": 1}}
+
+    def ask(path, **body):
+        answer = requests.post(server.url + path, json=body, timeout=120)
+        assert answer.status_code == 200, (path, answer.text)
+        return answer
+
+    chat = {"model": "default", "messages": message, "temperature": 0}
+    (right,) = ask("/v1/chat/completions", **chat, max_tokens=NUM_TOKENS, return_meta_info=True).json()["choices"]
+    text = right["message"]["content"]
+    assert right["meta_info"]["kv_compactions"] > 1
+    # SGLang takes two off.
+    greedy = {"model": str(MODEL), "temperature": 0, "max_output_tokens": NUM_TOKENS + 2, **custom}
+    for asked in ("count on", message):
+        response = ask("/v1/responses", input=asked, **greedy)
+        (said,) = response.json()["output"]
+        assert said["content"][0]["text"] == text and "kv_" not in response.text
+    streamed = ask("/v1/responses", input="count on", stream=True, **greedy).text
+    pieces = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
+    assert "".join(piece["delta"] for piece in pieces if piece["type"] == "response.output_text.delta") == text
+    assert "kv_" not in streamed
+    streaming = {"stream": True, "stream_options": {"include_usage": True}}
+    streamed = ask("/v1/chat/completions", **chat, max_tokens=NUM_TOKENS, **streaming).text
+    pieces = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
+    assert "".join(piece["choices"][0]["delta"].get("content") or "" for piece in pieces if piece["choices"]) == text
+    assert "kv_" not in streamed
+    said = ask("/v1/messages", **chat, max_tokens=NUM_TOKENS, **custom).json()
+    assert said["content"][0]["text"] == text
+    options = {"temperature": 0, "num_predict": NUM_TOKENS}
+    said = ask("/api/chat", model="m", messages=message, stream=False, options=options).json()
+    assert said["message"]["content"] == text
+
+
+def test_what_this_model_cannot_answer_is_refused_and_the_server_serves_on(server):
+    """It is no embedding model and no reranker; that is SGLang's to say."""
+    for path, body in (
+        ("/v1/embeddings", {"model": "default", "input": "count on"}),
+        ("/v1/classify", {"model": "default", "input": "count on"}),
+        ("/v1/rerank", {"query": "count", "documents": ["on", "off"]}),
+    ):
+        answer = requests.post(server.url + path, json=body, timeout=60)
+        assert answer.status_code == 400, (path, answer.status_code, answer.text)
+    prompt = six_prompts()[1]
+    assert_as_the_oracle(server.generate(list(prompt), IGNORE_EOS)["output_ids"], prompt, "after them")
+
+
+@pytest.mark.parametrize(("custom", "compactions"), [({}, 6), ({"kv_budget": 20, "kv_buffer": 10}, 12)])
+def test_over_grpc_answers_are_those_over_http(server, grpc_port, custom, compactions):
+    body = {"model": "default", "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True, "custom_params": custom}
+    for path, method, more in (
+        ("/v1/chat/completions", "ChatComplete", {"messages": [{"role": "user", "content": "count on"}]}),
+        ("/v1/completions", "Complete", {"prompt": "count on"}),
+    ):
+        asked = body | more | {"return_meta_info": True}
+        right = requests.post(server.url + path, json=asked, timeout=120).json()["choices"][0]
+        (message,) = call_openai(grpc_port, method, asked)
         answer = json.loads(message[message.index("{") : message.rindex("}") + 1])["choices"][0]
-        assert answer["message"] == right["message"]
+        assert answer.get("message") == right.get("message") and answer.get("text") == right.get("text")
         told = ("kv_policy", "kv_compactions", "kv_evicted_tokens", "kv_prompt_tokens")
-        assert [answer["meta_info"][name] for name in told] == [right["meta_info"][name] for name in told]
-        assert answer["meta_info"]["kv_compactions"] == compactions
+        if method == "ChatComplete":
+            assert [answer["meta_info"][name] for name in told] == [right["meta_info"][name] for name in told]
+            assert answer["meta_info"]["kv_compactions"] == compactions
 
 
 def test_clients_that_vanish_and_aborts_at_any_step_lose_nothing(server):

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from rkv_sglang.config import POLICY_FIELD
+
 # Compute capability; none of AMD's has one that SGLang asks for.
 NVIDIA = {
     "A100": (8, 0),
@@ -17,6 +19,8 @@ NVIDIA = {
     "GB300": (10, 3),
 }
 AMD = ("MI300X", "MI325X", "MI350X", "MI355X")
+# Where SGLang keeps fp8 in AMD's own format, whose bytes mean other numbers.
+_OWN_FP8 = ("MI300X", "MI325X")
 HARDWARE = (*NVIDIA, *AMD)
 
 
@@ -36,6 +40,23 @@ def facts_of(hardware: str) -> dict[str, Any]:
         "device_sm": 10 * major + minor,
         "device_capability": (major, minor),
     }
+
+
+def fp8_problems(view: Any, hardware: str | None, *, asks_for_fp8: bool) -> Iterator[str]:
+    """Yield why a KV pool in fp8 would be refused on this GPU, by the scheduler that builds it.
+
+    Args:
+        view: SGLang's resolved view of the arguments of a server with a policy.
+        hardware: The GPU; None if it is not known.
+        asks_for_fp8: Whether the checkpoint asks for fp8 where the arguments leave it open.
+    """
+    dtype, policy = str(view.kv_cache_dtype), getattr(view, POLICY_FIELD)
+    is_fp8 = dtype.startswith("fp8") or (dtype == "auto" and asks_for_fp8)
+    if hardware in _OWN_FP8 and is_fp8:
+        yield (
+            f"--kv-cache-dtype {dtype} cannot be combined with --kv-policy {policy}: on {hardware} the KV "
+            "pool would store float8_e4m3fnuz, whose numbers the policy cannot read; set --kv-cache-dtype bfloat16"
+        )
 
 
 @contextlib.contextmanager

@@ -68,7 +68,7 @@ def _look(launch: Launch, model_config: str | None, hardware: str | None) -> tup
     if plugin.problem is not None:
         problems.append(plugin.problem)
     with as_on(hardware):
-        refusals, flags, unchecked = look_at_server(parser, options, model_config, is_gpu_known=hardware is not None)
+        refusals, flags, unchecked = look_at_server(parser, options, model_config, hardware=hardware)
     added = "".join(f" {flag}, which it sets by itself," for flag in flags)
     verdict = (
         f"would start with --kv-policy {policy}{' and' if added else ','}{added} as far as this machine can tell; "

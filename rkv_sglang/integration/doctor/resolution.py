@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
@@ -16,12 +13,14 @@ from sglang.srt.utils import get_device
 
 from rkv_sglang.config import PARAMETERS_FIELD
 from rkv_sglang.integration.doctor.arguments import MODEL_FLAG, NO_MODEL
+from rkv_sglang.integration.doctor.hardware import fp8_problems
+from rkv_sglang.integration.doctor.model_folder import folder_of
 from rkv_sglang.integration.startup.policy_parameters import read_parameters
 from rkv_sglang.integration.startup.refusals import flag_problems, model_problems, refused_values
 from rkv_sglang.integration.startup.server_args import RKVServerArgs
 from rkv_sglang.integration.startup.sliding import ONE_POOL_FLAG, keep_in_one_pool
 from rkv_sglang.messages import one_line
-from rkv_sglang.user_files import read_text, reason
+from rkv_sglang.plan_command import asks_for_fp8_kv
 
 NEVER_CHECKED = "the weights and the memory that they leave; the pools and layers that the scheduler builds"
 GPU_UNCHECKED = "what SGLang would choose for a GPU, as there is none here"
@@ -32,7 +31,7 @@ def look_at_server(
     options: argparse.Namespace,
     model_config: str | None,
     *,
-    is_gpu_known: bool = False,
+    hardware: str | None = None,
 ) -> tuple[list[str], list[str], list[str]]:
     """Resolve the arguments of a server with a policy as its launcher does, and collect what it would refuse.
 
@@ -40,7 +39,7 @@ def look_at_server(
         parser: From which ``options`` come.
         options: The arguments as they were given.
         model_config: A model's config.json that stands for the model's own.
-        is_gpu_known: Whether SGLang is told of a GPU, whatever this machine has.
+        hardware: The GPU that SGLang is told of, whatever this machine has; None for what it has.
 
     Returns:
         One line for every reason to refuse, in the order of a start; flags that would be set; what was not checked.
@@ -55,17 +54,17 @@ def look_at_server(
     problems += flag_problems(resolving_view(early))
     # What SGLang says then is not about what was refused already.
     mended = _without_refused(parser, options, resolving_view(early))
-    if mended.device is None and (is_gpu_known or not _has_accelerator()):
+    if mended.device is None and (hardware is not None or not _has_accelerator()):
         mended.device = "cuda"
-        if not is_gpu_known:
+        if hardware is None:
             unchecked.append(GPU_UNCHECKED)
     with contextlib.ExitStack() as stack:
         try:
-            folder = stack.enter_context(_folder_of(model_config)) if model_config else options.model_path
+            folder = stack.enter_context(folder_of(model_config, options)) if model_config else options.model_path
         except ValueError as error:
             return [*problems, str(error)], [], unchecked
         flags: list[str] = []
-        problems += _look_at_resolved(mended, folder, options.model_path, flags)
+        problems += _look_at_resolved(mended, folder, options.model_path, flags, hardware)
     return problems, flags, unchecked
 
 
@@ -79,7 +78,9 @@ def _with_parameters(options: argparse.Namespace, problems: list[str]) -> argpar
     return argparse.Namespace(**{**vars(options), PARAMETERS_FIELD: parameters})
 
 
-def _look_at_resolved(options: argparse.Namespace, folder: str, model_path: str, flags: list[str]) -> Iterator[str]:
+def _look_at_resolved(
+    options: argparse.Namespace, folder: str, model_path: str, flags: list[str], hardware: str | None
+) -> Iterator[str]:
     """Yield what is refused once model and defaults are known; add to ``flags`` those that would be set.
 
     ``model_path`` is the name of the model in messages.
@@ -90,7 +91,7 @@ def _look_at_resolved(options: argparse.Namespace, folder: str, model_path: str,
         return one_line(error).replace(folder, model_path)
 
     names = {"model_path": folder, "served_model_name": options.served_model_name or model_path}
-    is_dummy = folder.lower() in ("none", NO_MODEL)
+    is_dummy, asks_for_fp8 = folder.lower() in ("none", NO_MODEL), False
     if not is_dummy:
         looked_at = _args(options, **names)
         try:
@@ -104,6 +105,7 @@ def _look_at_resolved(options: argparse.Namespace, folder: str, model_path: str,
         else:
             flags += [ONE_POOL_FLAG] if keep_in_one_pool(looked_at) else []
             model.model_path = model_path
+            asks_for_fp8 = asks_for_fp8_kv(model.hf_config)
             yield from model_problems(model, resolving_view(looked_at))
     args = _args(options, **names)
     problem = None
@@ -115,6 +117,7 @@ def _look_at_resolved(options: argparse.Namespace, folder: str, model_path: str,
     except Exception as error:
         problem = f"SGLang itself refuses the command ({type(error).__name__}: {told(error)}): mend what it names"
     yield from flag_problems(resolving_view(args))
+    yield from fp8_problems(resolving_view(args), hardware, asks_for_fp8=asks_for_fp8)
     if problem is not None:
         yield problem
 
@@ -141,24 +144,3 @@ def _has_accelerator() -> bool:
     except RuntimeError:
         return False
     return True
-
-
-@contextlib.contextmanager
-def _folder_of(model_config: str) -> Iterator[str]:
-    """Make a folder that looks like a model's, for the while.
-
-    Raises:
-        ValueError: The file holds no JSON object; one line.
-    """
-    try:
-        text = read_text(os.path.expanduser(model_config))
-        is_object = isinstance(json.loads(text), dict)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"--model-config {model_config} cannot be read ({reason(error)}): name a model's config.json"
-        ) from None
-    if not is_object:
-        raise ValueError(f"--model-config {model_config} holds no JSON object: name a model's config.json")
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(text, encoding="utf-8")
-        yield folder

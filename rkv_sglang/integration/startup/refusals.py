@@ -16,6 +16,14 @@ from rkv_sglang.integration.startup.sliding import (
 from rkv_sglang.integration.startup.verify_switch import verify_problem
 
 _KNOWN_LAYERS = ("full_attention", "attention", "sliding_attention")
+# Models that write by diffusion, and others in which a token attends to what comes behind it.
+LOOK_AHEAD = (
+    "DiffusionGemmaForBlockDiffusion",
+    "HrmTextForCausalLM",
+    "LLaDA2MoeModelLM",
+    "SDARForCausalLM",
+    "SDARMoeForCausalLM",
+)
 
 
 def refuse(server_args: Any) -> None:
@@ -99,6 +107,10 @@ def model_problems(model_config: Any, server_args: Any) -> Iterator[str]:
     problems = (
         (not model_config.is_generation, "it does not generate"),
         (model_config.is_encoder_decoder, "its decoder also attends to an encoder's cache"),
+        (
+            any(name in LOOK_AHEAD for name in model_config.hf_config.architectures or ()),
+            "its tokens attend to later ones, too, and compaction expects that none is seen before it is written",
+        ),
         (
             mambaish_config(model_config) is not None or model_config.attention_arch == AttentionArch.SSM,
             "some of its layers keep a recurrent state instead of keys and values",

@@ -88,6 +88,7 @@ MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 REFUSED_MODELS = [
     ("LlamaForSequenceClassification", transformers.LlamaConfig(**TINY), "does not generate"),
     ("WhisperForConditionalGeneration", transformers.WhisperConfig(), "encoder's cache"),
+    ("SDARForCausalLM", transformers.Qwen3Config(**TINY), "attend to later ones"),
     ("Mamba2ForCausalLM", transformers.Mamba2Config(num_heads=8, head_dim=16, hidden_size=64), "recurrent state"),
     ("Qwen3NextForCausalLM", transformers.Qwen3NextConfig(**TINY), "recurrent state"),
     ("DeepseekV3ForCausalLM", transformers.DeepseekV3Config(**{**TINY, "num_key_value_heads": 4}), "is MLA"),

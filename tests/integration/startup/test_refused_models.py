@@ -1,15 +1,17 @@
 """A model or a scheduler whose cache is not what a policy knows is refused, and every ordinary one is served."""
 
 import pickle
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sglang
 import torch
 import transformers
 from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
-from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.configs.model_config import ModelConfig, is_generation_model
 from sglang.srt.environ import envs
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
@@ -17,7 +19,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from rkv_sglang.integration.hooks.steps import refuse_late, refuse_resolved
-from rkv_sglang.integration.startup.refusals import refuse_model, refuse_runtime
+from rkv_sglang.integration.startup.refusals import LOOK_AHEAD, refuse_model, refuse_runtime
 from rkv_sglang.integration.startup.server_args import RKVServerArgs
 from rkv_sglang.integration.startup.sliding import keep_in_one_pool
 from rkv_sglang.policy_names import BLIND_NAMES
@@ -47,6 +49,15 @@ def test_models_of_plain_attention_are_served(tmp_path: Path, architecture: str)
     args = RKVServerArgs(model_path=path, kv_policy="rkv")
     keep_in_one_pool(args)
     refuse_model(model_config_of(args), args)
+
+
+def test_every_model_that_sglang_has_look_ahead_is_known() -> None:
+    found = set()
+    for file in (Path(sglang.__path__[0]) / "srt" / "models").glob("*.py"):
+        source = file.read_text()
+        if re.search(r"attn_type=AttentionType\.(?!DECODER\b)", source):
+            found |= set(re.findall(r"\w+", re.search(r"^EntryClass\W+(.*)", source, re.M | re.S)[1]))
+    assert {name for name in found if is_generation_model([name])} == set(LOOK_AHEAD)
 
 
 @pytest.mark.parametrize("policy", ["streaming_llm", "random", "random_attention", "rkv", "keydiff"])

@@ -5,7 +5,8 @@
                          triton, because SGLang serves no model with attention sinks by torch_native.
 ``RKV_STAND_IN_FP8``     SGLang builds an e4m3 pool as on a GPU (on a CPU it wants one with AMX), and the backend
                          torch_native writes and reads fp8 pools with the scales of their layers, as those of a GPU do.
-                         The value is those scales, ``K:V`` of each layer; new weights double them.
+                         The value is those scales, ``K:V`` of each layer; new weights double them. If it is
+                         ``checkpoint``, they are what SGLang reads of a checkpoint, which then may be of fp32.
 ``RKV_STAND_IN_PADDING`` the backend torch_native says, as those of a GPU do, how long a request is that only fills up a
                          batch; on a CPU SGLang asks it that where ranks step together, and it has no answer.
 ``RKV_STAND_IN_PINNING`` memory that is asked for page-locked is plain: without a GPU there is no other, and SGLang's
@@ -167,10 +168,22 @@ def _build_fp8_pools() -> None:
             return getattr(own, name)
 
     kv_cache_configurator.current_platform = kv_cache_dtype.current_platform = NoCpu()
+    if os.environ["RKV_STAND_IN_FP8"] == "checkpoint":
+        _let_fp32_be_quantised()
+        return
     runner = "sglang.srt.model_executor.model_runner.ModelRunner"
     HookRegistry.register(f"{runner}.load_model", _set_scales, HookType.AFTER)
     updater = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
     HookRegistry.register(f"{updater}.update_weights_from_disk", _double_scales, HookType.AFTER)
+
+
+def _let_fp32_be_quantised() -> None:
+    import torch
+    from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+    from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp8Config
+
+    for config in (CompressedTensorsConfig, ModelOptFp8Config):
+        config.get_supported_act_dtypes = lambda _: [torch.float32]
 
 
 def _attention_layers(model: Any) -> list[Any]:
