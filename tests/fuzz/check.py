@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from tests.fuzz.expected.answers import FP8_DTYPES, expected_of
+from tests.fuzz.expected.answers import FP8_DTYPES, expected_of, kinds_of_marked
 from tests.fuzz.expected.history import History
 from tests.fuzz.inside.clean_up import FIRST_INDEX
-from tests.fuzz.schedule import FuzzRequest, Schedule, ServerConfig, rid_of
+from tests.fuzz.schedule import FuzzRequest, Schedule, rid_of
+from tests.fuzz.server import ServerConfig
 from tests.support.oracle.dense import SCORE_TOLERANCE
 
 # What an answer may be ended for once its request was preempted; the request can be sent again.
@@ -117,7 +118,7 @@ def _check_request(
         alone = record.get("alone", {}).get(index)
         problems += _compare_alone(tokens, end, retractions, alone, counts)
     else:
-        answer = output | {"info": info, "prompt": record["prompts"][rid]}
+        answer = output | {"info": info, "prompt": record["prompts"][rid], "prompt_len": record["prompt_lens"][rid]}
         problems += _compare_with_any(schedule.server, request, answer, retractions, history, maker, counts)
     if info is not None:
         problems += _check_info(schedule.server, request, record, rid, info, history.held_by(index))
@@ -215,8 +216,16 @@ def compare_oracle(
     is_cut = end["type"] == "abort"
     # Where it may have a head start, its own limit says whether it is compacted at all.
     limit = len(tokens) if is_cut and not server.stagger else request.max_new_tokens
-    expected = expected_of(server, request, output["prompt"], limit, retractions, guess=tokens, maker=maker, pool=pool)
+    prompt, prompt_len = output["prompt"], output["prompt_len"]
+    expected = expected_of(
+        *(server, request, prompt, limit, retractions),
+        guess=tokens,
+        maker=maker,
+        pool=pool,
+        prompt_len=prompt_len,
+    )
     counts["compared with the oracle"] += 1
+    counts.update(kinds_of_marked(request, len(prompt) - prompt_len, retractions, expected))
     counts["compared after a preemption"] += bool(retractions)
     counts["compared after a restore"] += any(place["copied"] for place in retractions)
     counts["compactions compared"] += sum(c.num_outputs < len(tokens) for c in expected.compactions)
@@ -257,6 +266,10 @@ def _check_info(
         is_whole = record["outputs"][rid]["finish_reason"]["type"] != "abort"
         if is_whole and info["kv_resident_tokens"] + evicted != seen:
             problems.append(f"its answer says {info}, and {seen} tokens were seen")
+        prompt_len = record["prompt_lens"][rid]
+        is_plain = is_whole and request.prefix is None and not request.kept_of_prompt(server)
+        if is_plain and info["kv_prompt_tokens"] != prompt_len:
+            problems.append(f"its answer says {info}, and its prompt has {prompt_len} tokens")
     elif info["kv_compactions"] < len(own) or info["kv_evicted_tokens"] < evicted:
         problems.append(f"its answer says {info}, seen were {len(own)} compactions of {evicted} tokens")
     return problems

@@ -43,7 +43,11 @@ def size(schedule: Schedule) -> tuple[int, int, int]:
     requests = schedule.requests
     tokens = sum(len(request.prompt) + request.max_new_tokens + request.at_pass for request in requests)
     special = sum(
-        bool(request.params) + (request.abort_at is not None) + request.logprobs + request.asks("use")
+        bool(request.params)
+        + (request.abort_at is not None)
+        + request.logprobs
+        + request.asks("use")
+        + (request.marked is not None)
         for request in requests
     )
     return len(requests) + len(schedule.events), tokens, special
@@ -70,6 +74,7 @@ def smaller(schedule: Schedule) -> Iterator[Schedule]:
         plain = (
             {"params": {}},
             {"logprobs": False},
+            {"marked": None},
             {"abort_at": None, "abort_after": None},
             {"at_pass": 0},
             {"max_new_tokens": max(request.max_new_tokens // 2, 1)},

@@ -4,7 +4,8 @@ import random
 from dataclasses import replace
 
 from rkv_sglang.config import NUM_FIRST_KEPT
-from tests.fuzz.schedule import SLIDING_MODEL, FuzzRequest, ServerConfig
+from tests.fuzz.schedule import FuzzRequest
+from tests.fuzz.server import SLIDING_MODEL, ServerConfig
 
 
 def draw_prompt_budget(rng: random.Random, model: str | None, window: int, unit: int) -> int:

@@ -7,7 +7,7 @@ from rkv_sglang.config import HEAD, REQUEST
 from rkv_sglang.policies import POLICIES, granularities_of, is_blind, observes
 from rkv_sglang.sizes.compaction_plan import block_of_pages
 from tests.fuzz.draw.prompts import draw_prompt_budget
-from tests.fuzz.schedule import CALIBRATION_ROOM, SLIDING_MODEL, ServerConfig
+from tests.fuzz.server import CALIBRATION_ROOM, SLIDING_MODEL, ServerConfig
 
 # Every policy in every way that it can choose.
 WAYS = [(name, way) for way in (HEAD, REQUEST) for name, policy in POLICIES.items() if way in granularities_of(policy)]

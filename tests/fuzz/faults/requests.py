@@ -94,6 +94,27 @@ REQUESTS = (
         _MARKED,
     ),
     Mutant(
+        "what came back marked delays its compaction as a prompt would",
+        _RUNTIME,
+        "steps_until_due(config, state.held_prompt_len, resident_len, req",
+        "steps_until_due(config, len(req.origin_input_ids) - state.evicted_prompt_tokens, resident_len, req",
+        _MARKED,
+    ),
+    Mutant(
+        "of a prompt that is compacted what came back marked is a part",
+        "integration/runtime/prompts/compaction.py",
+        "PromptPlan(state.prompt_len, req.kv.kv_allocated_len,",
+        "PromptPlan(len(req.origin_input_ids), req.kv.kv_allocated_len,",
+        _MARKED,
+    ),
+    Mutant(
+        "an answer says that what came back marked is its prompt",
+        "integration/hooks/answers.py",
+        "PROMPT_KEY: state.held_prompt_len,",
+        "PROMPT_KEY: len(req.origin_input_ids) - state.evicted_prompt_tokens,",
+        _MARKED,
+    ),
+    Mutant(
         "what came back marked does not count as generated",
         _REQUESTS,
         "most = int(req.sampling_params.max_new_tokens) + num_carried_tokens(req)",
