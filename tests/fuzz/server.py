@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 
-from devtools.tiny_models import SLIDING_WINDOW, tiny_model_path
+from devtools.tiny_models import SINKS_MODEL, SLIDING_WINDOW, tiny_model_path
 from rkv_sglang.config import HEAD, REQUEST
 from rkv_sglang.sizes.compaction_plan import block_of_pages
 
@@ -13,8 +13,8 @@ CALIBRATION = {"questions": 2, "answer_tokens": 40}
 THOUGHTS = {"negligible": 0.01, "execution_up_to": 0.1, "transition_above": 0.95}
 # The longer of the two questions in a tiny model's chat template, with its answer.
 CALIBRATION_ROOM = 100 + 40
-# A tiny model of both kinds of layers.
-SLIDING_MODEL = "olmo3"
+# Tiny models of both kinds of layers; one of them has attention sinks, too.
+SLIDING_MODELS = ("olmo3", SINKS_MODEL)
 # Of the layers of an fp8 pool, the factors of keys and of values.
 FP8_SCALES = ((0.25, 0.02), (0.03, 0.125))
 
@@ -80,6 +80,9 @@ class ServerConfig:
             flags += ["--attn-dp-size", str(self.attn_dp_size)]
         if self.priority:
             flags += ["--enable-priority-scheduling", "--priority-scheduling-preemption-threshold", "0"]
+        if self.model == SINKS_MODEL:
+            # It stands for SGLang's backend of Blackwell: none of a CPU takes sinks.
+            flags += ["--attention-backend", "triton"]
         if self.policy == "triattention":
             flags += ["--kv-policy-config", json.dumps(CALIBRATION)]
         if self.policy == "thinkv":
@@ -101,13 +104,13 @@ class ServerConfig:
     def serves_prefixes(self) -> bool:
         """Whether it can make named prefixes."""
         has_one_rank = self.tp_size == self.attn_dp_size == 1
-        return self.granularity == HEAD and self.radix and has_one_rank and self.model != SLIDING_MODEL
+        return self.granularity == HEAD and self.radix and has_one_rank and self.model not in SLIDING_MODELS
 
     @property
     def least_budget(self) -> int:
         """The smallest that a request may ask for."""
         unit = self.block or 1
-        slides = self.model == SLIDING_MODEL and self.granularity == HEAD
+        slides = self.model in SLIDING_MODELS and self.granularity == HEAD
         return max(self.window + max(unit - 1, 1), SLIDING_WINDOW if slides else 0)
 
     @property
@@ -118,6 +121,8 @@ class ServerConfig:
             variables["RKV_STAND_IN_FP8"] = ",".join(f"{k_scale}:{v_scale}" for k_scale, v_scale in FP8_SCALES)
         if self.attn_dp_size > 1:
             variables["RKV_STAND_IN_PADDING"] = "1"
+        if self.model == SINKS_MODEL:
+            variables["RKV_STAND_IN_TRTLLM"] = "1"
         return variables
 
     @property

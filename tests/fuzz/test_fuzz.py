@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from devtools.tiny_models import SINKS_MODEL
 from tests.e2e.workload import random_ids
 from tests.fuzz.campaign import run_and_check
 from tests.fuzz.check import ENDED_IN_THE_QUEUE, check, compare_oracle
@@ -42,8 +43,8 @@ def test_random_schedules_give_right_tokens_and_lose_nothing(rng):
     schedules = []
     for _ in range(SERVERS):
         block = rng.randrange(10**6)
-        # Two ranks take the time of many schedules.
-        while server_of(block).tp_size > 1:
+        # Two ranks take the time of many schedules, and so does an interpreted kernel.
+        while server_of(block).tp_size > 1 or server_of(block).model == SINKS_MODEL:
             block += 1
         schedules += [schedule_of(block * BLOCK + i) for i in range(OF_ONE_SERVER)]
     problems = [
