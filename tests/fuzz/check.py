@@ -112,6 +112,7 @@ def _check_request(
         return problems
     maker = history.maker_of(index)
     counts["behind a prefix"] += maker is not None and len(tokens) > 0
+    counts["with an image"] += request.picture is not None and len(tokens) > 0
     if is_cut and end.get("message") == ENDED_BEFORE_ITS_GRAMMAR:
         counts["not compared"] += 1
     elif request.needs_itself_alone:

@@ -43,6 +43,7 @@ class FuzzRequest:
         prefix: What it asks of named prefixes, as ``kv_prefix``: a name to go on from, or an object.
         marked: As ``kv_prompt_len``, how many of its tokens are its prompt, the others an answer that came back; of a
             follow-up so many behind the former prompt. None: all are its prompt.
+        picture, picture_at: Which image is in its prompt, and the place of its first token there; None for none.
         logprobs: Return log-probabilities of the output.
         prompt_logprobs: Return those of the prompt, too, which is then computed anew.
         params: Further sampling parameters; what the oracle does not know of makes it compared with itself alone.
@@ -64,6 +65,8 @@ class FuzzRequest:
     priority: int | None = None
     prefix: Any = None
     marked: int | None = None
+    picture: int | None = None
+    picture_at: int = 0
     logprobs: bool = False
     prompt_logprobs: bool = False
     params: Mapping[str, Any] = field(default_factory=dict)
@@ -78,7 +81,8 @@ class FuzzRequest:
 
     def kept_of_prompt(self, server: ServerConfig) -> int:
         """Tokens of its prompt that stay where that is longer; 0: all."""
-        if self.no_policy or self.asks("use"):
+        # A prompt with an image stays whole.
+        if self.no_policy or self.asks("use") or self.picture is not None:
             return 0
         return server.prompt_budget if self.prompt_budget is None else self.prompt_budget
 

@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 
+from tests.fuzz.draw.images import image_of
 from tests.fuzz.schedule import FuzzRequest, Schedule
 
 # Shares of the follow-ups, whose former answers come back, and of other requests.
@@ -23,7 +24,10 @@ def _marked(rng: random.Random, request: FuzzRequest) -> FuzzRequest:
         marked, prompt = rng.choice([0, 0, 1, num_tokens]), request.prompt[:own]
     else:
         marked = rng.choice([1, 2, num_tokens - 1, num_tokens, *(rng.randint(1, num_tokens) for _ in range(4))])
-        marked, prompt = min(max(marked, 1), num_tokens), request.prompt
+        # Images stay.
+        image = image_of(request)
+        least = 1 if image is None else image.first + image.num_tokens
+        marked, prompt = min(max(marked, least), num_tokens), request.prompt
     # Named prefixes and requests without a policy have no marks: those are refused.
     if not is_marked or request.garbage or request.no_policy or request.prefix is not None:
         return request

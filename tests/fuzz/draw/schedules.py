@@ -2,6 +2,7 @@
 
 import random
 
+from tests.fuzz.draw.images import with_images
 from tests.fuzz.draw.marks import with_marks
 from tests.fuzz.draw.prefixes import with_prefixes
 from tests.fuzz.draw.prompts import with_prompt_budgets
@@ -22,7 +23,7 @@ def schedule_of(seed: int) -> Schedule:
     schedule = Schedule(seed=seed, server=server, requests=tuple(requests), events=tuple(_events(rng)))
     # Drawn apart, so that other seeds stay what they were.
     schedule = with_restores(random.Random(f"restores {seed}"), schedule)
-    return with_marks(seed, with_prefixes(seed, schedule))
+    return with_marks(seed, with_images(seed, with_prefixes(seed, schedule)))
 
 
 def _events(rng: random.Random) -> list[Event]:

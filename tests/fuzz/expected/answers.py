@@ -11,6 +11,7 @@ from rkv_sglang.config import PolicyConfig
 from rkv_sglang.sizes.lengths import RequestState
 from rkv_sglang.sizes.reservation import prompt_budget_after
 from tests.e2e.workload import Setting
+from tests.fuzz.draw.images import image_of
 from tests.fuzz.runner import policy_parameters
 from tests.fuzz.schedule import FuzzRequest
 from tests.fuzz.server import FP8_SCALES, ServerConfig
@@ -95,6 +96,7 @@ def expected_of(
         whole_prompt_after=whole,
         fp8=_fp8(server),
         prefix=None if maker is None else prefix_of(server, maker),
+        image=image_of(request),
     )
 
 

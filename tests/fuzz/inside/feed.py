@@ -5,9 +5,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from tests.fuzz.draw.images import image_of
 from tests.fuzz.inside.clean_up import CleanUp
 from tests.fuzz.schedule import BY_PRIORITY, CAUSES, FuzzRequest, Schedule, rid_of
-from tests.support.harness.messages import empty_output, generate_message
+from tests.support.harness.messages import empty_output, generate_message, image_inputs
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,9 @@ class Run:
         self.sent[rid] = self.passes
         self.prompts[rid], self.prompt_lens[rid] = prompt, prompt_len
         self.outputs[rid] = empty_output(len(prompt))
-        extra = {} if request.priority is None else {"priority": request.priority}
+        extra: dict[str, Any] = {} if request.priority is None else {"priority": request.priority}
+        if (image := image_of(request)) is not None:
+            extra["mm_inputs"] = image_inputs(image, len(prompt))
         return generate_message(
             rid,
             Request(

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from tests.support.oracle.attention import attend
+from tests.support.oracle.images import Image
 
 # Of an image model it is the language part, whose positions of three numbers are all the same in a text.
 KNOWN = ("llama", "qwen3", "granite", "qwen3_moe", "olmo3", "gpt_oss", "qwen2_5_vl_text")
@@ -134,6 +135,8 @@ class LayerCache:
 class Decoder:
     """Runs the modules of a transformers model over caches of our own.
 
+    ``image`` is one in the prompt, for a model that sees images.
+
     Attributes:
         windows: Of each layer the latest tokens that it attends to, a token's own included; None: to all.
 
@@ -141,7 +144,8 @@ class Decoder:
         ValueError: The model is of another kind, or a Granite with multipliers beside that of attention.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, image: Image | None = None) -> None:
+        self._image = image
         config: Any = model.config.get_text_config()
         if config.model_type not in KNOWN or getattr(config, "use_sliding_window", False):
             raise ValueError(f"the dense oracle knows {', '.join(KNOWN)}, not {config.model_type!r}")
@@ -200,6 +204,8 @@ class Decoder:
         decoder = self._decoder
         hidden = decoder.embed_tokens(torch.tensor(token_ids))
         positions = torch.arange(first_position, first_position + num_tokens)
+        if self._image is not None:
+            hidden = self._image.put(hidden, positions)
         cos, sin = self._rotation(hidden, positions)
         all_queries = []
         for layer, layer_cache, window in zip(decoder.layers, caches, self.windows, strict=True):
@@ -238,7 +244,8 @@ class Decoder:
 
     def _rotation(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosines and sines, ``[n, head_dim]``; all layers of a tiny model turn alike."""
-        arguments = [hidden.unsqueeze(0), positions.unsqueeze(0)]
+        turning = positions if self._image is None else self._image.positions_of(positions)
+        arguments = [hidden.unsqueeze(0), turning.unsqueeze(-2)]
         kind = ("full_attention",) if self._rotates_by_kind else ()
         cos, sin = (table.flatten(0, -3)[0] for table in self._decoder.rotary_emb(*arguments, *kind))
         if 2 * cos.shape[-1] == self.head_dim:

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.support.oracle.decoder import Decoder, DecodeSteps, Fp8, LayerCache, load_model, one_thread
+from tests.support.oracle.images import Image
 from tests.support.oracle.scores import ScoreFunction, ScoreInputs, rkv_scores
 
 # Where two logits or two scores lie closer, another order of summation may choose otherwise: some ten times what it was
@@ -146,6 +147,7 @@ def dense_generate(
     whole_prompt_after: Collection[int] = (),
     prefix: Prefix | None = None,
     carried_ids: Sequence[int] = (),
+    image: Image | None = None,
 ) -> DenseResult:
     """Generate greedily, keeping ``budget`` generated tokens per layer and KV head at each compaction.
 
@@ -186,6 +188,7 @@ def dense_generate(
         whole_prompt_after: After the prefills at these numbers of output tokens the prompt stays whole.
         carried_ids: What was generated after the prompt before: prefilled with it, and compacted as outputs are. No
             number of output tokens counts them, and ``early`` is given them in front of the outputs.
+        image: One in what is prefilled, in the places of some of its tokens.
 
     Raises:
         ValueError: The budget leaves no room beside the window, or the model is of another kind.
@@ -201,7 +204,7 @@ def dense_generate(
         max_new_tokens = min(max_new_tokens, len(forced_output_ids))
     if isinstance(restored_in_flight, bool):
         restored_in_flight = restore_at if restored_in_flight else ()
-    decoder = Decoder(model)
+    decoder = Decoder(model, image)
     num_before, gap = (0, 0) if prefix is None else (prefix.caches[0].length, prefix.length - prefix.caches[0].length)
     prompt_len = num_before + len(prompt_ids)
     num_carried = len(carried_ids)
