@@ -7,7 +7,7 @@ from tests.fuzz.draw.images import image_of
 from tests.fuzz.schedule import FuzzRequest, Schedule
 
 # Shares of the follow-ups, whose former answers come back, and of other requests.
-OF_FOLLOW_UPS, OF_OTHERS = 0.6, 0.2
+OF_FOLLOW_UPS, OF_OTHERS = 0.8, 0.2
 
 
 def with_marks(seed: int, schedule: Schedule) -> Schedule:

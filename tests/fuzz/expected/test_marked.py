@@ -23,7 +23,7 @@ REQUESTS = (
 
 @pytest.fixture(scope="module")
 def run():
-    events = (Event(at_pass=9, kind="retract"), Event(at_pass=18, kind="retract"))
+    events = (Event(at_pass=9, kind="retract"), Event(at_pass=26, kind="retract"))
     schedule = Schedule(seed=0, server=SERVER, requests=REQUESTS, events=events)
     (record,) = run_schedules([schedule])
     return schedule, record
