@@ -47,8 +47,8 @@ REQUESTS = (
     Mutant(
         "a bad request is served as if it had asked for nothing",
         "integration/hooks/admission.py",
-        "        req.set_finish_with_abort(str(error))\n",
-        "        pass\n",
+        "            req.set_finish_with_abort(str(error))\n",
+        "            pass\n",
         ("tests/e2e/test_sliding_windows.py", "-k", "olmo3-sliding-gather"),
     ),
     Mutant(
@@ -113,6 +113,13 @@ REQUESTS = (
         "PROMPT_KEY: state.held_prompt_len,",
         "PROMPT_KEY: len(req.origin_input_ids) - state.evicted_prompt_tokens,",
         _MARKED,
+    ),
+    Mutant(
+        "a mark may leave an image behind the prompt",
+        _REQUESTS,
+        "    if value < images_end:\n",
+        "    if False:\n",
+        ("tests/e2e/test_mrope.py", "-k", "images_always_stay"),
     ),
     Mutant(
         "what came back marked does not count as generated",
