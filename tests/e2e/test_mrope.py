@@ -10,7 +10,10 @@ import torch
 from devtools.tiny_models import IMAGE_MODEL, IMAGE_TOKEN_ID, tiny_model_path
 from tests.e2e.workload import Setting, assert_same_tokens, greedy, masked_oracle, outputs_at_restores, six_prompts
 from tests.support.harness.gate import Control
+from tests.support.harness.messages import image_inputs
 from tests.support.harness.scheduler import rid_of, run_scheduler
+from tests.support.oracle.dense import dense_generate
+from tests.support.oracle.images import Image
 
 # Patches of an image, by twos an embedding: so many rows and columns of these.
 GRID, ROWS, COLUMNS = (1, 6, 8), 3, 4
@@ -111,3 +114,39 @@ def test_tokens_equal_those_of_a_model_with_the_positions_of_all_tokens(granular
         assert len(output.output_ids) == num_tokens and len(expected.compactions) == 3
         assert_same_tokens(output.output_ids, expected, f"request {i}")
         assert output.info["kv_prompt_tokens"] == len(prompt)
+
+
+def test_an_answer_that_comes_back_is_compacted_and_images_always_stay(embeddings):
+    setting, path = Setting(budget=21, buffer=12), tiny_model_path(IMAGE_MODEL)
+    prompt, num_tokens, carried = with_image(six_prompts()[5]), 150, 60
+    image = Image(prompt.index(IMAGE_TOKEN_ID), COLUMNS, embeddings)
+    sizes = {"budget": setting.budget, "buffer": setting.buffer, "window": setting.window, "score": setting.score}
+    whole = dense_generate(path, prompt, num_tokens, **sizes, recompute_at=(carried,), image=image)
+    came_back = [*prompt, *whole.output_ids[:carried]]
+    end = image.first + image.num_tokens
+    requests = []
+    for mark in (len(prompt), end, end - 1):
+        request = greedy(came_back, num_tokens - carried, extra={"mm_inputs": image_inputs(image, len(came_back))})
+        request.sampling_params["custom_params"] = {"kv_prompt_len": mark}
+        requests.append(request)
+    # SGLang refuses it for its length, and leaves a token of it; that reason is what its client is told.
+    too_long = greedy(came_back * 3, 9, extra={"mm_inputs": image_inputs(image, 3 * len(came_back))})
+    too_long.sampling_params["custom_params"] = {"kv_prompt_len": len(prompt)}
+    flags = ["--model-path", str(path), "--max-total-tokens", "256", *setting.flags]
+    result = run_scheduler(flags, [*requests, too_long])
+    result.assert_clean()
+    *outputs, refused, longest = result.outputs
+    assert longest.finish_reason["message"].startswith("Multimodal prompt is too long")
+    for mark, output in zip((len(prompt), end), outputs, strict=True):
+        rest = came_back[mark:]
+        expected = dense_generate(
+            path, came_back[:mark], len(output.output_ids), **sizes, carried_ids=rest, image=image
+        )
+        assert_same_tokens(output.output_ids, expected, f"marked at {mark}")
+        assert len(output.output_ids) == num_tokens - carried and len(expected.compactions) > 2
+        assert output.info["kv_prompt_tokens"] == mark
+    assert refused.finish_reason["type"] == "abort" and refused.finish_reason["status_code"] == 400
+    assert refused.finish_reason["message"] == (
+        f"kv_prompt_len {end - 1} leaves an image behind the prompt, and images always stay: set it to {end} or more, "
+        "or leave it out"
+    )

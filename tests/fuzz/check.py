@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
-from tests.fuzz.expected.answers import FP8_DTYPES, expected_of
+from tests.fuzz.expected.answers import FP8_DTYPES, expected_of, kinds_of_marked
 from tests.fuzz.expected.history import History
+from tests.fuzz.expected.said import check_counters, check_info
 from tests.fuzz.inside.clean_up import FIRST_INDEX
-from tests.fuzz.schedule import FuzzRequest, Schedule, ServerConfig, rid_of
+from tests.fuzz.schedule import FuzzRequest, Schedule, rid_of
+from tests.fuzz.server import ServerConfig
 from tests.support.oracle.dense import SCORE_TOLERANCE
 
 # What an answer may be ended for once its request was preempted; the request can be sent again.
@@ -54,7 +56,7 @@ def check(schedule: Schedule, record: dict[str, Any]) -> Verdict:
     for index, request in enumerate(schedule.requests):
         problems = _check_request(schedule, index, request, record, history, verdict.counts)
         verdict.problems += [f"request {index}: {problem}" for problem in problems]
-    verdict.problems += _check_counters(record)
+    verdict.problems += check_counters(record)
     if record["retractions"] and not _may_preempt(schedule):
         verdict.problems.append(f"requests ran out of memory that was reserved for them: {record['retractions']}")
     return verdict
@@ -111,16 +113,17 @@ def _check_request(
         return problems
     maker = history.maker_of(index)
     counts["behind a prefix"] += maker is not None and len(tokens) > 0
+    counts["with an image"] += request.picture is not None and len(tokens) > 0
     if is_cut and end.get("message") == ENDED_BEFORE_ITS_GRAMMAR:
         counts["not compared"] += 1
     elif request.needs_itself_alone:
         alone = record.get("alone", {}).get(index)
         problems += _compare_alone(tokens, end, retractions, alone, counts)
     else:
-        answer = output | {"info": info, "prompt": record["prompts"][rid]}
+        answer = output | {"info": info, "prompt": record["prompts"][rid], "prompt_len": record["prompt_lens"][rid]}
         problems += _compare_with_any(schedule.server, request, answer, retractions, history, maker, counts)
     if info is not None:
-        problems += _check_info(schedule.server, request, record, rid, info, history.held_by(index))
+        problems += check_info(schedule.server, request, record, rid, info, history.held_by(index))
     else:
         problems.append("its answer does not say what happened to its cache")
     return problems
@@ -215,8 +218,16 @@ def compare_oracle(
     is_cut = end["type"] == "abort"
     # Where it may have a head start, its own limit says whether it is compacted at all.
     limit = len(tokens) if is_cut and not server.stagger else request.max_new_tokens
-    expected = expected_of(server, request, output["prompt"], limit, retractions, guess=tokens, maker=maker, pool=pool)
+    prompt, prompt_len = output["prompt"], output["prompt_len"]
+    expected = expected_of(
+        *(server, request, prompt, limit, retractions),
+        guess=tokens,
+        maker=maker,
+        pool=pool,
+        prompt_len=prompt_len,
+    )
     counts["compared with the oracle"] += 1
+    counts.update(kinds_of_marked(request, len(prompt) - prompt_len, retractions, expected))
     counts["compared after a preemption"] += bool(retractions)
     counts["compared after a restore"] += any(place["copied"] for place in retractions)
     counts["compactions compared"] += sum(c.num_outputs < len(tokens) for c in expected.compactions)
@@ -240,45 +251,3 @@ def compare_oracle(
     if is_whole and info["kv_compactions"] != len(expected.compactions):
         return [f"it was compacted {info['kv_compactions']} times instead of {len(expected.compactions)}"]
     return []
-
-
-def _check_info(
-    server: ServerConfig, request: FuzzRequest, record: dict[str, Any], rid: str, info: dict[str, Any], num_before: int
-) -> list[str]:
-    if info.get("kv_policy") != ("none" if request.no_policy else server.policy):
-        return [f"its answer says policy {info.get('kv_policy')!r}"]
-    own = [event for event in record["compactions"] if event["rid"] == rid]
-    evicted = sum(event["from_len"] - event["to_len"] for event in own)
-    seen = num_before + len(record["prompts"][rid]) + max(len(record["outputs"][rid]["output_ids"]) - 1, 0)
-    problems = []
-    if not record["retractions"].get(rid):
-        if (info["kv_compactions"], info["kv_evicted_tokens"]) != (len(own), evicted):
-            problems.append(f"its answer says {info}, seen were {len(own)} compactions of {evicted} tokens")
-        is_whole = record["outputs"][rid]["finish_reason"]["type"] != "abort"
-        if is_whole and info["kv_resident_tokens"] + evicted != seen:
-            problems.append(f"its answer says {info}, and {seen} tokens were seen")
-    elif info["kv_compactions"] < len(own) or info["kv_evicted_tokens"] < evicted:
-        problems.append(f"its answer says {info}, seen were {len(own)} compactions of {evicted} tokens")
-    return problems
-
-
-def _check_counters(record: dict[str, Any]) -> list[str]:
-    stats, infos = record["stats"], record["infos"]
-    problems = []
-    totals = {
-        "compactions": sum(info["kv_compactions"] for info in infos.values()),
-        "evicted_tokens": sum(info["kv_evicted_tokens"] for info in infos.values()),
-        "requests_compressed": sum(info["kv_compactions"] > 0 for info in infos.values()),
-    }
-    # The answers of those that waited when they ended say nothing of their caches.
-    is_all = len(infos) == len(record["outputs"])
-    for name, total in totals.items():
-        if stats[name] != total if is_all else stats[name] < total:
-            problems.append(f"{name} is {stats[name]}, and the answers add up to {total}")
-    seen = len(record["compactions"])
-    if stats["compactions"] < seen or (not record["retractions"] and stats["compactions"] != seen):
-        problems.append(f"{stats['compactions']} compactions were counted and {seen} seen")
-    restored = sum(place["copied"] for places in record["retractions"].values() for place in places)
-    if stats["requests_restored"] > restored:
-        problems.append(f"{stats['requests_restored']} restores were counted, {restored} requests were copied")
-    return problems

@@ -10,7 +10,7 @@ from benchmarks.common.schema import Row, Value, read_table
 from benchmarks.common.tables import FUZZ, MUTATIONS, POOL_MACHINE
 from tests.fuzz.campaign import Outcome
 from tests.fuzz.draw.servers import is_tight
-from tests.fuzz.schedule import ServerConfig
+from tests.fuzz.server import ServerConfig
 
 # Columns of which the run's JSON says how often each value was tried.
 AXES = (

@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz.schedule import THOUGHTS, Schedule, ServerConfig
+from tests.fuzz.schedule import Schedule
+from tests.fuzz.server import THOUGHTS, ServerConfig
 from tests.support.harness.environment import child_environment, device_flags, with_defaults
 from tests.support.harness.scheduler import run_job
 
@@ -107,7 +108,7 @@ def _add_rank(record: Record, other: Record) -> None:
     record["violations"] += other["violations"]
     if "outputs" not in other or "outputs" not in record:
         return
-    for name in ("outputs", "prompts", "infos", "retractions", "sent", "ended"):
+    for name in ("outputs", "prompts", "prompt_lens", "infos", "retractions", "sent", "ended"):
         record[name] |= other[name]
     record["compactions"] += other["compactions"]
     record["stats"] = {name: value + other["stats"][name] for name, value in record["stats"].items()}

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from devtools.tiny_models import SLIDING_WINDOW, tiny_model_path
-from rkv_sglang.config import BY_POLICY, HEAD, REQUEST
-from rkv_sglang.sizes.compaction_plan import block_of_pages
+from rkv_sglang.config import BY_POLICY
+from tests.fuzz.server import ServerConfig
 
 # What the dense oracle knows of a request's sampling parameters.
 KNOWN_TO_THE_ORACLE = {
@@ -20,126 +19,9 @@ KNOWN_TO_THE_ORACLE = {
     "presence_penalty",
     "repetition_penalty",
 }
-# For --kv-policy triattention, which asks the model before it serves: few questions, to start quickly.
-CALIBRATION = {"questions": 2, "answer_tokens": 40}
-# For --kv-policy thinkv: what tiny models attend to are thoughts of several kinds.
-THOUGHTS = {"negligible": 0.01, "execution_up_to": 0.1, "transition_above": 0.95}
-# The longer of the two questions in a tiny model's chat template, with its answer.
-CALIBRATION_ROOM = 100 + 40
-# A tiny model of both kinds of layers.
-SLIDING_MODEL = "olmo3"
 # Why a request may lose its slots: an event of these kinds, or, without one, somebody of higher priority.
 BY_PRIORITY = "preemption"
 CAUSES = {"retract": "retraction", "pause_retract": "pause"}
-# Of the layers of an fp8 pool, the factors of keys and of values.
-FP8_SCALES = ((0.25, 0.02), (0.03, 0.125))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerConfig:
-    """Settings of one server; schedules that share them run in one scheduler process, one after the other.
-
-    Attributes:
-        chunk_size: ``--chunked-prefill-size``; 0 leaves SGLang's.
-        pool: Tokens of the KV pool.
-        priority: Whether requests of higher priority preempt others.
-        tokenizer: Whether the scheduler has one: stop strings and grammars need it.
-        granularity: ``--kv-granularity``.
-        mixed_chunk: Whether requests decode inside prefill batches.
-        kv_dtype: ``--kv-cache-dtype``.
-        prompt_budget: ``--kv-prompt-budget``.
-        attn_dp_size: Ranks that have requests and a pool of their own; all other counts are those of one rank.
-    """
-
-    policy: str
-    budget: int
-    buffer: int
-    window: int
-    page_size: int
-    chunk_size: int
-    overlap: bool
-    radix: bool
-    stagger: bool
-    priority: bool
-    pool: int
-    max_running: int
-    tp_size: int = 1
-    tokenizer: bool = False
-    model: str = "llama-gqa"
-    granularity: str = HEAD
-    mixed_chunk: bool = False
-    kv_dtype: str = "auto"
-    prompt_budget: int = 0
-    attn_dp_size: int = 1
-
-    @property
-    def flags(self) -> list[str]:
-        """The command line of the server."""
-        flags = ["--model-path", str(tiny_model_path(self.model)), "--kv-policy", self.policy]
-        for name, value in (
-            ("--kv-granularity", self.granularity),
-            ("--kv-budget", self.budget),
-            ("--kv-buffer", self.buffer),
-            ("--kv-window", self.window),
-            ("--page-size", self.page_size),
-            ("--max-total-tokens", self.pool),
-            ("--max-running-requests", self.max_running * self.attn_dp_size),
-            ("--kv-cache-dtype", self.kv_dtype),
-            ("--kv-prompt-budget", self.prompt_budget),
-        ):
-            flags += [name, str(value)]
-        if self.chunk_size:
-            flags += ["--chunked-prefill-size", str(self.chunk_size * self.attn_dp_size)]
-        if self.tp_size > 1:
-            flags += ["--tp-size", str(self.tp_size)]
-        if self.attn_dp_size > 1:
-            flags += ["--attn-dp-size", str(self.attn_dp_size)]
-        if self.priority:
-            flags += ["--enable-priority-scheduling", "--priority-scheduling-preemption-threshold", "0"]
-        if self.policy == "triattention":
-            flags += ["--kv-policy-config", json.dumps(CALIBRATION)]
-        if self.policy == "thinkv":
-            flags += ["--kv-policy-config", json.dumps(THOUGHTS)]
-        switches = (
-            (not self.overlap, "--disable-overlap-schedule"),
-            (not self.radix, "--disable-radix-cache"),
-            (self.stagger, "--kv-stagger"),
-            (self.mixed_chunk, "--enable-mixed-chunk"),
-            (not self.tokenizer, "--skip-tokenizer-init"),
-        )
-        return flags + [flag for is_set, flag in switches if is_set]
-
-    @property
-    def capacity(self) -> int:
-        return self.budget + self.buffer
-
-    @property
-    def serves_prefixes(self) -> bool:
-        """Whether it can make named prefixes."""
-        has_one_rank = self.tp_size == self.attn_dp_size == 1
-        return self.granularity == HEAD and self.radix and has_one_rank and self.model != SLIDING_MODEL
-
-    @property
-    def least_budget(self) -> int:
-        """The smallest that a request may ask for."""
-        unit = self.block or 1
-        slides = self.model == SLIDING_MODEL and self.granularity == HEAD
-        return max(self.window + max(unit - 1, 1), SLIDING_WINDOW if slides else 0)
-
-    @property
-    def env(self) -> dict[str, str]:
-        """Variables that the server needs besides its flags."""
-        variables = {}
-        if self.kv_dtype != "auto":
-            variables["RKV_STAND_IN_FP8"] = ",".join(f"{k_scale}:{v_scale}" for k_scale, v_scale in FP8_SCALES)
-        if self.attn_dp_size > 1:
-            variables["RKV_STAND_IN_PADDING"] = "1"
-        return variables
-
-    @property
-    def block(self) -> int | None:
-        """Tokens that are dropped together; None where every head chooses for itself."""
-        return block_of_pages(self.page_size) if self.granularity == REQUEST else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +41,9 @@ class FuzzRequest:
         abort_at: The pass at which it is aborted, counted from the schedule's start.
         abort_after: It is aborted once it has so many tokens.
         prefix: What it asks of named prefixes, as ``kv_prefix``: a name to go on from, or an object.
+        marked: As ``kv_prompt_len``, how many of its tokens are its prompt, the others an answer that came back; of a
+            follow-up so many behind the former prompt. None: all are its prompt.
+        picture, picture_at: Which image is in its prompt, and the place of its first token there; None for none.
         logprobs: Return log-probabilities of the output.
         prompt_logprobs: Return those of the prompt, too, which is then computed anew.
         params: Further sampling parameters; what the oracle does not know of makes it compared with itself alone.
@@ -179,6 +64,9 @@ class FuzzRequest:
     abort_after: int | None = None
     priority: int | None = None
     prefix: Any = None
+    marked: int | None = None
+    picture: int | None = None
+    picture_at: int = 0
     logprobs: bool = False
     prompt_logprobs: bool = False
     params: Mapping[str, Any] = field(default_factory=dict)
@@ -193,7 +81,8 @@ class FuzzRequest:
 
     def kept_of_prompt(self, server: ServerConfig) -> int:
         """Tokens of its prompt that stay where that is longer; 0: all."""
-        if self.no_policy or self.asks("use"):
+        # A prompt with an image stays whole.
+        if self.no_policy or self.asks("use") or self.picture is not None:
             return 0
         return server.prompt_budget if self.prompt_budget is None else self.prompt_budget
 
@@ -220,6 +109,8 @@ class FuzzRequest:
             custom["kv_prompt_budget"] = self.prompt_budget
         if self.prefix is not None:
             custom["kv_prefix"] = self.prefix
+        if self.marked is not None:
+            custom["kv_prompt_len"] = self.marked
         if self.no_policy:
             custom["kv_policy"] = "none"
         if self.garbage:

@@ -43,7 +43,12 @@ def size(schedule: Schedule) -> tuple[int, int, int]:
     requests = schedule.requests
     tokens = sum(len(request.prompt) + request.max_new_tokens + request.at_pass for request in requests)
     special = sum(
-        bool(request.params) + (request.abort_at is not None) + request.logprobs + request.asks("use")
+        bool(request.params)
+        + (request.abort_at is not None)
+        + request.logprobs
+        + request.asks("use")
+        + (request.marked is not None)
+        + (request.picture is not None)
         for request in requests
     )
     return len(requests) + len(schedule.events), tokens, special
@@ -67,16 +72,19 @@ def smaller(schedule: Schedule) -> Iterator[Schedule]:
     for index in range(len(schedule.events)):
         yield schedule.without_event(index)
     for index, request in enumerate(schedule.requests):
+        # A document is a part of its own length, and an image stands in its place.
+        is_of_a_piece = request.asks("create") or request.picture is not None
         plain = (
             {"params": {}},
             {"logprobs": False},
+            {"marked": None},
+            {"picture": None},
             {"abort_at": None, "abort_after": None},
             {"at_pass": 0},
             {"max_new_tokens": max(request.max_new_tokens // 2, 1)},
             {"max_new_tokens": max(request.max_new_tokens - 1, 1)},
             {"prefix": None if request.asks("use") else request.prefix},
-            # Of which a document is a part of its own length.
-            {} if request.asks("create") else {"prompt": request.prompt[: max(len(request.prompt) // 2, 1)]},
+            {} if is_of_a_piece else {"prompt": request.prompt[: max(len(request.prompt) // 2, 1)]},
         )
         for change in plain:
             less_of_it = dataclasses.replace(request, **change)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from rkv_sglang.integration.hooking.hook import Hook, names
 from rkv_sglang.integration.hooks.owners import (
     ADDER,
     ENVS,
+    MANAGERS,
     MODEL_CONFIG,
     PARALLEL,
     REQ,
@@ -44,8 +45,9 @@ def set_limits(limit: Callable[..., None], scheduler: Any, req: Any) -> None:
         if req.to_finish is None and not req.finished():
             read_prefix(runtime.parts, req, runtime.config)
     except ValueError as error:
-        # The client gets it as status 400.
-        req.set_finish_with_abort(str(error))
+        # The client gets it as status 400. One that SGLang refused before has lost its tokens, and keeps its reason.
+        if req.to_finish is None:
+            req.set_finish_with_abort(str(error))
     limit(scheduler, req)
     if req.to_finish is not None or req.finished():
         return
@@ -93,6 +95,9 @@ ADMISSION_HOOKS: tuple[Hook, ...] = (
         uses=(
             *names(SCHEDULER, "model_config max_new_tokens_limit max_total_num_tokens"),
             *names(REQ, "beam_group finished origin_input_ids sampling_params set_finish_with_abort to_finish"),
+            f"{REQ}.multimodal_inputs",
+            f"{MANAGERS}.schedule_batch.MultimodalInputs.mm_items",
+            f"{MANAGERS}.schedule_batch.MultimodalDataItem.offsets",
             f"{REQ}.skip_radix_cache_insert",
             # Of named prefixes.
             *names(REQ, "cache_salt extra_key lora_id positional_embed_overrides session"),

@@ -193,8 +193,17 @@ def _prompt_budget_of(custom_params: Mapping[str, Any], server: PolicyConfig, at
     return value
 
 
-def marked_prompt_len(custom_params: Any, input_len: int) -> int:
+def end_of_images(req: Any) -> int:
+    """Return the place behind the last token of a request's images, and of whatever else is no text; 0 without any."""
+    items = [] if req.multimodal_inputs is None else req.multimodal_inputs.mm_items
+    return max((end + 1 for item in items for _, end in item.offsets or ()), default=0)
+
+
+def marked_prompt_len(custom_params: Any, input_len: int, images_end: int = 0) -> int:
     """Return how many of a request's ``input_len`` tokens it marks as its prompt, with ``kv_prompt_len``; else all.
+
+    Args:
+        images_end: The place behind its last image. SGLang looks images up by their places, so all of them must stay.
 
     Raises:
         ValueError: It marks what cannot be; one line.
@@ -206,6 +215,11 @@ def marked_prompt_len(custom_params: Any, input_len: int) -> int:
         raise ValueError(
             f"{PROMPT_FIELD} {shown(value)} is not an integer from 1 to the {input_len} tokens that came: set it to "
             "how many of them are the prompt, or leave it out"
+        )
+    if value < images_end:
+        raise ValueError(
+            f"{PROMPT_FIELD} {shown(value)} leaves an image behind the prompt, and images always stay: set it to "
+            f"{images_end} or more, or leave it out"
         )
     return value
 

@@ -20,6 +20,7 @@ from rkv_sglang.integration.runtime.requests import (
     PROMPT_ATTRIBUTE,
     TRACE_ATTRIBUTE,
     config_for,
+    end_of_images,
     head_start_of,
     known_state_of,
     marked_prompt_len,
@@ -126,7 +127,7 @@ class Runtime:
         config = config_for(asked, self.config, self.parts.scheduler.max_total_num_tokens, self.parts.attention_window)
         setattr(req, CONFIG_ATTRIBUTE, config)
         num_tokens = len(req.origin_input_ids)
-        prompt_len = marked_prompt_len(asked, num_tokens)
+        prompt_len = marked_prompt_len(asked, num_tokens, end_of_images(req))
         if prompt_len < num_tokens:
             setattr(req, PROMPT_ATTRIBUTE, prompt_len)
         if wants_trace(asked, self.config):

@@ -10,7 +10,8 @@ from devtools.tiny_models import VOCAB_SIZE
 from rkv_sglang.config import NUM_FIRST_KEPT
 from rkv_sglang.sizes.pages import ceil_to_page
 from tests.fuzz.draw.servers import is_tight, most_prompt
-from tests.fuzz.schedule import Event, FuzzRequest, Schedule, ServerConfig
+from tests.fuzz.schedule import Event, FuzzRequest, Schedule
+from tests.fuzz.server import ServerConfig
 
 # Share of the schedules whose server can make prefixes; a quarter of all servers can.
 SHARE = 0.65

@@ -4,12 +4,13 @@ import random
 from dataclasses import replace
 
 from rkv_sglang.config import NUM_FIRST_KEPT
-from tests.fuzz.schedule import SLIDING_MODEL, FuzzRequest, ServerConfig
+from tests.fuzz.schedule import FuzzRequest
+from tests.fuzz.server import SLIDING_MODELS, ServerConfig
 
 
 def draw_prompt_budget(rng: random.Random, model: str | None, window: int, unit: int) -> int:
     """Return 0 or what is kept of longer prompts, near the least; ``unit`` is the tokens that go together."""
-    if (model == SLIDING_MODEL and unit == 1) or rng.random() < 0.5:
+    if (model in SLIDING_MODELS and unit == 1) or rng.random() < 0.5:
         return 0
     least = window + (NUM_FIRST_KEPT + 1 if unit == 1 else 2 * unit)
     return least + rng.choice([0, 0, 1, 4, 11])

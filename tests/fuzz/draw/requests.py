@@ -5,7 +5,8 @@ from typing import Any
 
 from devtools.tiny_models import EOS_ID, VOCAB_SIZE
 from tests.fuzz.draw.servers import is_tight, most_prompt
-from tests.fuzz.schedule import FuzzRequest, ServerConfig
+from tests.fuzz.schedule import FuzzRequest
+from tests.fuzz.server import ServerConfig
 
 MOST_NEW_TOKENS = 80
 # Tokens that greedy answers of the tiny models often have, so that one of them ends an answer.

@@ -9,7 +9,8 @@ import dataclasses
 import random
 
 from tests.fuzz.draw.servers import is_tight
-from tests.fuzz.schedule import Event, FuzzRequest, Schedule, ServerConfig
+from tests.fuzz.schedule import Event, FuzzRequest, Schedule
+from tests.fuzz.server import ServerConfig
 
 # Share of the schedules with tight pools that is made so: these take two or three times as long.
 SHARE = 0.5

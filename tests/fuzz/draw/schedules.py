@@ -2,6 +2,8 @@
 
 import random
 
+from tests.fuzz.draw.images import with_images
+from tests.fuzz.draw.marks import with_marks
 from tests.fuzz.draw.prefixes import with_prefixes
 from tests.fuzz.draw.prompts import with_prompt_budgets
 from tests.fuzz.draw.requests import draw_requests
@@ -20,7 +22,8 @@ def schedule_of(seed: int) -> Schedule:
     requests = with_prompt_budgets(seed, server, draw_requests(rng, server))
     schedule = Schedule(seed=seed, server=server, requests=tuple(requests), events=tuple(_events(rng)))
     # Drawn apart, so that other seeds stay what they were.
-    return with_prefixes(seed, with_restores(random.Random(f"restores {seed}"), schedule))
+    schedule = with_restores(random.Random(f"restores {seed}"), schedule)
+    return with_marks(seed, with_images(seed, with_prefixes(seed, schedule)))
 
 
 def _events(rng: random.Random) -> list[Event]:

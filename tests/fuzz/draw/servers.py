@@ -2,12 +2,12 @@
 
 import random
 
-from devtools.tiny_models import IMAGE_MODEL, SLIDING_WINDOW
+from devtools.tiny_models import IMAGE_MODEL, SINKS_MODEL, SLIDING_WINDOW
 from rkv_sglang.config import HEAD, REQUEST
 from rkv_sglang.policies import POLICIES, granularities_of, is_blind, observes
 from rkv_sglang.sizes.compaction_plan import block_of_pages
 from tests.fuzz.draw.prompts import draw_prompt_budget
-from tests.fuzz.schedule import CALIBRATION_ROOM, SLIDING_MODEL, ServerConfig
+from tests.fuzz.server import CALIBRATION_ROOM, SLIDING_MODELS, ServerConfig
 
 # Every policy in every way that it can choose.
 WAYS = [(name, way) for way in (HEAD, REQUEST) for name, policy in POLICIES.items() if way in granularities_of(policy)]
@@ -15,7 +15,7 @@ WAYS = [(name, way) for way in (HEAD, REQUEST) for name, policy in POLICIES.item
 SWITCHES = [(True, True), (False, True), (True, False), (False, False)]
 # What every second server is of: a model, or the numbers of the pool.
 EXPERTS_MODEL = "qwen3-moe"
-KINDS = ("fp8_e4m3", SLIDING_MODEL, EXPERTS_MODEL, IMAGE_MODEL, "fp8_e5m2")
+KINDS = ("fp8_e4m3", SLIDING_MODELS[0], EXPERTS_MODEL, IMAGE_MODEL, "fp8_e5m2")
 # They ask how positions turn keys: known of one kind of rotation, and asked for at every start.
 _ASK_THE_MODEL = ("triattention", "beaconkv")
 # Of whom histories do not fit the pool.
@@ -42,7 +42,7 @@ def server_of(block: int) -> ServerConfig:
     sees_nothing = granularity == REQUEST and is_blind(POLICIES[policy])
     model = rng.choice(["llama-gqa", "llama-gqa", "qwen3", "llama-mqa"] if tp_size == 1 else ["llama-gqa"])
     kind = _kind_of(block, policy) if tp_size == 1 else None
-    if kind == SLIDING_MODEL:
+    if kind in SLIDING_MODELS:
         # What is kept of all layers must hold what such a layer attends to.
         if granularity == REQUEST:
             budget, window = budget + SLIDING_WINDOW - window, SLIDING_WINDOW
@@ -95,6 +95,9 @@ def _kind_of(block: int, policy: str) -> str | None:
     """Return what is other than a plain model and pool; drawn apart, so that other seeds stay what they were."""
     rng = random.Random(f"kind {block}")
     kind = rng.choice(KINDS) if rng.random() < 0.5 else None
+    # Served as those, and several times as slow: their kernels are interpreted.
+    if kind in SLIDING_MODELS and random.Random(f"sinks {block}").random() < 0.3:
+        kind = SINKS_MODEL
     is_served = policy not in _ASK_THE_MODEL or kind is None or kind.startswith("fp8")
     return kind if is_served else None
 

@@ -11,8 +11,10 @@ from rkv_sglang.config import PolicyConfig
 from rkv_sglang.sizes.lengths import RequestState
 from rkv_sglang.sizes.reservation import prompt_budget_after
 from tests.e2e.workload import Setting
+from tests.fuzz.draw.images import image_of
 from tests.fuzz.runner import policy_parameters
-from tests.fuzz.schedule import FP8_SCALES, FuzzRequest, ServerConfig
+from tests.fuzz.schedule import FuzzRequest
+from tests.fuzz.server import FP8_SCALES, ServerConfig
 from tests.support.oracle.decoder import Fp8
 from tests.support.oracle.dense import DenseResult, Prefix, dense_generate, dense_prefix
 from tests.support.oracle.penalties import adjustment
@@ -31,6 +33,7 @@ def expected_of(
     guess: Sequence[int] = (),
     maker: FuzzRequest | None = None,
     pool: int | None = None,
+    prompt_len: int | None = None,
 ) -> DenseResult:
     """Return what the dense oracle answers that is preempted where the request was.
 
@@ -38,7 +41,9 @@ def expected_of(
         guess: A right one saves time.
         maker: Who made the named prefix that the request goes on from.
         pool: What the pool has beside named prefixes, where that is not all.
+        prompt_len: Tokens that are its prompt, where the others are an answer that came back.
     """
+    marked, carried = prompt[:prompt_len], [] if prompt_len is None else prompt[prompt_len:]
     setting = Setting(
         budget=request.budget or server.budget,
         buffer=request.buffer or server.buffer,
@@ -60,21 +65,24 @@ def expected_of(
         granularity=server.granularity,
         block=server.block or 1,
     )
-    fits = partial(prompt_budget_after, own, RequestState(len(prompt), request.max_new_tokens))
+    fits = partial(prompt_budget_after, own, RequestState(len(marked), len(carried) + request.max_new_tokens))
     # The pool does not hold their prompt and what would stay of it.
     pool = server.pool if pool is None else pool
     whole = {after for after in {0, *recomputed} if not fits(len(prompt) + after, pool, server.page_size)}
     stand_ins = () if maker is None else maker.prompt[: maker.prefix["budget"]]
-    may_stagger = server.stagger and request.max_new_tokens - 1 > setting.budget + setting.buffer
+    most = len(carried) + request.max_new_tokens
+    may_stagger = server.stagger and most - 1 > setting.budget + setting.buffer
     return dense_generate(
         tiny_model_path(server.model),
-        prompt,
+        marked,
         limit,
+        carried_ids=carried,
         budget=NEVER if request.no_policy else setting.budget,
         buffer=setting.buffer,
         window=setting.window,
         score=partial(setting.score, **policy_parameters(server)),
         block=setting.block,
+        # Penalties and limits count from here, whatever came back.
         adjust=adjustment(request.params, prompt, stop_token_ids, lag=int(server.overlap)),
         eos_token_ids=set() if request.ignore_eos else stop_token_ids,
         recompute_at=recomputed,
@@ -88,7 +96,23 @@ def expected_of(
         whole_prompt_after=whole,
         fp8=_fp8(server),
         prefix=None if maker is None else prefix_of(server, maker),
+        image=image_of(request),
     )
+
+
+def kinds_of_marked(request: FuzzRequest, num_carried: int, retractions: list[Any], expected: DenseResult) -> list[str]:
+    """Return what is to be counted of an answer to a request that marks its prompt."""
+    if request.marked is None:
+        return []
+    of = (
+        ("", True),
+        (" follow-ups", request.continues),
+        (", something came back", num_carried > 0),
+        (", compacted", num_carried > 0 and bool(expected.compactions)),
+        (", preempted", num_carried > 0 and bool(retractions)),
+        (", restored", num_carried > 0 and any(place["copied"] for place in retractions)),
+    )
+    return [f"marked{name}" for name, is_so in of if is_so]
 
 
 def prefix_of(server: ServerConfig, maker: FuzzRequest) -> Prefix:

@@ -47,8 +47,8 @@ REQUESTS = (
     Mutant(
         "a bad request is served as if it had asked for nothing",
         "integration/hooks/admission.py",
-        "        req.set_finish_with_abort(str(error))\n",
-        "        pass\n",
+        "            req.set_finish_with_abort(str(error))\n",
+        "            pass\n",
         ("tests/e2e/test_sliding_windows.py", "-k", "olmo3-sliding-gather"),
     ),
     Mutant(
@@ -92,6 +92,34 @@ REQUESTS = (
         "[*carried, *req.output_ids]",
         "req.output_ids",
         _MARKED,
+    ),
+    Mutant(
+        "what came back marked delays its compaction as a prompt would",
+        _RUNTIME,
+        "steps_until_due(config, state.held_prompt_len, resident_len, req",
+        "steps_until_due(config, len(req.origin_input_ids) - state.evicted_prompt_tokens, resident_len, req",
+        _MARKED,
+    ),
+    Mutant(
+        "of a prompt that is compacted what came back marked is a part",
+        "integration/runtime/prompts/compaction.py",
+        "PromptPlan(state.prompt_len, req.kv.kv_allocated_len,",
+        "PromptPlan(len(req.origin_input_ids), req.kv.kv_allocated_len,",
+        _MARKED,
+    ),
+    Mutant(
+        "an answer says that what came back marked is its prompt",
+        "integration/hooks/answers.py",
+        "PROMPT_KEY: state.held_prompt_len,",
+        "PROMPT_KEY: len(req.origin_input_ids) - state.evicted_prompt_tokens,",
+        _MARKED,
+    ),
+    Mutant(
+        "a mark may leave an image behind the prompt",
+        _REQUESTS,
+        "    if value < images_end:\n",
+        "    if False:\n",
+        ("tests/e2e/test_mrope.py", "-k", "images_always_stay"),
     ),
     Mutant(
         "what came back marked does not count as generated",

@@ -160,7 +160,7 @@ class Driver:
         elif line["event"] == "step" and self._run is not None:
             self._run.max_running = max(self._run.max_running, len(line["batch"]))
             for entry in line["running"]:
-                most = self._run.most_private(entry["rid"])
+                most = self._run.most_private(entry["rid"], is_compacted=entry["compactions"] > 0)
                 # A retracted request is prefilled again at its full length, until its next compaction.
                 is_refilled = entry["retractions"] > 0 and entry["compactions"] == 0
                 private = entry["allocated_len"] - entry["prompt_len"]
@@ -249,6 +249,7 @@ class Driver:
             **place,
             outputs=run.outputs,
             prompts=run.prompts,
+            prompt_lens=run.prompt_lens,
             infos=run.infos,
             retractions=run.retractions,
             sent=run.sent,

@@ -5,9 +5,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from tests.fuzz.draw.images import image_of
 from tests.fuzz.inside.clean_up import CleanUp
 from tests.fuzz.schedule import BY_PRIORITY, CAUSES, FuzzRequest, Schedule, rid_of
-from tests.support.harness.messages import empty_output, generate_message
+from tests.support.harness.messages import empty_output, generate_message, image_inputs
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Run:
         self.outputs: dict[str, dict[str, Any]] = {}
         self.infos: dict[str, dict[str, Any]] = {}
         self.prompts: dict[str, list[int]] = {}
+        # How many of those tokens are the request's prompt; the others came back as an answer.
+        self.prompt_lens: dict[str, int] = {}
         self.retractions: dict[str, list[dict[str, Any]]] = {}
         # The pass at which each request was sent, in their order, and at which its end was seen; and how many were sent
         # before each time that the cache was flushed.
@@ -57,9 +60,17 @@ class Run:
     def _rid(self, index: int) -> str:
         return rid_of(self.number, index)
 
-    def most_private(self, rid: str) -> int:
+    def most_private(self, rid: str, *, is_compacted: bool) -> int:
+        """Return the most tokens beyond its prompt that a request may hold which was never preempted."""
         request = self._requests[rid]
-        return 2**31 if request.no_policy else request.capacity(self._server)
+        if request.no_policy:
+            return 2**31
+        # What came back is whole until a window of queries was seen.
+        before = 0 if is_compacted else self._num_carried(rid) + self._server.window
+        return max(request.capacity(self._server), before)
+
+    def _num_carried(self, rid: str) -> int:
+        return len(self.prompts[rid]) - self.prompt_lens[rid]
 
     def knows(self, rid: str) -> bool:
         return rid in self.outputs
@@ -80,15 +91,16 @@ class Run:
         None of one whose prompt may be compacted: what it needs for that is not counted here.
 
         Args:
-            prompt_len: What is left of a named prefix included.
+            prompt_len: All that it came with, what is left of a named prefix included.
             pool: Tokens that it has for this request and others, without what other prefixes hold.
         """
-        request = self._requests[rid]
+        request, num_carried = self._requests[rid], self._num_carried(rid)
         if request.kept_of_prompt(self._server):
             return None
 
         def fits(resident_len: int) -> bool:
-            until_due = max(request.capacity(self._server) - (resident_len - prompt_len), self._server.window)
+            num_generated = resident_len - prompt_len + num_carried
+            until_due = max(request.capacity(self._server) - num_generated, self._server.window)
             return resident_len + min(max_new_tokens - num_outputs, until_due) <= pool
 
         is_bounded = not request.no_policy and evicted > 0
@@ -109,7 +121,8 @@ class Run:
         for index, request in enumerate(self._schedule.requests):
             prompt = self.prompts.get(self._rid(index))
             if request.needs_itself_alone and not request.garbage and prompt is not None:
-                alone = dataclasses.replace(request, prompt=tuple(prompt), **plain)
+                marked = None if request.marked is None else self.prompt_lens[self._rid(index)]
+                alone = dataclasses.replace(request, prompt=tuple(prompt), marked=marked, **plain)
                 before = [dataclasses.replace(maker, **plain) for maker in self._makers_of(index)]
                 if before:
                     alone = dataclasses.replace(alone, after=0)
@@ -165,15 +178,22 @@ class Run:
     def _message(self, rid: str, request: FuzzRequest) -> Any:
         from tests.support.harness.scheduler import Request
 
-        prompt = list(request.prompt)
+        prompt, num_before = list(request.prompt), 0
         if request.continues and request.after is not None:
             before = self._rid(request.after)
             prompt = [*self.prompts[before], *self.outputs[before]["output_ids"], *prompt]
+            num_before = self.prompt_lens[before]
+        prompt_len = len(prompt)
+        if request.marked is not None:
+            prompt_len = min(num_before + request.marked, prompt_len)
+            request = dataclasses.replace(request, marked=prompt_len)
         self._requests[rid] = request
         self.sent[rid] = self.passes
-        self.prompts[rid] = prompt
+        self.prompts[rid], self.prompt_lens[rid] = prompt, prompt_len
         self.outputs[rid] = empty_output(len(prompt))
-        extra = {} if request.priority is None else {"priority": request.priority}
+        extra: dict[str, Any] = {} if request.priority is None else {"priority": request.priority}
+        if (image := image_of(request)) is not None:
+            extra["mm_inputs"] = image_inputs(image, len(prompt))
         return generate_message(
             rid,
             Request(

@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from devtools.tiny_models import IMAGE_TOKEN_ID
+from tests.support.oracle.images import Image
+
 
 def generate_message(rid: str, request: Any, tokenizer: Any = None) -> Any:
     """Return the message of a request; stop strings and ``min_new_tokens`` need the ``tokenizer``."""
@@ -47,6 +50,24 @@ def _image_inputs(parts: dict[str, Any]) -> Any:
         for item in parts["mm_items"]
     ]
     return MultimodalProcessorOutput.from_dict(as_tensors({**parts, "mm_items": items}))
+
+
+def image_inputs(image: Image, prompt_len: int) -> dict[str, Any]:
+    """Return what ``Request.extra`` has under ``mm_inputs`` for a prompt of so many tokens with this image."""
+    rows = image.num_tokens // image.columns
+    item = {
+        "format": "PRECOMPUTED_EMBEDDING",
+        "precomputed_embeddings": image.embeddings.numpy(),
+        "offsets": [(image.first, image.first + image.num_tokens - 1)],
+        # Patches, by twos an embedding.
+        "model_specific_data": {"image_grid_thw": np.array([(1, 2 * rows, 2 * image.columns)])},
+    }
+    return {
+        "mm_items": [item],
+        "im_token_id": IMAGE_TOKEN_ID,
+        "mrope_positions": image.positions_of(torch.arange(prompt_len)).numpy(),
+        "mrope_position_delta": np.array([[image.delta]]),
+    }
 
 
 def empty_output(prompt_tokens: int) -> dict[str, Any]:

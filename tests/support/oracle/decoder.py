@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from tests.support.oracle.attention import attend
+from tests.support.oracle.images import Image
+
 # Of an image model it is the language part, whose positions of three numbers are all the same in a text.
-KNOWN = ("llama", "qwen3", "granite", "qwen3_moe", "olmo3", "qwen2_5_vl_text")
+KNOWN = ("llama", "qwen3", "granite", "qwen3_moe", "olmo3", "gpt_oss", "qwen2_5_vl_text")
+# Of whose layers some attend to the latest tokens alone.
+_SLIDING = ("olmo3", "gpt_oss")
 # What a Granite has beside the factor of its logits.
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 
@@ -131,6 +135,8 @@ class LayerCache:
 class Decoder:
     """Runs the modules of a transformers model over caches of our own.
 
+    ``image`` is one in the prompt, for a model that sees images.
+
     Attributes:
         windows: Of each layer the latest tokens that it attends to, a token's own included; None: to all.
 
@@ -138,7 +144,8 @@ class Decoder:
         ValueError: The model is of another kind, or a Granite with multipliers beside that of attention.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, image: Image | None = None) -> None:
+        self._image = image
         config: Any = model.config.get_text_config()
         if config.model_type not in KNOWN or getattr(config, "use_sliding_window", False):
             raise ValueError(f"the dense oracle knows {', '.join(KNOWN)}, not {config.model_type!r}")
@@ -147,7 +154,7 @@ class Decoder:
         whole: Any = model
         self._decoder: Any = getattr(whole.model, "language_model", whole.model)
         self._lm_head: Any = whole.lm_head
-        kinds = config.layer_types if config.model_type == "olmo3" else ()
+        kinds = config.layer_types if config.model_type in _SLIDING else ()
         self.windows: tuple[int | None, ...] = (
             tuple(config.sliding_window if kind == "sliding_attention" else None for kind in kinds)
             or (None,) * config.num_hidden_layers
@@ -197,6 +204,8 @@ class Decoder:
         decoder = self._decoder
         hidden = decoder.embed_tokens(torch.tensor(token_ids))
         positions = torch.arange(first_position, first_position + num_tokens)
+        if self._image is not None:
+            hidden = self._image.put(hidden, positions)
         cos, sin = self._rotation(hidden, positions)
         all_queries = []
         for layer, layer_cache, window in zip(decoder.layers, caches, self.windows, strict=True):
@@ -215,30 +224,33 @@ class Decoder:
                 # Such a layer holds its latest tokens in every head, so the first head's positions are those of all.
                 is_near = layer_cache.positions[0] > positions[:, None] - window
                 visible = is_near if visible is None else visible & is_near
-            attended = F.scaled_dot_product_attention(
-                queries.unsqueeze(0),
-                layer_cache.keys.unsqueeze(0),
-                layer_cache.values.unsqueeze(0),
-                attn_mask=visible,
-                is_causal=not num_resident and visible is None,
+            attended = attend(
+                *(queries, layer_cache.keys, layer_cache.values),
+                visible,
                 scale=self.logit_scale,
-                enable_gqa=True,
+                sinks=getattr(attention, "sinks", None),
             )
-            output = attention.o_proj(attended[0].transpose(0, 1).reshape(num_tokens, -1))
+            output = attention.o_proj(attended.transpose(0, 1).reshape(num_tokens, -1))
             if self._is_post_norm:
                 hidden = hidden + layer.post_attention_layernorm(output)
                 hidden = hidden + layer.post_feedforward_layernorm(layer.mlp(hidden))
             else:
                 hidden = hidden + output
                 # Of a batch of one: experts take no less.
-                hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden).unsqueeze(0))[0]
+                fed = layer.mlp(layer.post_attention_layernorm(hidden).unsqueeze(0))
+                # Those of gpt-oss say how they were chosen, too.
+                hidden = hidden + (fed[0] if isinstance(fed, tuple) else fed)[0]
         return hidden, all_queries
 
     def _rotation(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosines and sines, ``[n, head_dim]``; all layers of a tiny model turn alike."""
-        arguments = [hidden.unsqueeze(0), positions.unsqueeze(0)]
+        turning = positions if self._image is None else self._image.positions_of(positions)
+        arguments = [hidden.unsqueeze(0), turning.unsqueeze(-2)]
         kind = ("full_attention",) if self._rotates_by_kind else ()
         cos, sin = (table.flatten(0, -3)[0] for table in self._decoder.rotary_emb(*arguments, *kind))
+        if 2 * cos.shape[-1] == self.head_dim:
+            # That of gpt-oss gives those of one half: the other half's are the same.
+            cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
         return cos, sin
 
     def _heads(self, projected: torch.Tensor, norm: torch.nn.Module | None) -> torch.Tensor:

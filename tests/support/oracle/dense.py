@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.support.oracle.decoder import Decoder, DecodeSteps, Fp8, LayerCache, load_model, one_thread
+from tests.support.oracle.images import Image
 from tests.support.oracle.scores import ScoreFunction, ScoreInputs, rkv_scores
 
 # Where two logits or two scores lie closer, another order of summation may choose otherwise: some ten times what it was
@@ -145,6 +146,8 @@ def dense_generate(
     prompt_budget: int | None = None,
     whole_prompt_after: Collection[int] = (),
     prefix: Prefix | None = None,
+    carried_ids: Sequence[int] = (),
+    image: Image | None = None,
 ) -> DenseResult:
     """Generate greedily, keeping ``budget`` generated tokens per layer and KV head at each compaction.
 
@@ -183,6 +186,9 @@ def dense_generate(
             With ``block`` whole blocks of the lowest mean scores go, until less than one is above this.
         prefix: The prompt follows the document of this; what is left of it is held, and kept, as the prompt is.
         whole_prompt_after: After the prefills at these numbers of output tokens the prompt stays whole.
+        carried_ids: What was generated after the prompt before: prefilled with it, and compacted as outputs are. No
+            number of output tokens counts them, and ``early`` is given them in front of the outputs.
+        image: One in what is prefilled, in the places of some of its tokens.
 
     Raises:
         ValueError: The budget leaves no room beside the window, or the model is of another kind.
@@ -198,10 +204,11 @@ def dense_generate(
         max_new_tokens = min(max_new_tokens, len(forced_output_ids))
     if isinstance(restored_in_flight, bool):
         restored_in_flight = restore_at if restored_in_flight else ()
-    decoder = Decoder(model)
+    decoder = Decoder(model, image)
     num_before, gap = (0, 0) if prefix is None else (prefix.caches[0].length, prefix.length - prefix.caches[0].length)
     prompt_len = num_before + len(prompt_ids)
-    caches = decoder.new_caches(prompt_len + gap + max_new_tokens, window, fp8)
+    num_carried = len(carried_ids)
+    caches = decoder.new_caches(prompt_len + gap + num_carried + max_new_tokens, window, fp8)
 
     def prefill(ids: Sequence[int]) -> torch.Tensor:
         if prefix is None:
@@ -220,7 +227,7 @@ def dense_generate(
     num_decoded_since_prefill = 0
     is_whole = True
     with one_thread():
-        logits = prefill(prompt_ids)
+        logits = prefill([*prompt_ids, *carried_ids])
         while True:
             num_outputs = len(result.output_ids)
             forced_id = None if forced_output_ids is None else forced_output_ids[num_outputs]
@@ -233,7 +240,7 @@ def dense_generate(
             if num_outputs in recompute_at:
                 for layer_cache in caches:
                     layer_cache.clear()
-                logits = prefill([*prompt_ids, *result.output_ids])
+                logits = prefill([*prompt_ids, *carried_ids, *result.output_ids])
                 num_decoded_since_prefill = 0
                 is_whole = True
                 held_prompt_len = prompt_len
@@ -241,8 +248,8 @@ def dense_generate(
                 continue
             is_restored = num_outputs in restore_at
             is_dropped = is_restored and num_outputs in restored_in_flight
-            position = prompt_len + gap + num_outputs - 1
-            most_evicted = (evicted_at_restore or {}).get(num_outputs, prompt_len + gap + max_new_tokens)
+            position = prompt_len + gap + num_carried + num_outputs - 1
+            most_evicted = (evicted_at_restore or {}).get(num_outputs, position + max_new_tokens)
             for is_in_flight in [True, False] if is_dropped else [False]:
                 num_seen = num_outputs + (is_dropped and not is_in_flight)
                 if is_prompt_due and num_decoded_since_prefill >= window:
@@ -257,10 +264,10 @@ def dense_generate(
                     held_prompt_len = prompt_len - (prompt_len - prompt_budget) // (block or 1) * (block or 1)
                 num_resident_generated = caches[0].length - held_prompt_len
                 due_len = budget + buffer
-                if early is not None and max_new_tokens - 1 <= budget + buffer:
-                    due_len = max_new_tokens
-                elif early is not None and is_whole and num_outputs >= 16:
-                    due_len -= early(prompt_ids, result.output_ids[:16])
+                if early is not None and num_carried + max_new_tokens - 1 <= budget + buffer:
+                    due_len = num_carried + max_new_tokens
+                elif early is not None and is_whole and num_carried + num_outputs >= 16:
+                    due_len -= early(prompt_ids, [*carried_ids, *result.output_ids][:16])
                 is_ahead = position + (is_dropped and not is_in_flight) - caches[0].length >= most_evicted
                 if num_resident_generated >= due_len and num_decoded_since_prefill >= window and not is_ahead:
                     is_whole = False

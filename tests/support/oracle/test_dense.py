@@ -124,6 +124,24 @@ def test_passes_over_all_tokens_answer_as_a_dense_cache_whatever_is_guessed(
             torch.testing.assert_close(found.logit_gaps, dense.logit_gaps, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("block", [None, 16])
+def test_an_answer_that_came_back_goes_on_as_one_that_is_computed_again(block: int | None, rng: random.Random) -> None:
+    path, prompt = tiny_model_path("llama-gqa"), random_prompt(rng, rng.randrange(36, 50))
+    sizes = {"budget": 22, "buffer": 16, "window": 4, "block": block, "prompt_budget": 20}
+    sizes |= {"early": lambda ids, outputs: (ids[-1] + sum(outputs)) % 16 // (block or 1) * (block or 1)}
+    for carried in (1, 11, 57):
+        whole = dense_generate(path, prompt, 110, **sizes, recompute_at=(carried, carried + 20))
+        came_back = whole.output_ids[:carried]
+        rest = dense_generate(path, prompt, 110 - carried, **sizes, carried_ids=came_back, recompute_at=(20,))
+        assert rest.output_ids == whole.output_ids[carried:]
+        assert rest.logit_gaps == whole.logit_gaps[carried:]
+        later = [compaction for compaction in whole.compactions if compaction.num_outputs > carried]
+        assert later and len(rest.compactions) == len(later)
+        for found, right in zip(rest.compactions, later, strict=True):
+            assert found.num_outputs + carried == right.num_outputs
+            assert torch.equal(found.kept_positions, right.kept_positions)
+
+
 def visibility(
     model: PreTrainedModel, prompt_len: int, total_len: int, compactions: Sequence[Compaction]
 ) -> torch.Tensor:

@@ -305,7 +305,9 @@ class Probe:
         to_len = req.kv.kv_allocated_len - num_decodes
         # Only a prompt's compaction gives a running request another first slot. From then on it may not be written.
         is_of_prompt = self._first_slot(req) != held.first_slot
-        held.prompt_len -= (held.allocated_len - to_len) * is_of_prompt
+        if is_of_prompt:
+            # Of what had come back, some may have gone with it.
+            held.prompt_len = prompt_len - req.rkv_state.evicted_prompt_tokens
         self._kept_prompt_len[req.rid] = held.prompt_len
         line = {"rid": req.rid, "prompt_len": prompt_len, "output_len": len(req.output_ids)}
         line |= {"from_len": held.allocated_len, "to_len": to_len, "of_prompt": is_of_prompt}
