@@ -7,19 +7,18 @@ be there, have rows, and fit its columns. The figures mean nothing. Exit status 
 """
 
 import argparse
-import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import psutil
 
+from benchmarks.common.asking import ended_with_its_processes
 from benchmarks.common.registry import BENCHMARKS, PLOTS, Benchmark
 from benchmarks.common.schema import Table, read_table
 from devtools.launch import end_process_tree, exit_on_sigterm
@@ -82,18 +81,6 @@ def run_step(step: Benchmark, out: Path, timeout_s: float = TIMEOUT_S) -> str | 
         return problem or plot_problem(folder, step.tables)
 
 
-@contextlib.contextmanager
-def _ended_with_its_commands(pool: ThreadPoolExecutor) -> Iterator[None]:
-    """Let an interrupt end the commands under way, for which the pool would wait."""
-    try:
-        yield
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in psutil.Process().children():
-            end_process_tree(child)
-        raise
-
-
 def run_steps(steps: tuple[Benchmark, ...], out: Path, jobs: int = 1) -> int:
     """Run the steps into a new folder, ``jobs`` at a time, print a line each, and return how many failed."""
     shutil.rmtree(out, ignore_errors=True)
@@ -105,7 +92,7 @@ def run_steps(steps: tuple[Benchmark, ...], out: Path, jobs: int = 1) -> int:
         return time.monotonic() - start, problem
 
     failed = 0
-    with ThreadPoolExecutor(jobs) as pool, _ended_with_its_commands(pool):
+    with ThreadPoolExecutor(jobs) as pool, ended_with_its_processes(pool):
         running = {pool.submit(timed, step): step for step in steps}
         for number, done in enumerate(as_completed(running), start=1):
             step, (seconds, problem) = running[done], done.result()

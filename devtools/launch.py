@@ -54,6 +54,11 @@ def server_environment(model: str) -> dict[str, str]:
     return {**offline, **({} if has_gpu() else CPU_ENVIRONMENT), **os.environ, **proxies}
 
 
+def importing_from(folder: Path) -> dict[str, str]:
+    """Return the variable with which a server's processes also import from a folder, before all others named so."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))}
+
+
 def server_command(*flags: str, python: str = sys.executable) -> list[str]:
     """Return the command line of a server. Of a flag that is given twice SGLang takes the last, so ``flags`` win."""
     return [python, "-m", "sglang.launch_server", *(() if has_gpu() else CPU_FLAGS), *flags]

@@ -46,7 +46,7 @@ from benchmarks.accuracy.report import markdown, plot
 from benchmarks.accuracy.rows import ByProblem, accuracy_rows
 from benchmarks.accuracy.run import INSTRUCTION, Sampling, run_samples, setting_server
 from benchmarks.accuracy.store import SampleStore
-from benchmarks.common.arguments import add_model_arguments, benchmark_parser
+from benchmarks.common.arguments import add_model_arguments, benchmark_parser, refuse_less_than_one
 from benchmarks.common.schema import hardware_folder, run_info, write_table
 from benchmarks.common.settings import Setting, parse_setting
 from benchmarks.common.tables import ACCURACY
@@ -85,9 +85,7 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.smoke:
         vars(options).update(SMOKE, out=options.out or options.work / "smoke")
-    for name in ("samples", "max_tokens", "concurrency", "limit"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    refuse_less_than_one(parser, options, "samples", "max_tokens", "concurrency", "limit")
     if options.settings is None:
         options.settings = "" if options.collected else SETTINGS
     try:

@@ -88,10 +88,10 @@ def judge_answers(
     Raises:
         ValueError: There is none; one line.
     """
-    by_setting = {
-        setting: {key: [sample for sample in samples if sample.problem == key] for key in {s.problem for s in samples}}
-        for setting, samples in answers.items()
-    }
+    by_setting: dict[Setting, dict[str, list[Sample]]] = {setting: {} for setting in answers}
+    for setting, samples in answers.items():
+        for sample in samples:
+            by_setting[setting].setdefault(sample.problem, []).append(sample)
     everywhere = [p for p in problems if all(p.key in by_problem for by_problem in by_setting.values())]
     if not everywhere:
         raise ValueError("no problem has been answered under every setting: name the same --problems, or some settings")

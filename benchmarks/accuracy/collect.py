@@ -24,16 +24,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from typing import Any
 
-import psutil
-
 from benchmarks.accuracy.answer_file import AnswerFile
 from benchmarks.accuracy.problems import DRY_RUN_PROBLEMS, Problem, load_problems
 from benchmarks.accuracy.run import INSTRUCTION, Sampling, ask_server, collect_sample, num_devices, setting_server
-from benchmarks.common.arguments import SMALL_MODEL, benchmark_parser
-from benchmarks.common.asking import ask_side_by_side
+from benchmarks.common.arguments import SMALL_MODEL, benchmark_parser, refuse_less_than_one, refuse_to_overwrite
+from benchmarks.common.asking import ask_side_by_side, ended_with_its_processes
 from benchmarks.common.schema import hardware_folder, run_info
 from benchmarks.common.settings import Setting, parse_setting
-from devtools.launch import ServerError, end_process_tree, exit_on_sigterm, has_gpu
+from devtools.launch import ServerError, exit_on_sigterm, has_gpu
 
 FILE_NAME = "accuracy_answers.jsonl.gz"
 SMOKE: dict[str, Any] = {
@@ -96,23 +94,16 @@ def run_all(
 ) -> list[str]:
     """Run all groups, some at a time, and return one line for each that failed."""
     failed = []
-    with ThreadPoolExecutor(options.servers) as pool:
+    with ThreadPoolExecutor(options.servers) as pool, ended_with_its_processes(pool):
         running = {pool.submit(answer_group, group, problems, options, answers): group for group in groups}
-        try:
-            for number, done in enumerate(as_completed(running), start=1):
-                names = " ".join(setting.name for setting in running[done])
-                error = done.exception()
-                if error is not None and not isinstance(error, ServerError):
-                    raise error
-                print(f"{number} of {len(groups)}: {names} ... {error or 'answered'}", flush=True)
-                if error is not None:
-                    failed.append(f"{names}: {error}")
-        except BaseException:
-            # The pool would wait for servers that answer for minutes.
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in psutil.Process().children():
-                end_process_tree(child)
-            raise
+        for number, done in enumerate(as_completed(running), start=1):
+            names = " ".join(setting.name for setting in running[done])
+            error = done.exception()
+            if error is not None and not isinstance(error, ServerError):
+                raise error
+            print(f"{number} of {len(groups)}: {names} ... {error or 'answered'}", flush=True)
+            if error is not None:
+                failed.append(f"{names}: {error}")
     return failed
 
 
@@ -131,12 +122,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--flags", default="", help="further flags of all servers, in one string")
     options = parser.parse_args()
     if options.smoke:
-        if options.out is None:
-            parser.error("--smoke must not overwrite results: name another folder with --out")
+        refuse_to_overwrite(parser, options)
         vars(options).update(SMOKE)
-    for name in ("limit", "max_tokens", "concurrency", "servers"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    refuse_less_than_one(parser, options, "limit", "max_tokens", "concurrency", "servers")
     options.out = options.out or hardware_folder()
     try:
         options.parsed = list(dict.fromkeys(map(parse_setting, options.settings)))

@@ -1,5 +1,6 @@
 """The accuracy of a results folder as a Markdown table and as ``accuracy.png``."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from rkv_sglang.config import NO_POLICY
 
 def markdown(rows: Sequence[Row], device: str) -> str:
     """Return the rows as a table; ``device`` says what an hour is an hour of, where the rows have times."""
+    # Answers that shared a GPU have no time of their own.
+    has_times = not math.isnan(float(rows[0]["seconds"]))
     head = (
         "setting",
         "right",
@@ -25,7 +28,7 @@ def markdown(rows: Sequence[Row], device: str) -> str:
         "no answer",
         "compressed",
         "compactions",
-        f"right per {device}-hour" if float(rows[0]["seconds"]) == float(rows[0]["seconds"]) else "",
+        *([f"right per {device}-hour"] if has_times else []),
     )
     lines = [head, ["---"] * len(head)]
     for row in rows:
@@ -41,7 +44,7 @@ def markdown(rows: Sequence[Row], device: str) -> str:
                 f"{row['tokens_mean']:.0f} (median {row['tokens_median']:.0f})",
                 *(f"{row[name]:.0%}" for name in ("truncated", "no_answer", "compressed")),
                 f"{row['compactions']:.1f}",
-                f"{row['correct_per_hour']:.1f}" if head[-1] else "",
+                *([f"{row['correct_per_hour']:.1f}"] if has_times else []),
             )
         )
     first = rows[0]
@@ -51,10 +54,7 @@ def markdown(rows: Sequence[Row], device: str) -> str:
         f"bootstrap interval over problems. Control: {_control(rows)}. Kept: the final answer of "
         f"none's sample, which in {_neither(rows):.0%} of them is that there is none."
     )
-    # Answers that shared a GPU have no time of their own.
-    width = len(head) if head[-1] else len(head) - 1
-    shown = ("| " + " | ".join(line[:width]) + " |" for line in lines)
-    return "\n".join([*shown, "", what, *notes])
+    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", what, *notes])
 
 
 def _control(rows: Sequence[Row]) -> str:

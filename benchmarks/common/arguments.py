@@ -24,3 +24,16 @@ def add_model_arguments(parser: argparse.ArgumentParser, work: Path) -> None:
     parser.add_argument("--model", default=SMALL_MODEL, help="folder or hub name, default %(default)s")
     parser.add_argument("--work", type=Path, default=work, help="default %(default)s")
     parser.add_argument("--plot-only", type=Path, metavar="FOLDER", help="only draw the CSVs of a folder again")
+
+
+def refuse_to_overwrite(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End a smoke run with one line unless it has a folder of its own; else its figures would pass for results."""
+    if options.out is None:
+        parser.error("--smoke must not overwrite results: name another folder with --out")
+
+
+def refuse_less_than_one(parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> None:
+    """End with one line if one of these options is given and below 1."""
+    for name in names:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")

@@ -1,9 +1,15 @@
 """Many requests at a time, of which none keeps a process from ending."""
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
+
+import psutil
+
+from devtools.launch import end_process_tree
 
 Job = TypeVar("Job")
 
@@ -44,3 +50,15 @@ def ask_side_by_side(ask: Callable[[Job], Any], jobs: Sequence[Job], concurrency
             yield job, answer
     finally:
         is_over.set()
+
+
+@contextlib.contextmanager
+def ended_with_its_processes(pool: ThreadPoolExecutor) -> Iterator[None]:
+    """Let an error or an interrupt end the processes that were started, for which the pool would wait."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in psutil.Process().children():
+            end_process_tree(child)
+        raise

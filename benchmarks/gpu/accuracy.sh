@@ -8,9 +8,9 @@
 need_plugin
 machine
 asked=(${PROBLEMS:+--problems "$PROBLEMS"} --out "$OUT")
-part answers 350 "$PYTHON" -m benchmarks.accuracy.collect "${asked[@]}" ${REHEARSE:+--smoke} --flags "$FLAGS" \
+part answers 300 "$PYTHON" -m benchmarks.accuracy.collect "${asked[@]}" ${REHEARSE:+--smoke} --flags "$FLAGS" \
   ${MODEL:+--model "$MODEL"} ${CHECK_ARGS:-}
 if "$PYTHON" -c 'import math_verify' 2> /dev/null; then
-  part judged 50 "$PYTHON" -m benchmarks.accuracy --collected "$OUT/accuracy_answers.jsonl.gz" "${asked[@]}"
+  part judged 100 "$PYTHON" -m benchmarks.accuracy --collected "$OUT/accuracy_answers.jsonl.gz" "${asked[@]}"
 fi
 finish

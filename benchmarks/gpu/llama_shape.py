@@ -4,8 +4,9 @@ Speed, memory and scheduling are those of the real model; answers are noise. Siz
 """
 
 import json
-import os
 from pathlib import Path
+
+from devtools.launch import importing_from
 
 VOCAB_SIZE = 128256
 # On a server's PYTHONPATH: the plugin that fills such a model.
@@ -90,5 +91,4 @@ def served_model(
         return model, [], {}
     name = "llama-3.1-8b-shape" if num_layers is None else f"llama-3.1-8b-shape-{num_layers}-layers"
     folder = write_model(work / name, tiny=tiny, num_layers=num_layers)
-    path = os.pathsep.join([str(WEIGHTS), os.environ.get("PYTHONPATH", "")])
-    return str(folder), ["--load-format", "dummy"], {"PYTHONPATH": path}
+    return str(folder), ["--load-format", "dummy"], importing_from(WEIGHTS)

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.arguments import benchmark_parser
+from benchmarks.common.arguments import benchmark_parser, refuse_to_overwrite
 from benchmarks.common.drawing import load_pyplot
 from benchmarks.common.schema import Row, Table, hardware_folder, read_table, run_info, write_table
 from benchmarks.common.settings import Setting, as_file_name, no_policy, parse_setting
@@ -233,8 +233,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path(".cache/serve_check"), help="made-up models")
     options = parser.parse_args()
     if options.smoke:
-        if options.out is None:
-            parser.error("--smoke must not overwrite results: name another folder with --out")
+        refuse_to_overwrite(parser, options)
         vars(options).update(SMOKE, work=options.out / "work")
     exit_on_sigterm()
     try:

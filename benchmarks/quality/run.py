@@ -19,7 +19,7 @@ from benchmarks.common.settings import policy_setting
 from benchmarks.common.statistics import compactions_before
 from benchmarks.quality.forcing import ForcingProcessor, forcing_params, read_record
 from benchmarks.quality.texts import RecallText
-from devtools.launch import Server, ServerError, has_gpu, launched_server
+from devtools.launch import Server, ServerError, has_gpu, importing_from, launched_server
 from rkv_sglang.config import NO_POLICY
 
 # Stands for the uncompressed cache where a budget is expected.
@@ -99,8 +99,7 @@ def policy_server(study: Study, policy: str) -> Iterator[Server]:
     ]
     log_path = Path(".cache/logs") / f"quality-{policy}.log"
     # The server's processes find the processor by its module's name.
-    others = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
-    environment = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[2]), *others])}
+    environment = importing_from(Path(__file__).resolve().parents[2])
     # More threads than cores that are free wait for each other, so whoever set a number knows better.
     if not has_gpu() and "OMP_NUM_THREADS" not in os.environ:
         environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // study.num_servers))

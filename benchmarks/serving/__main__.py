@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.arguments import benchmark_parser
+from benchmarks.common.arguments import benchmark_parser, refuse_to_overwrite
 from benchmarks.common.schema import hardware_folder, read_table, run_info
 from benchmarks.common.tables import SERVING
 from benchmarks.serving.report import plot, summary
@@ -74,8 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--plot-only", type=Path, metavar="FOLDER", help="only read and draw the CSV of a folder again")
     options = parser.parse_args()
     if options.smoke:
-        if options.out is None:
-            parser.error("--smoke must not overwrite results: name another folder with --out")
+        refuse_to_overwrite(parser, options)
         vars(options).update(SMOKE)
     try:
         check(options)
