@@ -339,7 +339,7 @@ def test_a_preempted_request_comes_back_behind_its_prefix(page_size, extra, pool
             restored_in_flight=not extra,
             guessed_output_ids=output.output_ids,
         )
-        assert_same_tokens(output.output_ids, expected, f"request {i}, restored at {restores[i - 1]}")
+        expected = assert_same_tokens(output.output_ids, expected, f"request {i}, restored at {restores[i - 1]}")
         assert output.output_logprobs == pytest.approx(expected.logprobs, abs=1e-3)
 
 

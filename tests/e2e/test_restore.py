@@ -110,7 +110,7 @@ def test_log_probabilities_go_on_over_a_restore():
     assert sum(map(len, restores_of(result))) >= 2
     for i, (prompt, start, output) in enumerate(zip(prompts, starts, result.outputs, strict=True)):
         expected = expected_of(result, i, prompt, 345)
-        assert_same_tokens(output.output_ids, expected, f"request {i}")
+        expected = assert_same_tokens(output.output_ids, expected, f"request {i}")
         assert output.output_logprobs == pytest.approx(expected.logprobs, abs=1e-3)
         assert len(output.input_logprobs) == (0 if start < 0 else len(prompt) - start)
 

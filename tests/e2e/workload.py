@@ -7,19 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from devtools.tiny_models import VOCAB_SIZE
 from tests.support.harness.scheduler import Request, RunResult
 from tests.support.oracle.decoder import load_model
-from tests.support.oracle.dense import LOGIT_TOLERANCE, SCORE_TOLERANCE, DenseResult, dense_generate
+from tests.support.oracle.dense import LOGIT_TOLERANCE, DenseResult, dense_generate
 from tests.support.oracle.masked_compact import MaskedResult, masked_compact
 from tests.support.oracle.policy_scores import score_function
 from tests.support.oracle.scores import ScoreFunction
+from tests.support.oracle.ties import num_equal, settled
 
 SHARED_PREFIX_LEN = 71
+Result = TypeVar("Result", DenseResult, MaskedResult)
 
 
 @dataclass(frozen=True)
@@ -131,28 +133,25 @@ def greedy(prompt: tuple[int, ...] | list[int], max_new_tokens: int, **fields: o
     return Request(input_ids=list(prompt), sampling_params=sampling_params, **fields)  # type: ignore[arg-type]
 
 
-def assert_same_tokens(found: list[int], expected: DenseResult | MaskedResult, name: str) -> None:
-    """Assert equal answers. Where they part behind a near-tie of the oracle, which inputs are drawn shows nothing.
+def assert_same_tokens(found: list[int], expected: Result, name: str) -> Result:
+    """Assert equal answers. Where a near-tie of scores decides, the oracle is asked what follows from the other choice.
 
-    Then the test is skipped, and says so. Scores that are exactly equal are no near-tie: all choose by place then.
+    Returns what it says then, log-probabilities and all. Where the logits of the first token that differs are a
+    near-tie, which inputs are drawn shows nothing. Then the test is skipped, and says so.
     """
-    for i, (token, right) in enumerate(zip(found, expected.output_ids, strict=True)):
-        if token != right:
-            margins = [margin for num_outputs, margin in _margins(expected) if num_outputs <= i]
-            # All tokens before are equal, so of the logits only those of this one count.
-            if any(0 < margin < SCORE_TOLERANCE for margin in margins) or expected.logit_gaps[i] < LOGIT_TOLERANCE:
-                pytest.skip(f"{name}: a near-tie decides token {i}: margins {margins}, gap {expected.logit_gaps[i]}")
-            raise AssertionError(
-                f"{name}: token {i} is {token} instead of {right}; logit gap there {expected.logit_gaps[i]:.2e}, "
-                f"smallest score margins of the compactions before: {[f'{m:.1e}' for m in margins]}"
-            )
-
-
-def _margins(expected: DenseResult | MaskedResult) -> list[tuple[int, float]]:
-    """Return of each compaction after how many outputs it came, and the least margin of what stayed."""
-    if isinstance(expected, MaskedResult):
-        return list(zip(expected.compactions, expected.margins, strict=True))
-    return [(own.num_outputs, float(own.margins.min())) for own in expected.compactions]
+    assert len(found) == len(expected.output_ids), f"{name}: {len(found)} tokens instead of {len(expected.output_ids)}"
+    expected = settled(found, expected)
+    i = num_equal(found, expected.output_ids)
+    if i == len(found):
+        return expected
+    gap, right = expected.logit_gaps[i], expected.output_ids[i]
+    if gap < LOGIT_TOLERANCE:
+        pytest.skip(f"{name}: a near-tie of logits decides token {i}: gap {gap}")
+    margins = [f"{margin:.1e}" for num_outputs, margin in expected.cuts if num_outputs <= i]
+    raise AssertionError(
+        f"{name}: token {i} is {found[i]} instead of {right}; logit gap there {gap:.2e}, "
+        f"smallest score margins of the compactions before: {margins}"
+    )
 
 
 def retracting(interval: int) -> dict[str, str]:

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from tests.support.oracle.decoder import Decoder, DecodeSteps, Fp8, LayerCache, load_model, one_thread
 from tests.support.oracle.images import Image
 from tests.support.oracle.scores import ScoreFunction, ScoreInputs, rkv_scores
+from tests.support.oracle.ties import least_margin, swapped_at_cut
 
-# Where two logits or two scores lie closer, another order of summation may choose otherwise: some ten times what it was
-# seen to change in tiny models.
+# Where two logits or two scores lie closer, another order of summation may choose otherwise: some ten times what it
+# changes as a rule in tiny models.
 LOGIT_TOLERANCE, SCORE_TOLERANCE = 1e-4, 3e-8
 
 
@@ -53,6 +54,7 @@ class DenseResult:
         logit_gaps: Best logit minus second best. Where it is tiny, another right implementation may choose otherwise.
         resident_lens: Tokens that attention saw when the output token was computed, the one just fed included.
         compactions: In order of time.
+        again: Makes the same answer once more, with other arguments by name, such as ``swapped_at``.
     """
 
     output_ids: list[int] = field(default_factory=list)
@@ -60,6 +62,12 @@ class DenseResult:
     logit_gaps: list[float] = field(default_factory=list)
     resident_lens: list[int] = field(default_factory=list)
     compactions: list[Compaction] = field(default_factory=list)
+    again: "Callable[..., DenseResult] | None" = field(default=None, repr=False, compare=False)
+
+    @property
+    def cuts(self) -> list[tuple[int, float]]:
+        """Of each compaction after how many outputs it came, and its least margin that is no exact tie."""
+        return [(own.num_outputs, least_margin(own.margins)) for own in self.compactions]
 
     def num_certain_outputs(
         self, *, logit_tolerance: float = LOGIT_TOLERANCE, score_tolerance: float = SCORE_TOLERANCE
@@ -112,7 +120,7 @@ def dense_prefix(
         _, queries = decoder._forward_layers(ids, 0, caches)
         for layer_cache, layer_queries in zip(caches, queries, strict=True):
             layer_cache.queries.extend(layer_queries[:, -num_judging:].unbind(dim=1))
-        compaction = _compact_prompt(caches, 0, length, budget, window, decoder.logit_scale, score)
+        compaction = _compact_prompt(caches, 0, length, budget, window, False, decoder.logit_scale, score)
     for layer_cache in caches:
         # Without the task.
         layer_cache.length = budget
@@ -148,6 +156,7 @@ def dense_generate(
     prefix: Prefix | None = None,
     carried_ids: Sequence[int] = (),
     image: Image | None = None,
+    swapped_at: Collection[int] = (),
 ) -> DenseResult:
     """Generate greedily, keeping ``budget`` generated tokens per layer and KV head at each compaction.
 
@@ -189,10 +198,13 @@ def dense_generate(
         carried_ids: What was generated after the prompt before: prefilled with it, and compacted as outputs are. No
             number of output tokens counts them, and ``early`` is given them in front of the outputs.
         image: One in what is prefilled, in the places of some of its tokens.
+        swapped_at: In compactions after so many output tokens the worst that stays and the best that goes change places
+            wherever they are a near-tie.
 
     Raises:
         ValueError: The budget leaves no room beside the window, or the model is of another kind.
     """
+    asked = {name: value for name, value in locals().items() if name != "model"}
     if budget <= window:
         raise ValueError(f"budget {budget} must be greater than window {window}, which is kept inside it")
     model = model if isinstance(model, PreTrainedModel) else load_model(Path(model))
@@ -219,7 +231,7 @@ def dense_generate(
 
     steps = DecodeSteps(decoder, caches)
     scores_of = partial(_scores, budget=budget, logit_scale=decoder.logit_scale, score=score, windows=decoder.windows)
-    result = DenseResult()
+    result = DenseResult(again=lambda **options: dense_generate(model, **{**asked, **options}))
     held_prompt_len = prompt_len
     may_compact_prompt = prompt_budget is not None and prompt_budget <= prompt_len - (block or 1)
     may_compact_prompt = may_compact_prompt and max_new_tokens - 1 > window
@@ -254,7 +266,7 @@ def dense_generate(
                 num_seen = num_outputs + (is_dropped and not is_in_flight)
                 if is_prompt_due and num_decoded_since_prefill >= window:
                     assert prompt_budget is not None
-                    sizes = (num_seen, prompt_len, prompt_budget, window)
+                    sizes = (num_seen, prompt_len, prompt_budget, window, num_seen in swapped_at)
                     result.compactions.append(
                         _compact_prompt(caches, *sizes, decoder.logit_scale, score)
                         if block is None
@@ -273,7 +285,7 @@ def dense_generate(
                     is_whole = False
                     if block is None:
                         _observe(caches, held_prompt_len, budget, decoder, score)
-                    sizes = (num_seen, held_prompt_len, budget, window)
+                    sizes = (num_seen, held_prompt_len, budget, window, num_seen in swapped_at)
                     result.compactions.append(
                         _compact(caches, *sizes, scores_of)
                         if block is None
@@ -313,6 +325,7 @@ def _compact(
     prompt_len: int,
     budget: int,
     window: int,
+    is_swapped: bool,
     scores_of: Callable[[LayerCache, int, int], torch.Tensor | None],
 ) -> Compaction:
     kept_positions, candidate_positions, candidate_scores, margins = [], [], [], []
@@ -323,6 +336,8 @@ def _compact(
         if scores is None:
             scores = layer_cache.positions[:, :window_start].float()
         ranked_scores, ranked = scores[:, prompt_len:].sort(dim=-1, descending=True, stable=True)
+        if is_swapped:
+            ranked_scores, ranked = swapped_at_cut(ranked_scores, ranked, num_kept_candidates)
         kept_candidates = ranked[:, :num_kept_candidates].sort(dim=-1).values + prompt_len
         num_kv_heads = scores.shape[0]
         prompt = torch.arange(prompt_len).expand(num_kv_heads, -1)
@@ -347,6 +362,7 @@ def _compact_prompt(
     prompt_len: int,
     prompt_budget: int,
     window: int,
+    is_swapped: bool,
     logit_scale: float,
     score: ScoreFunction,
 ) -> Compaction:
@@ -360,6 +376,8 @@ def _compact_prompt(
         assert scores is not None
         candidates = scores[:, 4 : prompt_len - window]
         ranked_scores, ranked = candidates.sort(dim=-1, descending=True, stable=True)
+        if is_swapped:
+            ranked_scores, ranked = swapped_at_cut(ranked_scores, ranked, num_kept_candidates)
         middle = ranked[:, :num_kept_candidates].sort(dim=-1).values + 4
         num_kv_heads = scores.shape[0]
         first = torch.arange(4).expand(num_kv_heads, -1)
@@ -430,6 +448,7 @@ def _drop(
     prompt_len: int,
     budget: int,
     window: int,
+    is_swapped: bool,
     scores_of: Callable[[LayerCache, int, int], torch.Tensor | None],
     block: int,
 ) -> Compaction:
@@ -441,7 +460,8 @@ def _drop(
         for start in range(0, resident_len, block)
         if start >= prompt_len and start + block <= resident_len - window
     ]
-    return _drop_lowest(caches, num_outputs, scored, starts, block, (resident_len - prompt_len - budget) // block)
+    num_dropped = (resident_len - prompt_len - budget) // block
+    return _drop_lowest(caches, num_outputs, scored, starts, block, num_dropped, is_swapped)
 
 
 def _drop_of_prompt(
@@ -450,6 +470,7 @@ def _drop_of_prompt(
     prompt_len: int,
     prompt_budget: int,
     window: int,
+    is_swapped: bool,
     scores_of: Callable[[LayerCache, int, int], torch.Tensor | None],
     block: int,
 ) -> Compaction:
@@ -460,7 +481,7 @@ def _drop_of_prompt(
         # What a policy remembers is of generated tokens.
         layer_cache.memory.zero_()
         layer_cache.beacons.clear()
-    return _drop_lowest(caches, num_outputs, scored, starts, block, (prompt_len - prompt_budget) // block)
+    return _drop_lowest(caches, num_outputs, scored, starts, block, (prompt_len - prompt_budget) // block, is_swapped)
 
 
 def _drop_lowest(
@@ -470,6 +491,7 @@ def _drop_lowest(
     starts: Sequence[int],
     block: int,
     num_dropped: int,
+    is_swapped: bool,
 ) -> Compaction:
     """Drop the blocks of the lowest mean score, the older of equal ones, of those that start there."""
     resident_len = caches[0].length
@@ -477,6 +499,9 @@ def _drop_lowest(
     of_tokens = of_layers.double().mean(dim=(0, 1))
     of_blocks = {start: float(of_tokens[start : start + block].mean()) for start in starts}
     ranked = sorted(starts, key=lambda start: (of_blocks[start], start))
+    if is_swapped and len(ranked) > num_dropped:
+        of_ranked = torch.tensor([[of_blocks[start] for start in ranked]], dtype=torch.float64)
+        ranked = swapped_at_cut(of_ranked, torch.tensor([ranked]), num_dropped)[1][0].tolist()
     dropped = {start + offset for start in ranked[:num_dropped] for offset in range(block)}
     kept = torch.tensor([index for index in range(resident_len) if index not in dropped])
     before = caches[0].positions[0].clone()

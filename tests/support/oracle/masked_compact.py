@@ -5,7 +5,7 @@ replaced: the modules of the model itself are run, with positions, images and al
 under test.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,19 +14,27 @@ import torch
 from tests.support.oracle.decoder import one_thread
 from tests.support.oracle.masked_forward import MaskedForward, masked_forward
 from tests.support.oracle.scores import ScoreFunction, ScoreInputs
+from tests.support.oracle.ties import least_margin, swapped_at_cut
 
 
 @dataclass(frozen=True)
 class MaskedResult:
     """The answer; of each token how far its logit is above the second best; after how many outputs it was compacted.
 
-    Of each compaction ``margins`` has the least by which anything that stays scores above what goes.
+    Of each compaction ``margins`` has the least by which what stays scores above what goes, but for exact ties.
+    ``again`` makes the same answer once more, with other arguments by name.
     """
 
     output_ids: list[int] = field(default_factory=list)
     logit_gaps: list[float] = field(default_factory=list)
     compactions: list[int] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
+    again: "Callable[..., MaskedResult] | None" = field(default=None, repr=False, compare=False)
+
+    @property
+    def cuts(self) -> list[tuple[int, float]]:
+        """Of each compaction after how many outputs it came, and its least margin."""
+        return list(zip(self.compactions, self.margins, strict=True))
 
 
 @torch.inference_mode()
@@ -42,6 +50,7 @@ def masked_compact(
     block: int | None = None,
     windows: Sequence[int | None] | None = None,
     guessed_output_ids: Sequence[int] = (),
+    swapped_at: Collection[int] = (),
 ) -> MaskedResult:
     """Generate greedily. Without a block every layer and KV head keeps tokens of its own; arguments as of ``dense``.
 
@@ -51,6 +60,7 @@ def masked_compact(
         guessed_output_ids: What the outputs may turn out to be, such as the answer to be judged: up to the next
             compaction they are fed at once, and count as far as they are right.
     """
+    asked = {name: value for name, value in locals().items() if name != "model"}
     config = model.config.get_text_config()
     num_layers, num_kv_heads = config.num_hidden_layers, config.num_key_value_heads
     windows = [None] * num_layers if windows is None else list(windows)
@@ -60,7 +70,8 @@ def masked_compact(
     visible = torch.zeros(num_layers, num_kv_heads, total, total, dtype=torch.bool)
     for token in range(prompt_len):
         _see(visible, token, torch.arange(token + 1).expand(num_layers, num_kv_heads, -1), windows)
-    ids, result = list(prompt_ids), MaskedResult()
+    ids = list(prompt_ids)
+    result = MaskedResult(again=lambda **options: masked_compact(model, **{**asked, **options}))
 
     def feed(token: int) -> None:
         nonlocal resident
@@ -93,7 +104,8 @@ def masked_compact(
                 passed = passed.of_first(row)
                 scores = _scores(passed, resident, prompt_len, budget, window, score, windows, block is not None)
                 choose = _per_head if block is None else _in_blocks
-                resident, margin = choose(resident, scores, prompt_len, budget, window, block)
+                is_swapped = len(result.output_ids) in swapped_at
+                resident, margin = choose(resident, scores, prompt_len, budget, window, block, is_swapped)
                 result.compactions.append(len(result.output_ids))
                 result.margins.append(margin)
             feed(token)
@@ -134,18 +146,33 @@ def _scores(
 
 
 def _per_head(
-    resident: torch.Tensor, scores: torch.Tensor, prompt_len: int, budget: int, window: int, block: None
+    resident: torch.Tensor,
+    scores: torch.Tensor,
+    prompt_len: int,
+    budget: int,
+    window: int,
+    block: None,
+    is_swapped: bool,
 ) -> tuple[torch.Tensor, float]:
     of_ranks, ranked = scores[:, :, prompt_len:].sort(dim=2, descending=True, stable=True)
-    margins = of_ranks[:, :, budget - window - 1] - of_ranks[:, :, budget - window]
+    if is_swapped:
+        pairs = swapped_at_cut(of_ranks.flatten(0, 1), ranked.flatten(0, 1), budget - window)
+        of_ranks, ranked = (own.view_as(ranked) for own in pairs)
     best = ranked[:, :, : budget - window].sort(dim=2).values + prompt_len
     prompt = torch.arange(prompt_len).expand(*best.shape[:2], -1)
     latest = torch.arange(resident.shape[2] - window, resident.shape[2]).expand(*best.shape[:2], -1)
-    return resident.gather(2, torch.cat([prompt, best, latest], dim=2)), float(margins.min())
+    margins = of_ranks[:, :, budget - window - 1] - of_ranks[:, :, budget - window]
+    return resident.gather(2, torch.cat([prompt, best, latest], dim=2)), least_margin(margins)
 
 
 def _in_blocks(
-    resident: torch.Tensor, scores: torch.Tensor, prompt_len: int, budget: int, window: int, block: int
+    resident: torch.Tensor,
+    scores: torch.Tensor,
+    prompt_len: int,
+    budget: int,
+    window: int,
+    block: int,
+    is_swapped: bool,
 ) -> tuple[torch.Tensor, float]:
     length = resident.shape[2]
     of_tokens = scores.double().mean(dim=(0, 1))
@@ -153,6 +180,9 @@ def _in_blocks(
     of_blocks = {i: float(of_tokens[i : i + block].mean()) for i in starts}
     ranked = sorted(starts, key=lambda i: (of_blocks[i], i))
     num_gone = (length - prompt_len - budget) // block
+    if is_swapped and len(ranked) > num_gone:
+        of_ranked = torch.tensor([[of_blocks[i] for i in ranked]], dtype=torch.float64)
+        ranked = swapped_at_cut(of_ranked, torch.tensor([ranked]), num_gone)[1][0].tolist()
     gone = {i + offset for i in ranked[:num_gone] for offset in range(block)}
     margin = of_blocks[ranked[num_gone]] - of_blocks[ranked[num_gone - 1]] if len(ranked) > num_gone else 1.0
     return resident[:, :, [i for i in range(length) if i not in gone]], margin
