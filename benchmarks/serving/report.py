@@ -84,7 +84,7 @@ def plot(folder: Path) -> Path:
     baseline = baseline_of(rows)
     kinds = list(dict.fromkeys(str(row["arrivals"]) for row in rows))
     colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(str(row["setting"]) for row in rows))}
-    figure, grid = pyplot.subplots(2 * len(kinds), 2, figsize=(11, 7.5 * len(kinds)), layout="constrained")
+    figure, grid = pyplot.subplots(2 * len(kinds), 2, figsize=(11, 9.5 * len(kinds)), layout="constrained")
     for i, kind in enumerate(kinds):
         mine = [row for row in rows if row["arrivals"] == kind]
         ratio, running, ttft, itl = panels = list(grid[2 * i : 2 * i + 2].flat)
@@ -101,7 +101,8 @@ def plot(folder: Path) -> Path:
         for panel in panels:
             _mark_pools(panel, mine, label="holds all requests at once" if panel is ratio else None)
             panel.grid(alpha=0.25)
-            panel.legend(fontsize=8)
+            # Below, where it covers no line, however many settings there are.
+            panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     rounds = len({row["round"] for row in rows})
     figure.suptitle(f"equal memory, KV pool and side buffers together; medians over {rounds} rounds")
     path = folder / "serving.png"

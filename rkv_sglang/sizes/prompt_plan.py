@@ -45,7 +45,7 @@ class PromptPlan:
         return DropPlan(
             prompt_len=0,
             resident_len=self.resident_len,
-            kept_len=self.kept_len,
+            kept_len=self.resident_len - self.evicted_tokens,
             block=block,
             first_block=-(-NUM_FIRST_KEPT // block),
             end_block=(self.prompt_len - window) // block,

@@ -108,7 +108,9 @@ def _check_request(
             request = replace(request, max_new_tokens=len(tokens))
         else:
             problems.append(f"it was cut at {len(tokens)} of {request.max_new_tokens} tokens")
-    counts["prefixes made"] += info is not None and request.asks("create") and "kv_prefix" in info
+    if info is not None and request.asks("create") and "kv_prefix" in info:
+        counts["prefixes made"] += 1
+        counts[f"prefixes made by {request.made['judge']}"] += 1
     counts["prefixes deleted"] += info is not None and request.asks("delete") and "kv_prefix" in info
     if index in history.refused - history.gone:
         return problems

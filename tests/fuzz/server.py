@@ -104,7 +104,8 @@ class ServerConfig:
     def serves_prefixes(self) -> bool:
         """Whether it can make named prefixes."""
         has_one_rank = self.tp_size == self.attn_dp_size == 1
-        return self.granularity == HEAD and self.radix and has_one_rank and self.model not in SLIDING_MODELS
+        slides = self.model in SLIDING_MODELS and self.granularity == HEAD
+        return self.radix and has_one_rank and not slides
 
     @property
     def least_budget(self) -> int:

@@ -7,7 +7,8 @@ import random
 from dataclasses import replace
 
 from devtools.tiny_models import VOCAB_SIZE
-from rkv_sglang.config import NUM_FIRST_KEPT
+from rkv_sglang.config import BY_POLICY, BY_REPEAT, BY_TASK, JUDGES, NUM_FIRST_KEPT, REQUEST
+from rkv_sglang.policies import POLICIES, is_blind
 from rkv_sglang.sizes.pages import ceil_to_page
 from tests.fuzz.draw.servers import is_tight, most_prompt
 from tests.fuzz.schedule import Event, FuzzRequest, Schedule
@@ -23,15 +24,18 @@ MOST_TOKENS = 90
 def with_prefixes(seed: int, schedule: Schedule) -> Schedule:
     """Return a schedule in which requests make prefixes and others use and delete them, where the server suits it."""
     rng, server = random.Random(f"prefixes {seed}"), schedule.server
-    if not server.serves_prefixes or rng.random() >= SHARE or _most_tokens(server, _least_budget(server)) < 1:
+    least_spare = server.block or 1
+    if not server.serves_prefixes or rng.random() >= SHARE or _most_tokens(server, _least_budget(server)) < least_spare:
         return schedule
     names = NAMES[: 2 if rng.random() < 0.4 and not is_tight(server) else 1]
     makers = [_maker(rng, server, name, set()) for name in names]
     # Two of one name, of which one finds it taken.
-    if rng.random() < 0.15 and not is_tight(server):
+    if rng.random() < 0.15 and not is_tight(server) and server.block is None:
         makers.append(replace(_maker(rng, server, "a", {_sizes(makers[0])}), at_pass=rng.choice([0, 0, 1, 2, 9])))
     requests = _requests(rng, schedule, makers)
     requests += _deletions(rng, server, requests, makers)
+    judges = random.Random(f"judges {seed}")
+    requests = [_judged(judges, server, one) if one.asks("create") else one for one in requests]
     if rng.random() < 0.25:
         requests.append(_asking(rng, server, {"list": True}, at_pass=rng.randrange(0, 60)))
     if rng.random() < 0.1:
@@ -40,7 +44,8 @@ def with_prefixes(seed: int, schedule: Schedule) -> Schedule:
 
 
 def _least_budget(server: ServerConfig) -> int:
-    return ceil_to_page(server.window + NUM_FIRST_KEPT + 1, server.page_size)
+    chosen = NUM_FIRST_KEPT + 1 if server.block is None else 2 * server.block
+    return ceil_to_page(server.window + chosen, server.page_size)
 
 
 def _most_tokens(server: ServerConfig, budget: int) -> int:
@@ -54,6 +59,11 @@ def _maker(rng: random.Random, server: ServerConfig, name: str, taken: set[tuple
     page, chunk = server.page_size, server.chunk_size or 16
     budget = _least_budget(server)
     wider = budget + page * rng.choice([0, 0, 1, 2, 11 if page == 1 else 1])
+    if server.block is not None:
+        # Whole blocks go, and it has few sizes.
+        spare = _most_tokens(server, budget)
+        length = budget + server.block * rng.randint(1, (spare + 1) // server.block)
+        return _making(rng, server, name, length, budget, spare)
     if not is_tight(server) or (_most_tokens(server, wider) > 4 and wider <= server.window + 14):
         budget = wider
     spare = _most_tokens(server, budget)
@@ -63,7 +73,13 @@ def _maker(rng: random.Random, server: ServerConfig, name: str, taken: set[tuple
     length = rng.choice([*lengths, *(least + rng.randint(0, spare) for _ in range(4))])
     while (length, budget) in taken:
         length = least + (length - least + 1) % (spare + 1)
-    left = spare - (length - least)
+    return _making(rng, server, name, length, budget, spare)
+
+
+def _making(rng: random.Random, server: ServerConfig, name: str, length: int, budget: int, spare: int) -> FuzzRequest:
+    """Return a request that makes a prefix of these sizes, with a task behind the document."""
+    page, chunk = server.page_size, server.chunk_size or 16
+    left = spare - (length - budget - 1)
     tasks = [n for n in (0, 1, page, chunk - server.window, chunk - server.window + 1) if 0 <= n <= left]
     task_len = server.window + rng.choice([*tasks, rng.randint(0, left)])
     return _asking(
@@ -75,6 +91,23 @@ def _maker(rng: random.Random, server: ServerConfig, name: str, taken: set[tuple
         at_pass=rng.choice([0, 0, 0, rng.randrange(0, 30)]),
         abort_at=rng.randrange(0, 20) if rng.random() < 0.06 else None,
     )
+
+
+def _judged(rng: random.Random, server: ServerConfig, maker: FuzzRequest) -> FuzzRequest:
+    """Return a request that makes a prefix with a judge drawn, and behind its document what that one wants."""
+    length, judge = maker.prefix["length"], rng.choice((BY_POLICY, *JUDGES))
+    if server.granularity == REQUEST and is_blind(POLICIES[server.policy]):
+        # It looks at no keys.
+        return maker
+    document, behind = maker.prompt[:length], maker.prompt[length:]
+    if judge == BY_TASK:
+        behind = behind[: rng.choice([1, 2, len(behind), len(behind)])]
+    elif judge == BY_REPEAT:
+        behind = (*behind[: rng.randint(1, 6)], *document)
+        budget = maker.prefix["budget"]
+        if length + len(behind) > budget + 1 + server.window + _most_tokens(server, budget):
+            return maker
+    return replace(maker, prompt=(*document, *behind), prefix={**maker.prefix, "judge": judge})
 
 
 def _sizes(maker: FuzzRequest) -> tuple[int, int]:
@@ -156,7 +189,7 @@ def _deletions(
         after = rng.choice([number, number, None, *users[:2]])
         at_pass = rng.choice([0, 1, rng.randrange(0, 60)])
         deletions.append(_asking(rng, server, {"delete": name}, after=after, at_pass=at_pass))
-        if rng.random() < 0.5:
+        if rng.random() < 0.5 and server.block is None:
             others = [one for one in (*makers, *deletions) if one.asks("create") and one.prefix["create"] == name]
             anew = _maker(rng, server, name, {_sizes(one) for one in others})
             place = len(requests) + len(deletions)

@@ -88,9 +88,9 @@ PREFIXES = (
     ),
     Mutant(
         "a prefix's document is judged by another layer's queries",
-        _MAKING,
-        "lambda part, layers: verdict.queries[layers, None],",
-        "lambda part, layers: verdict.queries.roll(1, 0)[layers, None],",
+        "integration/runtime/prefixes/judging.py",
+        "return self.queries[layers, None]",
+        "return self.queries.roll(1, 0)[layers, None]",
         _SHARED,
     ),
     Mutant(

@@ -21,6 +21,8 @@ from rkv_sglang.integration.runtime.prefixes.asked import (
     refuse_sizes,
 )
 from rkv_sglang.integration.runtime.prefixes.reading import read_prefix
+from rkv_sglang.sizes.compaction_plan import block_of_pages
+from rkv_sglang.sizes.prompt_plan import PrefixPlan
 from tests.garbage.neighbours import MOST_LINE, any_value, neighbour
 
 SERVER = PolicyConfig(policy="rkv", budget=32, buffer=16)
@@ -33,9 +35,14 @@ RIGHT: list[Any] = [
 ]
 
 
-def parts_of(*, is_disabled: bool = False, attention_window: int = 0) -> Parts:
+def parts_of(*, is_disabled: bool = False, attention_window: int = 0, is_latent: bool = False) -> Parts:
+    pool = SimpleNamespace(kv_buffer=[]) if is_latent else SimpleNamespace(k_buffer=[0], v_buffer=[0])
     scheduler: Any = SimpleNamespace(
-        tree_cache=SimpleNamespace(disable=is_disabled), waiting_queue=[], max_total_num_tokens=4096, page_size=1
+        tree_cache=SimpleNamespace(disable=is_disabled),
+        waiting_queue=[],
+        max_total_num_tokens=4096,
+        page_size=1,
+        token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
     )
     return Parts(scheduler=scheduler, scored=None, metrics=None, attention_window=attention_window)
 
@@ -66,14 +73,23 @@ def test_a_prefix_that_can_be_made_leaves_something_out_and_chooses_something(rn
     accepted = 0
     for _ in range(3000):
         length, budget, input_len, page_size = (rng.randrange(1, most) for most in (200, 100, 250, 20))
-        judge = rng.choice(JUDGES)
+        judge, server = rng.choice(JUDGES), SERVER
+        if rng.random() < 0.5:
+            block = block_of_pages(page_size)
+            server = replace(SERVER, granularity="request", block=block, budget=100, buffer=block)
+        asked = Asked("create", "a", length, budget, judge)
         try:
-            refuse_sizes(Asked("create", "a", length, budget, judge), input_len, SERVER, page_size)
+            refuse_sizes(asked, input_len, server, page_size)
         except ValueError:
             continue
         accepted += 1
         num_judging = {"policy": SERVER.window, "task": 1, "repeat": length}[judge]
-        assert 4 + 1 + SERVER.window <= budget < length <= input_len - num_judging and budget % page_size == 0
+        kept = asked.num_kept(server)
+        assert 4 + 1 + SERVER.window <= budget < length <= input_len - num_judging and kept % page_size == 0
+        assert budget <= kept < min(length, budget + server.block)
+        if server.block > 1:
+            plan = PrefixPlan(length, input_len, kept).of_blocks(server.window, server.block)
+            assert 0 < plan.num_dropped <= plan.num_droppable and length - kept == plan.num_dropped * server.block
     assert accepted > 30
 
 
@@ -114,13 +130,13 @@ def test_nothing_is_asked_where_the_field_is_not():
 @pytest.mark.parametrize(
     "server, parts, parallel, mend",
     [
-        (replace(SERVER, granularity="request", block=16), {}, {}, "start it with --kv-granularity head"),
         (SERVER, {"is_disabled": True}, {}, "start it without --disable-radix-cache"),
         (SERVER, {"attention_window": 17}, {}, "leave kv_prefix out"),
+        (replace(SERVER, granularity="request", block=16), {"is_latent": True}, {}, "leave kv_prefix out"),
         (SERVER, {}, {"tp_size": 2}, "start it with --tp-size 1 and --dp-size 1"),
         (SERVER, {}, {"dp_size": 2}, "start it with --tp-size 1 and --dp-size 1"),
     ],
-    ids=["request", "no radix", "window", "tp", "dp"],
+    ids=["no radix", "window", "latent", "tp", "dp"],
 )
 @pytest.mark.parametrize("value", RIGHT, ids=["use", "create", "judged", "delete", "list"])
 def test_servers_without_named_prefixes_say_so(monkeypatch, server, parts, parallel, mend, value):

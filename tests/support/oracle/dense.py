@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from tests.support.oracle.decoder import Decoder, DecodeSteps, Fp8, LayerCache, load_model, one_thread
 from tests.support.oracle.images import Image
 from tests.support.oracle.scores import ScoreFunction, ScoreInputs, rkv_scores
-from tests.support.oracle.ties import least_margin, swapped_at_cut
+from tests.support.oracle.ties import AT_PREFIX, least_margin, swapped_at_cut
 
 # Where two logits or two scores lie closer, another order of summation may choose otherwise: some ten times what it
 # changes as a rule in tiny models.
@@ -54,6 +54,7 @@ class DenseResult:
         logit_gaps: Best logit minus second best. Where it is tiny, another right implementation may choose otherwise.
         resident_lens: Tokens that attention saw when the output token was computed, the one just fed included.
         compactions: In order of time.
+        prefix: What the prompt followed.
         again: Makes the same answer once more, with other arguments by name, such as ``swapped_at``.
     """
 
@@ -62,12 +63,18 @@ class DenseResult:
     logit_gaps: list[float] = field(default_factory=list)
     resident_lens: list[int] = field(default_factory=list)
     compactions: list[Compaction] = field(default_factory=list)
+    prefix: "Prefix | None" = field(default=None, repr=False, compare=False)
     again: "Callable[..., DenseResult] | None" = field(default=None, repr=False, compare=False)
 
     @property
     def cuts(self) -> list[tuple[int, float]]:
-        """Of each compaction after how many outputs it came, and its least margin that is no exact tie."""
-        return [(own.num_outputs, least_margin(own.margins)) for own in self.compactions]
+        """Of each compaction after how many outputs it came, and its least margin that is no exact tie.
+
+        ``AT_PREFIX`` is the choice of the prefix that the prompt follows.
+        """
+        own = [(AT_PREFIX, self.prefix.compaction)] if self.prefix else []
+        own += [(compaction.num_outputs, compaction) for compaction in self.compactions]
+        return [(at, least_margin(compaction.margins)) for at, compaction in own]
 
     def num_certain_outputs(
         self, *, logit_tolerance: float = LOGIT_TOLERANCE, score_tolerance: float = SCORE_TOLERANCE
@@ -83,14 +90,16 @@ class Prefix:
     """What is left of a document that a task has judged.
 
     Attributes:
-        caches: One per layer, ``budget`` entries each; only read.
+        caches: One per layer, with the entries that stay; only read.
         length: Tokens of the document.
         compaction: How it came about.
+        again: Makes it once more, with other arguments by name, such as ``is_swapped``.
     """
 
     caches: list[LayerCache]
     length: int
     compaction: Compaction
+    again: "Callable[..., Prefix]"
 
 
 @torch.inference_mode()
@@ -104,13 +113,18 @@ def dense_prefix(
     score: ScoreFunction,
     fp8: Fp8 | None = None,
     num_judging: int | None = None,
+    block: int | None = None,
+    is_swapped: bool = False,
 ) -> Prefix:
     """Keep ``budget`` tokens of a document per layer and KV head: the first 4, the last ``window``, the best between.
 
     All tokens of document and task are scored, as a prompt's compaction scores them, but with the queries of the last
     ``num_judging`` tokens of the task, ``window`` of them if not said otherwise. ``fp8`` says how the cache rounds what
-    it takes.
+    it takes. With ``block`` all layers and heads keep the same: whole blocks of the document go, but for the first and
+    those in which its window is, as long as ``budget`` stay. With ``is_swapped`` near-ties are decided the other way,
+    as in ``dense_generate``.
     """
+    asked = {name: value for name, value in locals().items() if name != "model"}
     num_judging = window if num_judging is None else num_judging
     model = model if isinstance(model, PreTrainedModel) else load_model(Path(model))
     decoder = Decoder(model)
@@ -120,11 +134,18 @@ def dense_prefix(
         _, queries = decoder._forward_layers(ids, 0, caches)
         for layer_cache, layer_queries in zip(caches, queries, strict=True):
             layer_cache.queries.extend(layer_queries[:, -num_judging:].unbind(dim=1))
-        compaction = _compact_prompt(caches, 0, length, budget, window, False, decoder.logit_scale, score)
+        sizes = (0, length, budget, window, is_swapped)
+        if block is None:
+            compaction = _compact_prompt(caches, *sizes, decoder.logit_scale, score)
+        else:
+            scores_of = partial(
+                _scores, budget=budget, logit_scale=decoder.logit_scale, score=score, windows=decoder.windows
+            )
+            compaction = _drop_of_prompt(caches, *sizes, scores_of, block)
     for layer_cache in caches:
         # Without the task.
-        layer_cache.length = budget
-    return Prefix(caches, length, compaction)
+        layer_cache.length = length - (length - budget) // (block or 1) * (block or 1)
+    return Prefix(caches, length, compaction, again=lambda **options: dense_prefix(model, **{**asked, **options}))
 
 
 @torch.inference_mode()
@@ -199,7 +220,7 @@ def dense_generate(
             number of output tokens counts them, and ``early`` is given them in front of the outputs.
         image: One in what is prefilled, in the places of some of its tokens.
         swapped_at: In compactions after so many output tokens the worst that stays and the best that goes change places
-            wherever they are a near-tie.
+            wherever they are a near-tie; ``AT_PREFIX``: in what is left of the prefix.
 
     Raises:
         ValueError: The budget leaves no room beside the window, or the model is of another kind.
@@ -214,6 +235,8 @@ def dense_generate(
         )
     if forced_output_ids is not None:
         max_new_tokens = min(max_new_tokens, len(forced_output_ids))
+    if prefix is not None and AT_PREFIX in swapped_at:
+        prefix = prefix.again(is_swapped=True)
     if isinstance(restored_in_flight, bool):
         restored_in_flight = restore_at if restored_in_flight else ()
     decoder = Decoder(model, image)
@@ -231,7 +254,7 @@ def dense_generate(
 
     steps = DecodeSteps(decoder, caches)
     scores_of = partial(_scores, budget=budget, logit_scale=decoder.logit_scale, score=score, windows=decoder.windows)
-    result = DenseResult(again=lambda **options: dense_generate(model, **{**asked, **options}))
+    result = DenseResult(prefix=prefix, again=lambda **options: dense_generate(model, **{**asked, **options}))
     held_prompt_len = prompt_len
     may_compact_prompt = prompt_budget is not None and prompt_budget <= prompt_len - (block or 1)
     may_compact_prompt = may_compact_prompt and max_new_tokens - 1 > window

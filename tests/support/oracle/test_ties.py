@@ -8,10 +8,10 @@ import torch
 
 from devtools.tiny_models import tiny_model_path
 from tests.support.oracle.decoder import load_model
-from tests.support.oracle.dense import dense_generate
+from tests.support.oracle.dense import dense_generate, dense_prefix
 from tests.support.oracle.masked_compact import masked_compact
 from tests.support.oracle.scores import ScoreInputs
-from tests.support.oracle.ties import CUT_TOLERANCE, num_equal, settled, swapped_at_cut
+from tests.support.oracle.ties import AT_PREFIX, CUT_TOLERANCE, num_equal, settled, swapped_at_cut
 
 NUM_TOKENS = 60
 SIZES: dict[str, Any] = {"budget": 12, "buffer": 8, "window": 4}
@@ -66,3 +66,14 @@ def test_only_the_two_at_the_cut_change_places() -> None:
     ranked = torch.tensor([[7, 3, 9, 1]]).repeat(3, 1)
     assert swapped_at_cut(scores, ranked, 2)[1].tolist() == [[7, 9, 3, 1], [7, 3, 9, 1], [7, 3, 9, 1]]
     assert swapped_at_cut(scores, ranked, 1)[1].tolist() == ranked.tolist()
+
+
+def test_the_other_choice_of_a_prefix_is_settled(rng):
+    model = tiny_model_path("llama-gqa")
+    document, task, prompt = ([rng.randrange(3, 512) for _ in range(n)] for n in (40, 9, 7))
+    prefix = dense_prefix(model, document, task, 20, window=4, score=latest(4e-7))
+    right = dense_generate(model, prompt, 30, budget=100, buffer=8, prefix=prefix)
+    assert [at for at, _ in right.cuts] == [AT_PREFIX]
+    other = dense_generate(model, prompt, 30, budget=100, buffer=8, prefix=prefix.again(is_swapped=True))
+    assert other.output_ids != right.output_ids
+    assert settled(other.output_ids, right).output_ids == other.output_ids

@@ -7,6 +7,8 @@ import torch
 
 # Scores of one and the same cache were seen to differ by 6e-7 between two orders of summation in fp32.
 CUT_TOLERANCE = 1e-6
+# Stands for a number of outputs where the choice is that of a named prefix.
+AT_PREFIX = -1
 # Near-ties of one answer that are tried the other way, each on its own.
 MOST_TRIED = 6
 

@@ -35,7 +35,7 @@ class Asked:
         action: To use a prefix, or what else is done with one.
         name: Its name; empty for ``"list"``.
         length: Tokens of the document, for ``"create"``.
-        budget: Tokens of it that every layer and KV head keeps, for ``"create"``.
+        budget: Tokens of it that every layer and KV head keeps, for ``"create"``; where whole blocks go, at least.
         judge: Who judges the document, for ``"create"``; one of ``JUDGES``.
     """
 
@@ -48,6 +48,10 @@ class Asked:
     def num_judging(self, config: PolicyConfig) -> int:
         """Return how many tokens behind the document are needed at least, the last of the prompt."""
         return {BY_POLICY: config.window, BY_REPEAT: self.length}.get(self.judge, 1)
+
+    def num_kept(self, config: PolicyConfig) -> int:
+        """Return how many tokens of the document stay: where whole blocks go, up to a block above the budget."""
+        return self.length - (self.length - self.budget) // config.block * config.block
 
 
 def asked_of(custom_params: Any) -> Asked | None:
@@ -110,10 +114,20 @@ def refuse_sizes(asked: Asked, input_len: int, config: PolicyConfig, page_size: 
             f"{PREFIX_FIELD} budget {shown(budget)} leaves nothing to choose: the first {NUM_FIRST_KEPT} and the last "
             f"{config.window} tokens of the document always stay; set it to {least} or more"
         )
-    if budget % page_size != 0:
+    if config.block > 1 and length % page_size != 0:
+        raise ValueError(
+            f"{PREFIX_FIELD} length {shown(length)} is no multiple of the page of {page_size} tokens (--page-size), "
+            f"and whole blocks go (--kv-granularity {config.granularity}): set it to {length // page_size * page_size}"
+        )
+    if config.block == 1 and budget % page_size != 0:
         raise ValueError(
             f"{PREFIX_FIELD} budget {shown(budget)} is no multiple of the page of {page_size} tokens (--page-size): "
             f"set it to {ceil_to_page(budget, page_size)}"
+        )
+    if config.block > 1 and length - config.block < budget < length:
+        raise ValueError(
+            f"{PREFIX_FIELD} budget {shown(budget)} is less than a block of {config.block} below the length of "
+            f"{shown(length)} tokens, so nothing would be left out: set it to {length - config.block} or less"
         )
     if budget >= length:
         raise ValueError(

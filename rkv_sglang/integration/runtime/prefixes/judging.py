@@ -46,6 +46,10 @@ class Verdict:
     resident_len: int
     queries: Tensor
 
+    def read_queries(self, part: slice, layers: slice) -> Tensor:
+        """Return those of some layers as ``compact_requests`` wants them, of the one request that there is."""
+        return self.queries[layers, None]
+
 
 class Judging(ABC):
     """The queries of some tokens in a row at the end of a prompt, of which every layer shows some at a time.
@@ -121,6 +125,23 @@ class LastQueries(Judging):
         start = place - self.first
         self._queries[layer, start : start + len(queries)] = queries
         self._num_judged[layer] += len(queries)
+
+
+class Places(Judging):
+    """Nobody judges, for the server's policy looks at places alone.
+
+    Args:
+        input_len: Tokens of the prompt.
+    """
+
+    def __init__(self, input_len: int) -> None:
+        super().__init__(input_len, input_len, num_layers=0)
+
+    def verdict(self, policy: Policy, window: int) -> Verdict:
+        return Verdict(policy, self.input_len, torch.empty(0, window, 0, 0))
+
+    def _take(self, layer: int, queries: Tensor, place: int) -> None:
+        return
 
 
 class DocumentAttention(Judging):

@@ -1,4 +1,4 @@
-"""The making of a named prefix: what every head keeps of a document is copied into slots that the radix tree gets.
+"""The making of a named prefix: what stays of a document is copied into slots that the radix tree gets.
 
 It is made when the request that brings it is prefilled, before SGLang looks at the result: its slots are its own then,
 whether it generates anything or not. The tokens behind the document are computed in any case; their queries, seen in
@@ -12,17 +12,15 @@ from typing import Any
 
 import torch
 
-from rkv_sglang.cache.compact import DueRequest
-from rkv_sglang.cache.prompt import compact_prompts
 from rkv_sglang.cache.step_tensors import read_slots
 from rkv_sglang.cache.trace import pack_compaction
 from rkv_sglang.config import PREFIX_FIELD
 from rkv_sglang.integration.runtime.jobs import on_forward_stream
 from rkv_sglang.integration.runtime.parts import Parts
+from rkv_sglang.integration.runtime.prefixes.copying import copy_blocks, copy_heads
 from rkv_sglang.integration.runtime.prefixes.named import INFO_ATTRIBUTE, MADE_ATTRIBUTE, Prefix, made_by
 from rkv_sglang.integration.runtime.prompts.slots import alloc_slots
 from rkv_sglang.integration.runtime.requests import DOCUMENT_TRACE_ATTRIBUTE, trace_of
-from rkv_sglang.integration.startup.verify_switch import is_verifying
 from rkv_sglang.messages import shown
 from rkv_sglang.policies import Policy
 from rkv_sglang.sizes.prompt_plan import PrefixPlan
@@ -77,8 +75,7 @@ def _make(parts: Parts, policy: Policy, req: Any, prefix: Prefix) -> None:
     Raises:
         ValueError: The pool is full, or the task was not seen; one line.
     """
-    scheduler, scored = parts.scheduler, parts.scored
-    assert scored is not None, "what every head keeps is chosen by scores"
+    scheduler = parts.scheduler
     judging = prefix.judging
     assert judging is not None, "it is in the making"
     with on_forward_stream(scheduler):
@@ -99,21 +96,12 @@ def _make(parts: Parts, policy: Policy, req: Any, prefix: Prefix) -> None:
     new_slots = alloc_slots(scheduler, None, prefix.budget).clone()
     slots = read_slots(scheduler.req_to_token_pool.req_to_token, [req.kv.req_pool_idx], [plan.resident_len])[0]
     with on_forward_stream(scheduler) as stream, parts.timed():
-        scored.follow_scales()
         for tensor in (slots, new_slots) if stream is not None else ():
             if tensor.is_cuda:
                 tensor.record_stream(stream)
-        kept: torch.Tensor | None = _compacting(scheduler.tree_cache)(
-            scored.buffers,
-            [DueRequest(plan, slots, plan.resident_len, wants_indices=trace_of(req) is not None)],
-            [new_slots],
-            lambda part, layers: verdict.queries[layers, None],
-            verdict.policy,
-            prefix.window,
-            query_bytes=scored.request_bytes,
-            model=scored.attention,
-        )[0]
-        if kept is not None:
+        copy = copy_heads if prefix.block is None else partial(copy_blocks, block=prefix.block)
+        kept = copy(parts, plan, verdict, slots, new_slots, prefix.window)
+        if trace_of(req) is not None:
             record = pack_compaction(kept.cpu(), resident_len=prefix.length, evicted_before=0)
             setattr(req, DOCUMENT_TRACE_ATTRIBUTE, record)
     parts.prefixes.made(prefix, req.rid, _put_into_tree(scheduler.tree_cache, prefix, new_slots))
@@ -126,13 +114,3 @@ def _put_into_tree(tree_cache: Any, prefix: Prefix, slots: Any) -> Any:
 
     result = tree_cache.insert(InsertParams(key=RadixKey(prefix.ids, prefix.key), value=slots))
     return tree_cache.lock(result.last_device_node)
-
-
-def _compacting(tree_cache: Any) -> Any:
-    """Return what copies, with all that it does checked if a server was started so, the radix tree's slots too."""
-    if not is_verifying():
-        return compact_prompts
-    # Here, so that other servers do not load it.
-    from rkv_sglang.cache.verify.prompt import compact_prompts_and_verify
-
-    return partial(compact_prompts_and_verify, compact_prompts, tree_cache.all_values_flatten().long())

@@ -25,11 +25,12 @@ class Prefix:
         name: What requests call it by.
         length: Tokens of the document, which it counts as positions.
         budget: Slots that it takes.
-        ids: What stands for its slots in a request's list of tokens and in the radix tree, ``budget`` of them. Every
-            head keeps other tokens, so they are only of the right number.
+        ids: What stands for its slots in a request's list of tokens and in the radix tree, ``budget`` of them. They are
+            the first of its document, and only of the right number.
         key: Under which the radix tree has it: no request can guess it, and one of the same name later has another.
         maker: The request whose prompt it is made of, while it is not made.
         window: Last tokens of the document that stay.
+        block: Tokens of the document that go together, of all layers and heads; None: each chooses for itself.
         judge: Who judges the document, one of ``JUDGES``.
         judging: What was seen of those who do; only while it is not made.
         lock: What keeps its slots in the tree; None until it is made.
@@ -41,6 +42,7 @@ class Prefix:
     ids: array[int]
     maker: Any
     window: int
+    block: int | None
     judge: str
     judging: Judging | None
     key: str = field(default_factory=lambda: f"rkv-prefix-{secrets.token_hex(16)}")

@@ -10,7 +10,7 @@ from typing import Any
 from rkv_sglang.config import BY_POLICY, BY_TASK, HEAD, PREFIX_FIELD, PolicyConfig
 from rkv_sglang.integration.runtime.parts import Parts
 from rkv_sglang.integration.runtime.prefixes.asked import Asked, asked_of, refuse_other_repeat, refuse_sizes
-from rkv_sglang.integration.runtime.prefixes.judging import DocumentAttention, Judging, LastQueries
+from rkv_sglang.integration.runtime.prefixes.judging import DocumentAttention, Judging, LastQueries, Places
 from rkv_sglang.integration.runtime.prefixes.named import (
     INFO_ATTRIBUTE,
     MADE_ATTRIBUTE,
@@ -20,6 +20,7 @@ from rkv_sglang.integration.runtime.prefixes.named import (
     used_by,
 )
 from rkv_sglang.integration.runtime.prefixes.room import most_needed, refuse_without_score_room
+from rkv_sglang.integration.runtime.prompts.slots import sides_of
 from rkv_sglang.integration.runtime.requests import CONFIG_ATTRIBUTE, end_request
 from rkv_sglang.messages import shown
 
@@ -110,14 +111,14 @@ def _server_problems(parts: Parts, server: PolicyConfig) -> Iterator[str]:
 
     why = f"{PREFIX_FIELD} is not what this server can do:"
     parallel = get_parallel()
-    if server.granularity != HEAD:
-        yield f"{why} it keeps the same tokens in all heads; start it with --kv-granularity {HEAD}"
     if parts.scheduler.tree_cache.disable:
         yield f"{why} it has no radix cache; start it without --disable-radix-cache"
     if envs.SGLANG_RADIX_FORCE_MISS.get():
         yield f"{why} SGLANG_RADIX_FORCE_MISS keeps its radix cache from being used; start it without"
     if parallel.tp_size > 1 or parallel.dp_size > 1 or parallel.attn_tp_size > 1:
         yield f"{why} it has several ranks; start it with --tp-size 1 and --dp-size 1"
+    if server.granularity != HEAD and not sides_of(parts.scheduler.token_to_kv_pool_allocator.get_kvcache())[1]:
+        yield f"{why} its cache is of latent vectors (MLA), of which that has not been shown; leave {PREFIX_FIELD} out"
     if parts.attention_window > 0:
         yield (
             f"{why} some of the model's layers attend to the latest {parts.attention_window} tokens, which must stay; "
@@ -144,13 +145,19 @@ def _reserve(parts: Parts, req: Any, server: PolicyConfig, asked: Asked) -> None
     scheduler = parts.scheduler
     refuse_sizes(asked, len(req.origin_input_ids), server, scheduler.page_size)
     refuse_other_repeat(asked, req.origin_input_ids)
+    if asked.judge != BY_POLICY and parts.scored is None:
+        raise ValueError(
+            f"{PREFIX_FIELD} judge {asked.judge!r} looks at keys, and this server's policy {server.policy!r} looks at "
+            f"none: leave judge out, or start it with --kv-granularity {HEAD} or another policy"
+        )
     if (other := parts.prefixes.find(asked.name)) is not None:
         state = "is there already" if other.is_made else "is being made"
         raise ValueError(
             f"{PREFIX_FIELD} {shown(asked.name)} {state}: take another name, or delete it first "
             f"({PREFIX_FIELD}: {{'delete': NAME}})"
         )
-    held = parts.prefixes.held_beside(req) + asked.budget
+    kept = asked.num_kept(server)
+    held = parts.prefixes.held_beside(req) + kept
     needed, whose = most_needed(parts, req)
     if held + needed > scheduler.max_total_num_tokens:
         raise ValueError(
@@ -162,10 +169,11 @@ def _reserve(parts: Parts, req: Any, server: PolicyConfig, asked: Asked) -> None
     prefix = Prefix(
         name=asked.name,
         length=asked.length,
-        budget=asked.budget,
-        ids=req.origin_input_ids[: asked.budget],
+        budget=kept,
+        ids=req.origin_input_ids[:kept],
         maker=req,
         window=server.window,
+        block=None if server.granularity == HEAD else server.block,
         judge=asked.judge,
         judging=_judging(parts, req, server, asked),
     )
@@ -174,8 +182,9 @@ def _reserve(parts: Parts, req: Any, server: PolicyConfig, asked: Asked) -> None
 
 
 def _judging(parts: Parts, req: Any, server: PolicyConfig, asked: Asked) -> Judging:
-    assert parts.scored is not None, "what every head keeps is chosen by scores"
     input_len = len(req.origin_input_ids)
+    if parts.scored is None:
+        return Places(input_len)
     first = asked.length if asked.judge == BY_TASK else input_len - asked.num_judging(server)
     if asked.judge == BY_POLICY:
         return LastQueries(first, input_len, parts.scored.buffers.keys.num_layers)

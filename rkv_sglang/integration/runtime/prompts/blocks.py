@@ -76,15 +76,15 @@ def _copy(
     for tensor in tensors if stream is not None else ():
         if tensor.is_cuda:
             tensor.record_stream(stream)
-    copying = _copying(parts.scheduler.tree_cache)
+    copy = copying(parts.scheduler.tree_cache)
     for job, choice, own, new in zip(jobs, choices, slots, new_slots, strict=True):
         kept = sent(kept_tokens(job.plan, choice), own.device)
-        copying(sides, own[kept], new)
+        copy(sides, own[kept], new)
         if job.wants_trace:
             job.record_prompt_trace(kept[: job.state.prompt_len - job.plan.evicted_tokens][None, None])
 
 
-def _copying(tree_cache: Any) -> Callable[..., None]:
+def copying(tree_cache: Any) -> Callable[..., None]:
     """Return what copies, with what it does checked if a server was started so, the radix tree's slots too."""
     if not is_verifying():
         return copy_slots

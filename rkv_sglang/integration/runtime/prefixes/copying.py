@@ -1,0 +1,94 @@
+"""What stays of a document, chosen per layer and KV head or in blocks, and its copy into slots of a named prefix."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from rkv_sglang.cache.block_choice import kept_tokens
+from rkv_sglang.cache.compact import DueRequest
+from rkv_sglang.cache.prompt import compact_prompts
+from rkv_sglang.integration.runtime.drop import ways_of
+from rkv_sglang.integration.runtime.parts import Parts, Scored
+from rkv_sglang.integration.runtime.prefixes.judging import Verdict
+from rkv_sglang.integration.runtime.prompts.blocks import copying
+from rkv_sglang.integration.runtime.prompts.slots import sides_of
+from rkv_sglang.integration.startup.verify_switch import is_verifying
+from rkv_sglang.kernels.transfer import sent
+from rkv_sglang.sizes.prompt_plan import PrefixPlan
+
+
+def copy_heads(
+    parts: Parts, plan: PrefixPlan, verdict: Verdict, slots: torch.Tensor, new_slots: torch.Tensor, window: int
+) -> torch.Tensor:
+    """Copy what every layer and head keeps, on the current stream.
+
+    Mutates the pool in ``new_slots`` alone.
+
+    Args:
+        slots: Of the document and the tokens that are scored with it, ``[plan.resident_len]``, int64.
+        new_slots: ``[plan.budget]``, int64.
+        window: Last tokens of the document that stay.
+
+    Returns:
+        What was kept, ascending, ``[num_layers, num_kv_heads, plan.budget]``, int64.
+    """
+    scored = parts.scored
+    assert scored is not None, "what every head keeps is chosen by scores"
+    scored.follow_scales()
+    kept: torch.Tensor = _compacting(parts.scheduler.tree_cache)(
+        scored.buffers,
+        [DueRequest(plan, slots, plan.resident_len, wants_indices=True)],
+        [new_slots],
+        verdict.read_queries,
+        verdict.policy,
+        window,
+        query_bytes=scored.request_bytes,
+        model=scored.attention,
+    )[0]
+    return kept
+
+
+def copy_blocks(
+    parts: Parts,
+    plan: PrefixPlan,
+    verdict: Verdict,
+    slots: torch.Tensor,
+    new_slots: torch.Tensor,
+    window: int,
+    block: int,
+) -> torch.Tensor:
+    """Copy what all layers and heads keep, on the current stream; as ``copy_heads``, and ``[1, 1, plan.budget]``."""
+    scheduler: Any = parts.scheduler
+    ways, of_blocks = ways_of(scheduler.tree_cache), plan.of_blocks(window, block)
+    if parts.scored is None:
+        (choice,) = ways.choose_by_place([(of_blocks, plan.resident_len, None)], verdict.policy, window)
+    else:
+        scored: Scored = parts.scored
+        scored.follow_scales()
+        (choice,) = ways.choose_by_scores(
+            scored.buffers,
+            [DueRequest(of_blocks, slots, plan.resident_len)],
+            verdict.read_queries,
+            verdict.policy,
+            window,
+            query_bytes=scored.request_bytes,
+            model=scored.attention,
+        )
+    # The task stays in the slots where it is.
+    kept = sent(kept_tokens(of_blocks, choice)[: plan.budget], slots.device)
+    sides = [layer for side in sides_of(scheduler.token_to_kv_pool_allocator.get_kvcache()) for layer in side]
+    copying(scheduler.tree_cache)(sides, slots[kept], new_slots)
+    return kept[None, None]
+
+
+def _compacting(tree_cache: Any) -> Any:
+    """Return what copies, with all that it does checked if a server was started so, the radix tree's slots too."""
+    if not is_verifying():
+        return compact_prompts
+    # Here, so that other servers do not load it.
+    from rkv_sglang.cache.verify.prompt import compact_prompts_and_verify
+
+    return partial(compact_prompts_and_verify, compact_prompts, tree_cache.all_values_flatten().long())

@@ -1,0 +1,143 @@
+"""Named prefixes of servers that keep the same in all layers and heads: whole blocks of a document are left out."""
+
+import re
+from functools import cache, partial
+from typing import Any
+
+import pytest
+
+from devtools.tiny_models import SLIDING_WINDOW, tiny_model_path
+from tests.e2e.named_prefixes import FLAGS, MODEL, NAME, NUM_TOKENS, asking, refusal_of, texts
+from tests.e2e.workload import Setting, assert_same_tokens, greedy, random_ids
+from tests.support.harness.scheduler import run_scheduler
+from tests.support.oracle.dense import Prefix, dense_generate, dense_prefix
+from tests.support.oracle.judges import repeat_scores, task_scores
+
+BLOCK, BUDGET = 16, 48
+INSTRUCTION = [9, 8, 7, 6, 5]
+VERIFYING = {"RKV_SGLANG_VERIFY": "1"}
+
+
+def setting_of(policy: str) -> Setting:
+    return Setting(budget=24, buffer=16, policy=policy, block=BLOCK)
+
+
+def behind(judge: str, length: int) -> list[int]:
+    """Return what comes behind the document."""
+    document, task, _ = texts()
+    return [*INSTRUCTION, *document[:length]] if judge == "repeat" else task
+
+
+@cache
+def prefix_of(policy: str, judge: str, length: int) -> Prefix:
+    task = behind(judge, length)
+    scores: dict[str, Any] = {
+        "policy": (setting_of(policy).score, None),
+        "task": (partial(task_scores, length=length), len(task)),
+        "repeat": (partial(repeat_scores, length=length), length),
+    }
+    score, num_judging = scores[judge]
+    document = texts()[0][:length]
+    return dense_prefix(MODEL, document, task, BUDGET, score=score, num_judging=num_judging, block=BLOCK)
+
+
+@pytest.mark.parametrize(
+    "policy, judge, page_size, extra",
+    [
+        ("rkv", "policy", 1, []),
+        ("rkv", "task", 16, ["--chunked-prefill-size", "32"]),
+        ("rkv", "repeat", 1, ["--disable-overlap-schedule"]),
+        ("snapkv", "policy", 16, ["--chunked-prefill-size", "32", "--disable-overlap-schedule"]),
+        ("streaming_llm", "policy", 1, ["--chunked-prefill-size", "32"]),
+        ("random_attention", "policy", 16, []),
+        ("random_attention", "policy", 1, ["--disable-overlap-schedule"]),
+    ],
+)
+def test_requests_that_share_it_answer_as_the_oracle_says(policy, judge, page_size, extra):
+    document, _, prompts = texts()
+    # Of so many tokens a page of 16 has no part; else up to a block stays above the budget.
+    length, kept = (80, 48) if page_size == BLOCK else (90, 58)
+    whole = [*document[:length], *behind(judge, length)]
+    create = {"create": NAME, "length": length, "budget": BUDGET, "judge": judge}
+    requests = [
+        greedy(whole, 2),
+        asking(create, whole, when_idle=True),
+        *[asking(NAME, prompt, NUM_TOKENS, when_idle=i == 0) for i, prompt in enumerate(prompts)],
+        asking(NAME, prompts[2], NUM_TOKENS, when_idle=True),
+        greedy(whole, 8),
+        asking({"delete": NAME}, [5], when_idle=True),
+    ]
+    flags = [*FLAGS, "--page-size", str(page_size), *setting_of(policy).flags, *extra]
+    result = run_scheduler(flags, requests, env={**VERIFYING, "RKV_PROBE_MAX_LOCKED": str(kept)})
+    result.assert_clean()
+    info = {"name": NAME, "length": length, "budget": kept, "judge": judge}
+    said = [output.info.get("kv_prefix") for output in result.outputs]
+    assert said == [None, info, *[info] * 7, None, {"deleted": NAME}]
+    prefix = prefix_of(policy, judge, length)
+    assert prefix.caches[0].length == kept
+    for i, request in enumerate(requests[2:9], 2):
+        output, setting = result.outputs[i], setting_of(policy)
+        expected = dense_generate(
+            MODEL,
+            request.input_ids,
+            NUM_TOKENS,
+            budget=setting.budget,
+            buffer=setting.buffer,
+            block=BLOCK,
+            score=setting.score,
+            prefix=prefix,
+            guessed_output_ids=output.output_ids,
+        )
+        assert_same_tokens(output.output_ids, expected, f"request {i}")
+        assert output.info["kv_compactions"] == 2
+        assert output.info["kv_prompt_tokens"] == kept + len(request.input_ids)
+    assert result.outputs[8].cached_tokens >= kept + len(prompts[2]) - page_size
+    assert result.outputs[9].cached_tokens >= len(whole) - page_size
+    assert [idle["protected"] for idle in result.probe.idles][-5:] == [0, kept, kept, kept, 0]
+
+
+def test_layers_that_slide_find_the_latest_of_a_document(rng):
+    path, window = tiny_model_path("olmo3"), SLIDING_WINDOW
+    setting = Setting(budget=59, buffer=32, window=window, policy="snapkv", block=BLOCK)
+    document, task, prompt = (random_ids(rng, n) for n in (112, 30, 9))
+    create = {"create": NAME, "length": 112, "budget": 64}
+    requests = [asking(create, [*document, *task]), asking(NAME, prompt, 130, when_idle=True)]
+    env = {**VERIFYING, "RKV_PROBE_MAX_LOCKED": "64"}
+    result = run_scheduler(["--model-path", str(path), "--page-size", "16", *setting.flags], requests, env=env)
+    result.assert_clean()
+    prefix = dense_prefix(path, document, task, 64, window=window, score=setting.score, block=BLOCK)
+    found = result.outputs[1].output_ids
+    expected = dense_generate(
+        path,
+        prompt,
+        len(found),
+        budget=setting.budget,
+        buffer=setting.buffer,
+        window=window,
+        block=BLOCK,
+        score=setting.score,
+        prefix=prefix,
+        guessed_output_ids=found,
+    )
+    assert len(expected.compactions) == 2
+    assert_same_tokens(found, expected, "behind a prefix")
+
+
+def test_what_does_not_fit_whole_blocks_is_answered_in_one_line():
+    document, task, _ = texts()
+    whole = [*document, *task]
+    bad = {
+        "length 90 is no multiple of the page of 16 .* whole blocks go .*: set it to 80$": (90, 48, "policy"),
+        "budget 32 leaves nothing to choose: .* set it to 48 or more$": (80, 32, "policy"),
+        "budget 65 is less than a block of 16 below the length of 80 .*: set it to 64 or less$": (80, 65, "policy"),
+        "judge 'task' looks at keys, and this server's policy 'random_attention' looks at none": (80, 48, "task"),
+    }
+    requests = [
+        asking({"create": NAME, "length": length, "budget": budget, "judge": judge}, whole)
+        for length, budget, judge in bad.values()
+    ]
+    flags = [*FLAGS, "--page-size", "16", *setting_of("random_attention").flags]
+    result = run_scheduler(flags, requests)
+    result.assert_clean()
+    for output, line in zip(result.outputs, bad, strict=True):
+        assert re.search(line, refusal_of(output)), (line, output.finish_reason)
