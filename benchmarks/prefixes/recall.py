@@ -153,7 +153,13 @@ def _share(server: Server, asked: Asked, front: list[int], prefix: str | None) -
     """Return the share of a document's facts that are answered right behind these tokens."""
     prompts = [[*front, *asked.task, *tokens] for tokens in asked.questions]
     custom = [{} if prefix is None else {PREFIX_FIELD: prefix}] * len(prompts)
-    answers = server.generate(prompts, asked.answer_len, custom_params=custom)
+    # One first: the others find in the cache what all begin with.
+    answers = [
+        answer
+        for part in (slice(1), slice(1, None))
+        if prompts[part]
+        for answer in server.generate(prompts[part], asked.answer_len, custom_params=custom[part])
+    ]
     return float(np.mean([is_right(answer["text"], code) for answer, code in zip(answers, asked.codes, strict=True)]))
 
 

@@ -127,8 +127,9 @@ def test_what_does_not_fit_whole_blocks_is_answered_in_one_line():
     document, task, _ = texts()
     whole = [*document, *task]
     bad = {
-        "length 90 is no multiple of the page of 16 .* whole blocks go .*: set it to 80$": (90, 48, "policy"),
-        "budget 32 leaves nothing to choose: .* set it to 48 or more$": (80, 32, "policy"),
+        "length 90 is no multiple of the page of 16 .* whole blocks go .*: set it to 80, and": (90, 48, "policy"),
+        "budget 39 leaves nothing to choose: .*, and blocks of 16 go whole; set it to 40 or more$": (80, 39, "policy"),
+        "length 55 leaves no block of 16 .* beside the 40 .*: send a document of 56 tokens": (55, 40, "policy"),
         "budget 65 is less than a block of 16 below the length of 80 .*: set it to 64 or less$": (80, 65, "policy"),
         "judge 'task' looks at keys, and this server's policy 'random_attention' looks at none": (80, 48, "task"),
     }

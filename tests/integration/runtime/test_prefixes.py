@@ -70,7 +70,7 @@ def test_whatever_is_asked_is_taken_or_refused_in_one_line(rng: random.Random):
 
 
 def test_a_prefix_that_can_be_made_leaves_something_out_and_chooses_something(rng: random.Random):
-    accepted = 0
+    accepted = {1: 0, 16: 0}
     for _ in range(3000):
         length, budget, input_len, page_size = (rng.randrange(1, most) for most in (200, 100, 250, 20))
         judge, server = rng.choice(JUDGES), SERVER
@@ -82,7 +82,7 @@ def test_a_prefix_that_can_be_made_leaves_something_out_and_chooses_something(rn
             refuse_sizes(asked, input_len, server, page_size)
         except ValueError:
             continue
-        accepted += 1
+        accepted[1 if server.block == 1 else 16] += 1
         num_judging = {"policy": SERVER.window, "task": 1, "repeat": length}[judge]
         kept = asked.num_kept(server)
         assert 4 + 1 + SERVER.window <= budget < length <= input_len - num_judging and kept % page_size == 0
@@ -90,7 +90,7 @@ def test_a_prefix_that_can_be_made_leaves_something_out_and_chooses_something(rn
         if server.block > 1:
             plan = PrefixPlan(length, input_len, kept).of_blocks(server.window, server.block)
             assert 0 < plan.num_dropped <= plan.num_droppable and length - kept == plan.num_dropped * server.block
-    assert accepted > 30
+    assert min(accepted.values()) > 5, accepted
 
 
 def test_a_repeat_is_refused_unless_it_ends_with_the_document(rng: random.Random):

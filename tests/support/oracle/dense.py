@@ -79,10 +79,19 @@ class DenseResult:
     def num_certain_outputs(
         self, *, logit_tolerance: float = LOGIT_TOLERANCE, score_tolerance: float = SCORE_TOLERANCE
     ) -> int:
-        """Return how many leading output tokens no near-tie, of logits or of scores at a cut, puts in doubt."""
+        """Return how many leading output tokens no near-tie, of logits or of scores at a cut, puts in doubt.
+
+        Where two at a cut have changed places, it is decided.
+        """
+        if self.prefix is not None and _is_in_doubt(self.prefix.compaction, score_tolerance):
+            return 0
         by_logits = next((i for i, gap in enumerate(self.logit_gaps) if gap < logit_tolerance), len(self.output_ids))
-        close_cuts = (c.num_outputs for c in self.compactions if c.margins.min() < score_tolerance)
+        close_cuts = (own.num_outputs for own in self.compactions if _is_in_doubt(own, score_tolerance))
         return min(by_logits, next(close_cuts, by_logits))
+
+
+def _is_in_doubt(compaction: Compaction, tolerance: float) -> bool:
+    return bool(((compaction.margins >= 0) & (compaction.margins < tolerance)).any())
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def latest(gap: float) -> Any:
     """Return scores that keep the latest tokens, each so far above the one before it."""
 
     def scores(inputs: ScoreInputs) -> torch.Tensor:
-        return inputs.positions[:, : -inputs.window_queries.shape[1]].float() * gap
+        return inputs.positions[:, : -inputs.window_queries.shape[1]].float() * gap + 0.01
 
     return scores
 
@@ -77,3 +77,9 @@ def test_the_other_choice_of_a_prefix_is_settled(rng):
     other = dense_generate(model, prompt, 30, budget=100, buffer=8, prefix=prefix.again(is_swapped=True))
     assert other.output_ids != right.output_ids
     assert settled(other.output_ids, right).output_ids == other.output_ids
+
+
+def test_what_is_close_among_small_scores_is_closer() -> None:
+    scores = torch.tensor([[2e-6, 1e-6, 1e-6 - 9e-10], [2e-6, 1e-6, 9e-7]])
+    ranked = torch.tensor([[7, 3, 9]]).repeat(2, 1)
+    assert swapped_at_cut(scores, ranked, 2)[1].tolist() == [[7, 9, 3], [7, 3, 9]]

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-# Scores of one and the same cache were seen to differ by 6e-7 between two orders of summation in fp32.
-CUT_TOLERANCE = 1e-6
+# Scores of one and the same cache were seen to differ by 6e-7 between two orders of summation in fp32; small ones less.
+CUT_TOLERANCE, RELATIVE_TOLERANCE = 1e-6, 1e-3
 # Stands for a number of outputs where the choice is that of a named prefix.
 AT_PREFIX = -1
 # Near-ties of one answer that are tried the other way, each on its own.
@@ -16,11 +16,13 @@ MOST_TRIED = 6
 def swapped_at_cut(scores: torch.Tensor, ranked: torch.Tensor, num_first: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Let the last of the first ``num_first`` and the one after it change places where they are a near-tie.
 
-    Both ``[num_kv_heads, num_candidates]``, in order of rank. Scores that are equal are no tie: all choose by place.
+    Both ``[num_kv_heads, num_candidates]``, in order of rank; all heads that have a near-tie at once. Scores that are
+    equal are none: all choose by place.
     """
     gaps = (scores[:, num_first - 1] - scores[:, num_first]).abs()
     order = torch.arange(scores.shape[1]).repeat(len(scores), 1)
-    order[(gaps > 0) & (gaps < CUT_TOLERANCE), num_first - 1 : num_first + 1] = torch.tensor([num_first, num_first - 1])
+    is_close = (gaps < CUT_TOLERANCE) & (gaps < RELATIVE_TOLERANCE * scores[:, num_first].abs())
+    order[(gaps > 0) & is_close, num_first - 1 : num_first + 1] = torch.tensor([num_first, num_first - 1])
     return scores.gather(1, order), ranked.gather(1, order)
 
 

@@ -108,23 +108,31 @@ def refuse_sizes(asked: Asked, input_len: int, config: PolicyConfig, page_size: 
             f"{came} for the task, whose {which} the document: set it to {max(input_len - num_judging, 0)} or less, or "
             "send a longer task"
         )
-    least = ceil_to_page(config.least_prompt_budget, page_size)
+    is_of_blocks = config.block > 1
+    least = config.least_prompt_budget if is_of_blocks else ceil_to_page(config.least_prompt_budget, page_size)
     if budget < least:
+        blocks = f", and blocks of {config.block} go whole" if is_of_blocks else ""
         raise ValueError(
             f"{PREFIX_FIELD} budget {shown(budget)} leaves nothing to choose: the first {NUM_FIRST_KEPT} and the last "
-            f"{config.window} tokens of the document always stay; set it to {least} or more"
+            f"{config.window} tokens of the document always stay{blocks}; set it to {least} or more"
         )
-    if config.block > 1 and length % page_size != 0:
+    if is_of_blocks and length < least + config.block:
+        raise ValueError(
+            f"{PREFIX_FIELD} length {shown(length)} leaves no block of {config.block} tokens to be left out beside the "
+            f"{least} that stay at least: send a document of {least + config.block} tokens or more"
+        )
+    if is_of_blocks and length % page_size != 0:
+        whole = length // page_size * page_size
         raise ValueError(
             f"{PREFIX_FIELD} length {shown(length)} is no multiple of the page of {page_size} tokens (--page-size), "
-            f"and whole blocks go (--kv-granularity {config.granularity}): set it to {length // page_size * page_size}"
+            f"and whole blocks go (--kv-granularity {config.granularity}): set it to {whole}, and leave out what is beyond"
         )
-    if config.block == 1 and budget % page_size != 0:
+    if not is_of_blocks and budget % page_size != 0:
         raise ValueError(
             f"{PREFIX_FIELD} budget {shown(budget)} is no multiple of the page of {page_size} tokens (--page-size): "
             f"set it to {ceil_to_page(budget, page_size)}"
         )
-    if config.block > 1 and length - config.block < budget < length:
+    if is_of_blocks and length - config.block < budget < length:
         raise ValueError(
             f"{PREFIX_FIELD} budget {shown(budget)} is less than a block of {config.block} below the length of "
             f"{shown(length)} tokens, so nothing would be left out: set it to {length - config.block} or less"

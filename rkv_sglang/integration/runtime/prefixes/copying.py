@@ -21,8 +21,15 @@ from rkv_sglang.sizes.prompt_plan import PrefixPlan
 
 
 def copy_heads(
-    parts: Parts, plan: PrefixPlan, verdict: Verdict, slots: torch.Tensor, new_slots: torch.Tensor, window: int
-) -> torch.Tensor:
+    parts: Parts,
+    plan: PrefixPlan,
+    verdict: Verdict,
+    slots: torch.Tensor,
+    new_slots: torch.Tensor,
+    window: int,
+    *,
+    wants_indices: bool,
+) -> torch.Tensor | None:
     """Copy what every layer and head keeps, on the current stream.
 
     Mutates the pool in ``new_slots`` alone.
@@ -33,14 +40,14 @@ def copy_heads(
         window: Last tokens of the document that stay.
 
     Returns:
-        What was kept, ascending, ``[num_layers, num_kv_heads, plan.budget]``, int64.
+        What was kept, ascending, ``[num_layers, num_kv_heads, plan.budget]``, int64; None unless wanted.
     """
     scored = parts.scored
     assert scored is not None, "what every head keeps is chosen by scores"
     scored.follow_scales()
-    kept: torch.Tensor = _compacting(parts.scheduler.tree_cache)(
+    kept: torch.Tensor | None = _compacting(parts.scheduler.tree_cache)(
         scored.buffers,
-        [DueRequest(plan, slots, plan.resident_len, wants_indices=True)],
+        [DueRequest(plan, slots, plan.resident_len, wants_indices=wants_indices)],
         [new_slots],
         verdict.read_queries,
         verdict.policy,
@@ -58,8 +65,10 @@ def copy_blocks(
     slots: torch.Tensor,
     new_slots: torch.Tensor,
     window: int,
+    *,
+    wants_indices: bool,
     block: int,
-) -> torch.Tensor:
+) -> torch.Tensor | None:
     """Copy what all layers and heads keep, on the current stream; as ``copy_heads``, and ``[1, 1, plan.budget]``."""
     scheduler: Any = parts.scheduler
     ways, of_blocks = ways_of(scheduler.tree_cache), plan.of_blocks(window, block)
@@ -81,7 +90,7 @@ def copy_blocks(
     kept = sent(kept_tokens(of_blocks, choice)[: plan.budget], slots.device)
     sides = [layer for side in sides_of(scheduler.token_to_kv_pool_allocator.get_kvcache()) for layer in side]
     copying(scheduler.tree_cache)(sides, slots[kept], new_slots)
-    return kept[None, None]
+    return kept[None, None] if wants_indices else None
 
 
 def _compacting(tree_cache: Any) -> Any:

@@ -180,7 +180,8 @@ class DocumentAttention(Judging):
         super().see(layer, queries, place)
 
     def finish(self) -> None:
-        self._begin(self.input_len, self.input_len)
+        self._forget_other(self.input_len)
+        # By the slots that its pass read: the row may be another request's before a copy of it is read here.
         self._judge_waiting()
 
     def verdict(self, policy: Policy, window: int) -> Verdict:
@@ -191,12 +192,16 @@ class DocumentAttention(Judging):
 
     def _begin(self, place: int, end: int) -> None:
         """Prepare for the tokens from ``place`` to ``end``; what waits goes on only if it comes right before them."""
-        if self._waiting is not None and self._waiting[2] + len(self._waiting[1]) != place:
-            self._waiting = None
+        self._forget_other(place)
         if end > self.first:
             self._pool.follow_scales()
             # Anew in each pass: the radix tree may have put others of the same content in their place.
             self._slots = read_slots(self._req_to_token, [self._req.kv.req_pool_idx], [end])[0]
+
+    def _forget_other(self, place: int) -> None:
+        """Forget what waits unless it comes right before that place."""
+        if self._waiting is not None and self._waiting[2] + len(self._waiting[1]) != place:
+            self._waiting = None
 
     def _take(self, layer: int, queries: Tensor, place: int) -> None:
         # A copy: the tensor is the model's, and of all requests of the batch.

@@ -100,8 +100,9 @@ def _make(parts: Parts, policy: Policy, req: Any, prefix: Prefix) -> None:
             if tensor.is_cuda:
                 tensor.record_stream(stream)
         copy = copy_heads if prefix.block is None else partial(copy_blocks, block=prefix.block)
-        kept = copy(parts, plan, verdict, slots, new_slots, prefix.window)
-        if trace_of(req) is not None:
+        wants_indices = trace_of(req) is not None
+        kept = copy(parts, plan, verdict, slots, new_slots, prefix.window, wants_indices=wants_indices)
+        if kept is not None:
             record = pack_compaction(kept.cpu(), resident_len=prefix.length, evicted_before=0)
             setattr(req, DOCUMENT_TRACE_ATTRIBUTE, record)
     parts.prefixes.made(prefix, req.rid, _put_into_tree(scheduler.tree_cache, prefix, new_slots))
