@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from devtools.tiny_models import SLIDING_WINDOW, tiny_model_path
+from rkv_sglang.cache.trace import unpack_kept
 from tests.e2e.named_prefixes import FLAGS, MODEL, NAME, NUM_TOKENS, asking, refusal_of, texts
 from tests.e2e.workload import Setting, assert_same_tokens, greedy, random_ids
 from tests.support.harness.scheduler import run_scheduler
@@ -67,7 +68,8 @@ def test_requests_that_share_it_answer_as_the_oracle_says(policy, judge, page_si
         greedy(whole, 8),
         asking({"delete": NAME}, [5], when_idle=True),
     ]
-    flags = [*FLAGS, "--page-size", str(page_size), *setting_of(policy).flags, *extra]
+    requests[1].sampling_params["custom_params"]["kv_trace"] = True
+    flags = [*FLAGS, "--page-size", str(page_size), *setting_of(policy).flags, "--kv-trace", *extra]
     result = run_scheduler(flags, requests, env={**VERIFYING, "RKV_PROBE_MAX_LOCKED": str(kept)})
     result.assert_clean()
     info = {"name": NAME, "length": length, "budget": kept, "judge": judge}
@@ -75,6 +77,9 @@ def test_requests_that_share_it_answer_as_the_oracle_says(policy, judge, page_si
     assert said == [None, info, *[info] * 7, None, {"deleted": NAME}]
     prefix = prefix_of(policy, judge, length)
     assert prefix.caches[0].length == kept
+    (stayed,) = unpack_kept(result.outputs[1].info["kv_trace"]["document"], 1, 1)[0]
+    of_oracle = prefix.compaction.kept_positions[0, 0]
+    assert stayed.nonzero()[0].tolist() == of_oracle[of_oracle < length].tolist()
     for i, request in enumerate(requests[2:9], 2):
         output, setting = result.outputs[i], setting_of(policy)
         expected = dense_generate(

@@ -94,6 +94,20 @@ PREFIXES = (
         _SHARED,
     ),
     Mutant(
+        "a document in blocks loses its window",
+        "integration/runtime/prefixes/copying.py",
+        "plan.of_blocks(window, block)",
+        "plan.of_blocks(0, block)",
+        ("tests/e2e/test_prefix_blocks.py", "-k", "oracle_says"),
+    ),
+    Mutant(
+        "slots of a document's task are copied in place of its last block",
+        "integration/runtime/prefixes/copying.py",
+        "kept_tokens(of_blocks, choice)[: plan.budget]",
+        "kept_tokens(of_blocks, choice)[-plan.budget :]",
+        ("tests/e2e/test_prefix_blocks.py", "-k", "oracle_says"),
+    ),
+    Mutant(
         "a document is judged by keys that are not written yet",
         "integration/runtime/prefixes/judging.py",
         "        self._waiting = (layer, queries.clone(), place)\n",

@@ -125,7 +125,7 @@ def refuse_sizes(asked: Asked, input_len: int, config: PolicyConfig, page_size: 
         whole = length // page_size * page_size
         raise ValueError(
             f"{PREFIX_FIELD} length {shown(length)} is no multiple of the page of {page_size} tokens (--page-size), "
-            f"and whole blocks go (--kv-granularity {config.granularity}): set it to {whole}, and leave out what is beyond"
+            f"and whole blocks go (--kv-granularity {config.granularity}): set it to {whole}, and leave out the rest"
         )
     if not is_of_blocks and budget % page_size != 0:
         raise ValueError(
