@@ -42,8 +42,10 @@ def with_images(seed: int, schedule: Schedule) -> Schedule:
         is_wanted, picture, place = rng.random() < SHARE, rng.choice([0, 0, 1]), rng.choice([0, 3, 10**6])
         if request.continues and request.after is not None:
             before = requests[request.after]
-            picture_of = {"picture": before.picture, "picture_at": before.picture_at, "prompt_logprobs": False}
-            requests.append(request if before.picture is None else replace(request, **picture_of))
+            # A named prefix does not go with an image.
+            without = replace(request, prompt_logprobs=False, prefix=None)
+            with_it = replace(without, picture=before.picture, picture_at=before.picture_at)
+            requests.append(request if before.picture is None else with_it)
         elif is_wanted and not request.garbage and request.prefix is None:
             requests.append(_with_image(request, picture, place, is_tight(server)))
         else:
