@@ -9,8 +9,16 @@ import pytest
 from devtools.tiny_models import SLIDING_WINDOW, tiny_model_path
 from rkv_sglang.cache.trace import unpack_kept
 from tests.e2e.named_prefixes import FLAGS, MODEL, NAME, NUM_TOKENS, asking, refusal_of, texts
-from tests.e2e.workload import Setting, assert_same_tokens, greedy, random_ids
-from tests.support.harness.scheduler import run_scheduler
+from tests.e2e.workload import (
+    Setting,
+    assert_same_tokens,
+    greedy,
+    outputs_at_restores,
+    outputs_at_retractions,
+    random_ids,
+    retracting,
+)
+from tests.support.harness.scheduler import rid_of, run_scheduler
 from tests.support.oracle.dense import Prefix, dense_generate, dense_prefix
 from tests.support.oracle.judges import repeat_scores, task_scores
 
@@ -99,6 +107,42 @@ def test_requests_that_share_it_answer_as_the_oracle_says(policy, judge, page_si
     assert result.outputs[8].cached_tokens >= kept + len(prompts[2]) - page_size
     assert result.outputs[9].cached_tokens >= len(whole) - page_size
     assert [idle["protected"] for idle in result.probe.idles][-5:] == [0, kept, kept, kept, 0]
+
+
+@pytest.mark.parametrize(("policy", "pool", "interval"), [("rkv", 176, 130), ("random_attention", 500, 30)])
+def test_a_preempted_request_comes_back_behind_it(policy, pool, interval, rng):
+    """What it had kept is restored where the pool does not hold all that it has seen; else it is computed again."""
+    setting, length, num_tokens = setting_of(policy), 64, 190 if pool < 200 else 100
+    document, task = random_ids(rng, length), random_ids(rng, 9)
+    prompts = [random_ids(rng, 17) for _ in range(2)]
+    create = {"create": NAME, "length": length, "budget": BUDGET}
+    requests = [asking(create, [*document, *task])]
+    requests += [asking(NAME, prompt, num_tokens, when_idle=i == 0) for i, prompt in enumerate(prompts)]
+    flags = [*FLAGS, "--max-total-tokens", str(pool), *setting.flags]
+    env = {**retracting(interval), **VERIFYING, "RKV_PROBE_MAX_LOCKED": str(BUDGET)}
+    result = run_scheduler(flags, requests, env=env)
+    result.assert_clean()
+    prefix = dense_prefix(MODEL, document, task, BUDGET, score=setting.score, block=BLOCK)
+    restores = [outputs_at_restores(result, rid_of(i)) for i in (1, 2)]
+    recomputed = [outputs_at_retractions(result, rid_of(i)) for i in (1, 2)]
+    assert any(restores if pool < 200 else recomputed)
+    for i, prompt in enumerate(prompts, 1):
+        found = result.outputs[i].output_ids
+        expected = dense_generate(
+            MODEL,
+            prompt,
+            num_tokens,
+            budget=setting.budget,
+            buffer=setting.buffer,
+            block=BLOCK,
+            score=setting.score,
+            prefix=prefix,
+            recompute_at=recomputed[i - 1],
+            restore_at=restores[i - 1],
+            restored_in_flight=True,
+            guessed_output_ids=found,
+        )
+        assert_same_tokens(found, expected, f"request {i}, restored at {restores[i - 1]}")
 
 
 def test_layers_that_slide_find_the_latest_of_a_document(rng):

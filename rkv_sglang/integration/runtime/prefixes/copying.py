@@ -1,4 +1,4 @@
-"""What stays of a document, chosen per layer and KV head or in blocks, and its copy into slots of a named prefix."""
+"""The choice of what stays of a document, per layer and KV head or in blocks, and its copy into slots of its own."""
 
 from __future__ import annotations
 
