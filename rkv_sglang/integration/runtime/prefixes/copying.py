@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 
 from rkv_sglang.cache.block_choice import kept_tokens
 from rkv_sglang.cache.compact import DueRequest
-from rkv_sglang.cache.prompt import compact_prompts
 from rkv_sglang.integration.runtime.drop import ways_of
 from rkv_sglang.integration.runtime.parts import Parts, Scored
 from rkv_sglang.integration.runtime.prefixes.judging import Verdict
 from rkv_sglang.integration.runtime.prompts.blocks import copying
+from rkv_sglang.integration.runtime.prompts.heads import compacting
 from rkv_sglang.integration.runtime.prompts.slots import sides_of
-from rkv_sglang.integration.startup.verify_switch import is_verifying
 from rkv_sglang.kernels.transfer import sent
 from rkv_sglang.sizes.prompt_plan import PrefixPlan
 
@@ -45,7 +43,7 @@ def copy_heads(
     scored = parts.scored
     assert scored is not None, "what every head keeps is chosen by scores"
     scored.follow_scales()
-    kept: torch.Tensor | None = _compacting(parts.scheduler.tree_cache)(
+    kept: torch.Tensor | None = compacting(parts.scheduler.tree_cache)(
         scored.buffers,
         [DueRequest(plan, slots, plan.resident_len, wants_indices=wants_indices)],
         [new_slots],
@@ -91,13 +89,3 @@ def copy_blocks(
     sides = [layer for side in sides_of(scheduler.token_to_kv_pool_allocator.get_kvcache()) for layer in side]
     copying(scheduler.tree_cache)(sides, slots[kept], new_slots)
     return kept[None, None] if wants_indices else None
-
-
-def _compacting(tree_cache: Any) -> Any:
-    """Return what copies, with all that it does checked if a server was started so, the radix tree's slots too."""
-    if not is_verifying():
-        return compact_prompts
-    # Here, so that other servers do not load it.
-    from rkv_sglang.cache.verify.prompt import compact_prompts_and_verify
-
-    return partial(compact_prompts_and_verify, compact_prompts, tree_cache.all_values_flatten().long())

@@ -41,7 +41,7 @@ def copy_heads(
             for slots in new_slots:
                 if slots.is_cuda:
                     slots.record_stream(due.stream)
-        kept = _compacting(scheduler.tree_cache)(
+        kept = compacting(scheduler.tree_cache)(
             scored.buffers,
             due.requests,
             new_slots,
@@ -56,7 +56,7 @@ def copy_heads(
                 job.record_prompt_trace(indices)
 
 
-def _compacting(tree_cache: Any) -> Callable[..., list[torch.Tensor | None]]:
+def compacting(tree_cache: Any) -> Callable[..., list[torch.Tensor | None]]:
     """Return what compacts, with all that it does checked if a server was started so, the radix tree's slots too."""
     if not is_verifying():
         return compact_prompts
