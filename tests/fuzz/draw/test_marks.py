@@ -24,7 +24,7 @@ def test_marks_lie_within_what_they_mark_and_only_where_one_may_be():
 def test_who_is_not_marked_stays_as_it_was(rng):
     plain = FuzzRequest(prompt=(5, 6, 7), max_new_tokens=9)
     kinds = (plain, FuzzRequest(prompt=(5,), max_new_tokens=9, after=0, continues=True))
-    schedule = Schedule(seed=0, server=SERVER, requests=kinds * 20)
+    schedule = Schedule(seed=0, server=SERVER, requests=kinds * 200)
     found = with_marks(rng.randrange(10**6), schedule).requests
     for was, is_now in zip(schedule.requests, found, strict=True):
         assert is_now == was or is_now.marked is not None
