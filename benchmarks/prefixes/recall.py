@@ -154,12 +154,9 @@ def _share(server: Server, asked: Asked, front: list[int], prefix: str | None) -
     prompts = [[*front, *asked.task, *tokens] for tokens in asked.questions]
     custom = [{} if prefix is None else {PREFIX_FIELD: prefix}] * len(prompts)
     # One first: the others find in the cache what all begin with.
-    answers = [
-        answer
-        for part in (slice(1), slice(1, None))
-        if prompts[part]
-        for answer in server.generate(prompts[part], asked.answer_len, custom_params=custom[part])
-    ]
+    answers = server.generate(prompts[:1], asked.answer_len, custom_params=custom[:1])
+    if len(prompts) > 1:
+        answers += server.generate(prompts[1:], asked.answer_len, custom_params=custom[1:])
     return float(np.mean([is_right(answer["text"], code) for answer, code in zip(answers, asked.codes, strict=True)]))
 
 

@@ -1,18 +1,23 @@
 """What the tests of named prefixes share: a tiny model, a document with its task, and the requests about them."""
 
 import random
+from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from devtools.tiny_models import tiny_model_path
-from tests.e2e.workload import greedy, random_ids
+from tests.e2e.workload import Setting, greedy, random_ids
 from tests.support.harness.scheduler import Output, Request
+from tests.support.oracle.dense import DenseResult, Prefix, dense_generate
 
 MODEL = tiny_model_path("llama-gqa")
 FLAGS = ["--model-path", str(MODEL)]
 LENGTH, BUDGET = 90, 32
 NUM_TOKENS = 60
 NAME = "a handbook"
+# Between a document and its repeat.
+INSTRUCTION = [9, 8, 7, 6, 5]
 CREATE: dict[str, Any] = {"create": NAME, "length": LENGTH, "budget": BUDGET}
 
 
@@ -20,6 +25,37 @@ def asking(value: Any, prompt: list[int], num_tokens: int = 1, **fields: Any) ->
     request = greedy(prompt, num_tokens, **fields)
     request.sampling_params["custom_params"] = {"kv_prefix": value}
     return request
+
+
+def behind(judge: str, length: int = LENGTH) -> list[int]:
+    """Return what comes behind the first ``length`` tokens of the document, which it judges."""
+    document, task, _ = texts()
+    return [*INSTRUCTION, *document[:length]] if judge == "repeat" else task
+
+
+def answer_behind(
+    prefix: Prefix,
+    setting: Setting,
+    prompt: Sequence[int],
+    found: Sequence[int],
+    *,
+    model: Path = MODEL,
+    **options: Any,
+) -> DenseResult:
+    """Return what a request must answer behind a prefix, in as many tokens as were ``found``, which hasten it."""
+    return dense_generate(
+        model,
+        prompt,
+        len(found),
+        budget=setting.budget,
+        buffer=setting.buffer,
+        window=setting.window,
+        block=setting.block,
+        score=setting.score,
+        prefix=prefix,
+        guessed_output_ids=found,
+        **options,
+    )
 
 
 @cache

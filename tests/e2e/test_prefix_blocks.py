@@ -1,14 +1,13 @@
 """Named prefixes of servers that keep the same in all layers and heads: whole blocks of a document are left out."""
 
 import re
-from functools import cache, partial
-from typing import Any
+from functools import cache
 
 import pytest
 
 from devtools.tiny_models import SLIDING_WINDOW, tiny_model_path
 from rkv_sglang.cache.trace import unpack_kept
-from tests.e2e.named_prefixes import FLAGS, MODEL, NAME, NUM_TOKENS, asking, refusal_of, texts
+from tests.e2e.named_prefixes import FLAGS, MODEL, NAME, NUM_TOKENS, answer_behind, asking, behind, refusal_of, texts
 from tests.e2e.workload import (
     Setting,
     assert_same_tokens,
@@ -19,11 +18,10 @@ from tests.e2e.workload import (
     retracting,
 )
 from tests.support.harness.scheduler import rid_of, run_scheduler
-from tests.support.oracle.dense import Prefix, dense_generate, dense_prefix
-from tests.support.oracle.judges import repeat_scores, task_scores
+from tests.support.oracle.dense import Prefix, dense_prefix
+from tests.support.oracle.judges import judged_by
 
 BLOCK, BUDGET = 16, 48
-INSTRUCTION = [9, 8, 7, 6, 5]
 VERIFYING = {"RKV_SGLANG_VERIFY": "1"}
 
 
@@ -31,23 +29,11 @@ def setting_of(policy: str) -> Setting:
     return Setting(budget=24, buffer=16, policy=policy, block=BLOCK)
 
 
-def behind(judge: str, length: int) -> list[int]:
-    """Return what comes behind the document."""
-    document, task, _ = texts()
-    return [*INSTRUCTION, *document[:length]] if judge == "repeat" else task
-
-
 @cache
 def prefix_of(policy: str, judge: str, length: int) -> Prefix:
     task = behind(judge, length)
-    scores: dict[str, Any] = {
-        "policy": (setting_of(policy).score, None),
-        "task": (partial(task_scores, length=length), len(task)),
-        "repeat": (partial(repeat_scores, length=length), length),
-    }
-    score, num_judging = scores[judge]
-    document = texts()[0][:length]
-    return dense_prefix(MODEL, document, task, BUDGET, score=score, num_judging=num_judging, block=BLOCK)
+    judged = judged_by(judge, setting_of(policy).score, length=length, num_behind=len(task))
+    return dense_prefix(MODEL, texts()[0][:length], task, BUDGET, block=BLOCK, **judged)
 
 
 @pytest.mark.parametrize(
@@ -89,18 +75,9 @@ def test_requests_that_share_it_answer_as_the_oracle_says(policy, judge, page_si
     of_oracle = prefix.compaction.kept_positions[0, 0]
     assert stayed.nonzero()[0].tolist() == of_oracle[of_oracle < length].tolist()
     for i, request in enumerate(requests[2:9], 2):
-        output, setting = result.outputs[i], setting_of(policy)
-        expected = dense_generate(
-            MODEL,
-            request.input_ids,
-            NUM_TOKENS,
-            budget=setting.budget,
-            buffer=setting.buffer,
-            block=BLOCK,
-            score=setting.score,
-            prefix=prefix,
-            guessed_output_ids=output.output_ids,
-        )
+        output = result.outputs[i]
+        assert len(output.output_ids) == NUM_TOKENS
+        expected = answer_behind(prefix, setting_of(policy), request.input_ids, output.output_ids)
         assert_same_tokens(output.output_ids, expected, f"request {i}")
         assert output.info["kv_compactions"] == 2
         assert output.info["kv_prompt_tokens"] == kept + len(request.input_ids)
@@ -128,20 +105,9 @@ def test_a_preempted_request_comes_back_behind_it(policy, pool, interval, rng):
     assert any(restores if pool < 200 else recomputed)
     for i, prompt in enumerate(prompts, 1):
         found = result.outputs[i].output_ids
-        expected = dense_generate(
-            MODEL,
-            prompt,
-            num_tokens,
-            budget=setting.budget,
-            buffer=setting.buffer,
-            block=BLOCK,
-            score=setting.score,
-            prefix=prefix,
-            recompute_at=recomputed[i - 1],
-            restore_at=restores[i - 1],
-            restored_in_flight=True,
-            guessed_output_ids=found,
-        )
+        assert len(found) == num_tokens
+        comebacks = {"recompute_at": recomputed[i - 1], "restore_at": restores[i - 1], "restored_in_flight": True}
+        expected = answer_behind(prefix, setting, prompt, found, **comebacks)
         assert_same_tokens(found, expected, f"request {i}, restored at {restores[i - 1]}")
 
 
@@ -156,18 +122,7 @@ def test_layers_that_slide_find_the_latest_of_a_document(rng):
     result.assert_clean()
     prefix = dense_prefix(path, document, task, 64, window=window, score=setting.score, block=BLOCK)
     found = result.outputs[1].output_ids
-    expected = dense_generate(
-        path,
-        prompt,
-        len(found),
-        budget=setting.budget,
-        buffer=setting.buffer,
-        window=window,
-        block=BLOCK,
-        score=setting.score,
-        prefix=prefix,
-        guessed_output_ids=found,
-    )
+    expected = answer_behind(prefix, setting, prompt, found, model=path)
     assert len(expected.compactions) == 2
     assert_same_tokens(found, expected, "behind a prefix")
 

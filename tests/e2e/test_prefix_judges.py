@@ -1,31 +1,34 @@
 """Documents that all of a task judges, or the document itself repeated, and requests that go on from what is left."""
 
-from functools import cache, partial
+from functools import cache
 
 import pytest
 
-from tests.e2e.named_prefixes import BUDGET, CREATE, FLAGS, LENGTH, MODEL, NUM_TOKENS, asking, texts
+from tests.e2e.named_prefixes import (
+    BUDGET,
+    CREATE,
+    FLAGS,
+    LENGTH,
+    MODEL,
+    NUM_TOKENS,
+    answer_behind,
+    asking,
+    behind,
+    texts,
+)
 from tests.e2e.workload import Setting, assert_same_tokens, greedy
 from tests.support.harness.scheduler import run_scheduler
-from tests.support.oracle.dense import SCORE_TOLERANCE, Prefix, dense_generate, dense_prefix
-from tests.support.oracle.judges import repeat_scores, task_scores
+from tests.support.oracle.dense import SCORE_TOLERANCE, Prefix, dense_prefix
+from tests.support.oracle.judges import judged_by
 
 SETTING = Setting(budget=24, buffer=16)
-INSTRUCTION = [9, 8, 7, 6, 5]
-
-
-def behind(judge: str) -> list[int]:
-    """Return what comes behind the document."""
-    document, task, _ = texts()
-    return task if judge == "task" else [*INSTRUCTION, *document]
 
 
 @cache
 def prefix_of(judge: str) -> Prefix:
-    document, task, _ = texts()
-    score, num_judging = (task_scores, len(task)) if judge == "task" else (repeat_scores, LENGTH)
-    score = partial(score, length=LENGTH)
-    prefix = dense_prefix(MODEL, document, behind(judge), BUDGET, score=score, num_judging=num_judging)
+    task = behind(judge)
+    judged = judged_by(judge, SETTING.score, length=LENGTH, num_behind=len(task))
+    prefix = dense_prefix(MODEL, texts()[0], task, BUDGET, **judged)
     assert prefix.compaction.margins.min() > SCORE_TOLERANCE
     return prefix
 
@@ -59,15 +62,7 @@ def test_requests_go_on_from_what_a_task_or_a_repeat_says_is_best(page_size, ext
         is_found = is_cached or judge == "repeat"
         assert output.cached_tokens == (LENGTH // page_size * page_size if is_found else 0)
     for (judge, prompt), output in zip(used, answers, strict=True):
-        expected = dense_generate(
-            MODEL,
-            prompt,
-            NUM_TOKENS,
-            budget=SETTING.budget,
-            buffer=SETTING.buffer,
-            score=SETTING.score,
-            prefix=prefix_of(judge),
-            guessed_output_ids=output.output_ids,
-        )
+        assert len(output.output_ids) == NUM_TOKENS
+        expected = answer_behind(prefix_of(judge), SETTING, prompt, output.output_ids)
         assert_same_tokens(output.output_ids, expected, f"{judge}, a prompt of {len(prompt)}")
         assert output.info["kv_prefix"]["judge"] == judge

@@ -6,7 +6,19 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.named_prefixes import BUDGET, CREATE, FLAGS, LENGTH, MODEL, NAME, NUM_TOKENS, asking, refusal_of, texts
+from tests.e2e.named_prefixes import (
+    BUDGET,
+    CREATE,
+    FLAGS,
+    LENGTH,
+    MODEL,
+    NAME,
+    NUM_TOKENS,
+    answer_behind,
+    asking,
+    refusal_of,
+    texts,
+)
 from tests.e2e.workload import (
     Setting,
     assert_same_tokens,
@@ -30,18 +42,7 @@ def prefix_of(policy: str) -> Prefix:
 
 
 def expected_of(policy: str, prompt: list[int], guess: list[int], **options: Any) -> DenseResult:
-    setting = Setting(budget=24, buffer=16, policy=policy)
-    return dense_generate(
-        MODEL,
-        prompt,
-        len(guess),
-        budget=setting.budget,
-        buffer=setting.buffer,
-        score=setting.score,
-        prefix=prefix_of(policy),
-        guessed_output_ids=guess,
-        **options,
-    )
+    return answer_behind(prefix_of(policy), Setting(24, 16, policy=policy), prompt, guess, **options)
 
 
 @pytest.mark.parametrize(
@@ -326,19 +327,8 @@ def test_a_preempted_request_comes_back_behind_its_prefix(page_size, extra, pool
     assert any(restores if pool < 100 else recomputed)
     for i, request in enumerate(requests[1:3], 1):
         output = result.outputs[i]
-        expected = dense_generate(
-            MODEL,
-            request.input_ids,
-            len(output.output_ids),
-            budget=SMALL.budget,
-            buffer=SMALL.buffer,
-            window=SMALL.window,
-            prefix=prefix,
-            recompute_at=recomputed[i - 1],
-            restore_at=restores[i - 1],
-            restored_in_flight=not extra,
-            guessed_output_ids=output.output_ids,
-        )
+        comebacks = {"recompute_at": recomputed[i - 1], "restore_at": restores[i - 1], "restored_in_flight": not extra}
+        expected = answer_behind(prefix, SMALL, request.input_ids, output.output_ids, **comebacks)
         expected = assert_same_tokens(output.output_ids, expected, f"request {i}, restored at {restores[i - 1]}")
         assert output.output_logprobs == pytest.approx(expected.logprobs, abs=1e-3)
 

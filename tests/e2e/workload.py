@@ -136,8 +136,9 @@ def greedy(prompt: tuple[int, ...] | list[int], max_new_tokens: int, **fields: o
 def assert_same_tokens(found: list[int], expected: Result, name: str) -> Result:
     """Assert equal answers. Where a near-tie of scores decides, the oracle is asked what follows from the other choice.
 
-    Returns what it says then, log-probabilities and all. Where that does not explain it, or the logits of the first
-    token that differs are a near-tie, which inputs are drawn shows nothing. Then the test is skipped, and says so.
+    Returns what it says then, log-probabilities and all. Where a near-tie of scores that is closer still does not
+    explain it, or the logits of the first token that differs are a near-tie, which inputs are drawn shows nothing. Then
+    the test is skipped, and says so.
     """
     assert len(found) == len(expected.output_ids), f"{name}: {len(found)} tokens instead of {len(expected.output_ids)}"
     expected = settled(found, expected)

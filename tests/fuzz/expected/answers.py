@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from devtools.tiny_models import EOS_ID, tiny_model_path
-from rkv_sglang.config import BY_POLICY, BY_REPEAT, BY_TASK, PolicyConfig
+from rkv_sglang.config import PolicyConfig
 from rkv_sglang.sizes.lengths import RequestState
 from rkv_sglang.sizes.reservation import prompt_budget_after
 from tests.e2e.workload import Setting
@@ -17,7 +17,7 @@ from tests.fuzz.schedule import FuzzRequest
 from tests.fuzz.server import FP8_SCALES, ServerConfig
 from tests.support.oracle.decoder import Fp8
 from tests.support.oracle.dense import DenseResult, Prefix, dense_generate, dense_prefix
-from tests.support.oracle.judges import repeat_scores, task_scores
+from tests.support.oracle.judges import judged_by
 from tests.support.oracle.penalties import adjustment
 
 NEVER = 10**6
@@ -125,20 +125,14 @@ def prefix_of(server: ServerConfig, maker: FuzzRequest) -> Prefix:
 @lru_cache(maxsize=64)
 def _prefix_of(server: ServerConfig, ids: tuple[int, ...], length: int, budget: int, judge: str) -> Prefix:
     own = Setting(server.budget, server.buffer, policy=server.policy).score
-    scores = {
-        BY_POLICY: (partial(own, **policy_parameters(server)), None),
-        BY_TASK: (partial(task_scores, length=length), len(ids) - length),
-        BY_REPEAT: (partial(repeat_scores, length=length), length),
-    }
-    score, num_judging = scores[judge]
+    policy = partial(own, **policy_parameters(server))
     return dense_prefix(
         tiny_model_path(server.model),
         *(ids[:length], ids[length:], budget),
         window=server.window,
-        score=score,
         fp8=_fp8(server),
-        num_judging=num_judging,
         block=server.block,
+        **judged_by(judge, policy, length=length, num_behind=len(ids) - length),
     )
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from tests.support.oracle.decoder import Decoder, DecodeSteps, Fp8, LayerCache, load_model, one_thread
 from tests.support.oracle.images import Image
 from tests.support.oracle.scores import ScoreFunction, ScoreInputs, rkv_scores
-from tests.support.oracle.ties import AT_PREFIX, least_margin, swapped_at_cut
+from tests.support.oracle.ties import AT_PREFIX, least_margin, repeatable, swapped_at_cut, swapped_blocks
 
 # Where two logits or two scores lie closer, another order of summation may choose otherwise: some ten times what it
 # changes as a rule in tiny models.
@@ -108,9 +108,10 @@ class Prefix:
     caches: list[LayerCache]
     length: int
     compaction: Compaction
-    again: "Callable[..., Prefix]"
+    again: "Callable[..., Prefix] | None" = field(default=None, repr=False, compare=False)
 
 
+@repeatable
 @torch.inference_mode()
 def dense_prefix(
     model: PreTrainedModel | Path | str,
@@ -133,7 +134,6 @@ def dense_prefix(
     those in which its window is, as long as ``budget`` stay. With ``is_swapped`` near-ties are decided the other way,
     as in ``dense_generate``.
     """
-    asked = {name: value for name, value in locals().items() if name != "model"}
     num_judging = window if num_judging is None else num_judging
     model = model if isinstance(model, PreTrainedModel) else load_model(Path(model))
     decoder = Decoder(model)
@@ -154,9 +154,10 @@ def dense_prefix(
     for layer_cache in caches:
         # Without the task.
         layer_cache.length = length - (length - budget) // (block or 1) * (block or 1)
-    return Prefix(caches, length, compaction, again=lambda **options: dense_prefix(model, **{**asked, **options}))
+    return Prefix(caches, length, compaction)
 
 
+@repeatable
 @torch.inference_mode()
 def dense_generate(
     model: PreTrainedModel | Path | str,
@@ -234,7 +235,6 @@ def dense_generate(
     Raises:
         ValueError: The budget leaves no room beside the window, or the model is of another kind.
     """
-    asked = {name: value for name, value in locals().items() if name != "model"}
     if budget <= window:
         raise ValueError(f"budget {budget} must be greater than window {window}, which is kept inside it")
     model = model if isinstance(model, PreTrainedModel) else load_model(Path(model))
@@ -245,6 +245,7 @@ def dense_generate(
     if forced_output_ids is not None:
         max_new_tokens = min(max_new_tokens, len(forced_output_ids))
     if prefix is not None and AT_PREFIX in swapped_at:
+        assert prefix.again is not None, "it was made by dense_prefix"
         prefix = prefix.again(is_swapped=True)
     if isinstance(restored_in_flight, bool):
         restored_in_flight = restore_at if restored_in_flight else ()
@@ -263,7 +264,7 @@ def dense_generate(
 
     steps = DecodeSteps(decoder, caches)
     scores_of = partial(_scores, budget=budget, logit_scale=decoder.logit_scale, score=score, windows=decoder.windows)
-    result = DenseResult(prefix=prefix, again=lambda **options: dense_generate(model, **{**asked, **options}))
+    result = DenseResult(prefix=prefix)
     held_prompt_len = prompt_len
     may_compact_prompt = prompt_budget is not None and prompt_budget <= prompt_len - (block or 1)
     may_compact_prompt = may_compact_prompt and max_new_tokens - 1 > window
@@ -531,9 +532,8 @@ def _drop_lowest(
     of_tokens = of_layers.double().mean(dim=(0, 1))
     of_blocks = {start: float(of_tokens[start : start + block].mean()) for start in starts}
     ranked = sorted(starts, key=lambda start: (of_blocks[start], start))
-    if is_swapped and len(ranked) > num_dropped:
-        of_ranked = torch.tensor([[of_blocks[start] for start in ranked]], dtype=torch.float64)
-        ranked = swapped_at_cut(of_ranked, torch.tensor([ranked]), num_dropped)[1][0].tolist()
+    if is_swapped:
+        ranked = swapped_blocks(ranked, of_blocks, num_dropped)
     dropped = {start + offset for start in ranked[:num_dropped] for offset in range(block)}
     kept = torch.tensor([index for index in range(resident_len) if index not in dropped])
     before = caches[0].positions[0].clone()

@@ -1,10 +1,28 @@
 """What a document is judged by that has a task or is repeated, word by word: one attention row after another."""
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
-from tests.support.oracle.scores import ScoreInputs
+from tests.support.oracle.scores import ScoreFunction, ScoreInputs
+
+
+def judged_by(judge: str, policy: ScoreFunction, *, length: int, num_behind: int) -> dict[str, Any]:
+    """Return what ``dense_prefix`` is told of a judge: its score, and how many of the last tokens judge.
+
+    Args:
+        judge: ``"policy"``, ``"task"`` or ``"repeat"``.
+        policy: The server's score.
+        length: Tokens of the document.
+        num_behind: Those behind it.
+    """
+    if judge == "policy":
+        return {"score": policy}
+    if judge == "task":
+        return {"score": partial(task_scores, length=length), "num_judging": num_behind}
+    return {"score": partial(repeat_scores, length=length), "num_judging": length}
 
 
 def row(query: torch.Tensor, keys: torch.Tensor, places: Sequence[int], scale: float) -> dict[int, float]:

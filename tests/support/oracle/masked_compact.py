@@ -14,7 +14,7 @@ import torch
 from tests.support.oracle.decoder import one_thread
 from tests.support.oracle.masked_forward import MaskedForward, masked_forward
 from tests.support.oracle.scores import ScoreFunction, ScoreInputs
-from tests.support.oracle.ties import least_margin, swapped_at_cut
+from tests.support.oracle.ties import least_margin, repeatable, swapped_at_cut, swapped_blocks
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class MaskedResult:
         return list(zip(self.compactions, self.margins, strict=True))
 
 
+@repeatable
 @torch.inference_mode()
 def masked_compact(
     model: Any,
@@ -60,7 +61,6 @@ def masked_compact(
         guessed_output_ids: What the outputs may turn out to be, such as the answer to be judged: up to the next
             compaction they are fed at once, and count as far as they are right.
     """
-    asked = {name: value for name, value in locals().items() if name != "model"}
     config = model.config.get_text_config()
     num_layers, num_kv_heads = config.num_hidden_layers, config.num_key_value_heads
     windows = [None] * num_layers if windows is None else list(windows)
@@ -70,8 +70,7 @@ def masked_compact(
     visible = torch.zeros(num_layers, num_kv_heads, total, total, dtype=torch.bool)
     for token in range(prompt_len):
         _see(visible, token, torch.arange(token + 1).expand(num_layers, num_kv_heads, -1), windows)
-    ids = list(prompt_ids)
-    result = MaskedResult(again=lambda **options: masked_compact(model, **{**asked, **options}))
+    ids, result = list(prompt_ids), MaskedResult()
 
     def feed(token: int) -> None:
         nonlocal resident
@@ -180,9 +179,8 @@ def _in_blocks(
     of_blocks = {i: float(of_tokens[i : i + block].mean()) for i in starts}
     ranked = sorted(starts, key=lambda i: (of_blocks[i], i))
     num_gone = (length - prompt_len - budget) // block
-    if is_swapped and len(ranked) > num_gone:
-        of_ranked = torch.tensor([[of_blocks[i] for i in ranked]], dtype=torch.float64)
-        ranked = swapped_at_cut(of_ranked, torch.tensor([ranked]), num_gone)[1][0].tolist()
+    if is_swapped:
+        ranked = swapped_blocks(ranked, of_blocks, num_gone)
     gone = {i + offset for i in ranked[:num_gone] for offset in range(block)}
     margin = of_blocks[ranked[num_gone]] - of_blocks[ranked[num_gone - 1]] if len(ranked) > num_gone else 1.0
     return resident[:, :, [i for i in range(length) if i not in gone]], margin

@@ -1,9 +1,14 @@
 """Scores so close at the cut that another order of summation may choose the other: then either answer is right."""
 
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Scores of one and the same cache were seen to differ by 6e-7 between two orders of summation in fp32; small ones less.
 CUT_TOLERANCE, RELATIVE_TOLERANCE = 1e-6, 1e-3
@@ -24,6 +29,28 @@ def swapped_at_cut(scores: torch.Tensor, ranked: torch.Tensor, num_first: int) -
     is_close = (gaps < CUT_TOLERANCE) & (gaps < RELATIVE_TOLERANCE * scores[:, num_first].abs())
     order[(gaps > 0) & is_close, num_first - 1 : num_first + 1] = torch.tensor([num_first, num_first - 1])
     return scores.gather(1, order), ranked.gather(1, order)
+
+
+def swapped_blocks(ranked: Sequence[int], scores: Mapping[int, float], num_gone: int) -> list[int]:
+    """Return blocks in order of rank, the lowest first, with the two at the cut as ``swapped_at_cut`` leaves them."""
+    if len(ranked) <= num_gone:
+        return list(ranked)
+    of_ranked = torch.tensor([[scores[block] for block in ranked]], dtype=torch.float64)
+    swapped: list[int] = swapped_at_cut(of_ranked, torch.tensor([list(ranked)]), num_gone)[1][0].tolist()
+    return swapped
+
+
+def repeatable(make: Callable[P, R]) -> Callable[P, R]:
+    """Let what a function returns, a dataclass, make itself again with other arguments by name: its ``again``."""
+
+    @functools.wraps(make)
+    def made(*args: P.args, **kwargs: P.kwargs) -> R:
+        def again(**options: Any) -> R:
+            return made(*args, **{**kwargs, **options})  # type: ignore[arg-type]
+
+        return dataclasses.replace(make(*args, **kwargs), again=again)  # type: ignore[type-var]
+
+    return made
 
 
 def least_margin(margins: torch.Tensor) -> float:

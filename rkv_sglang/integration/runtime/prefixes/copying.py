@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from rkv_sglang.cache.block_choice import kept_tokens
 from rkv_sglang.cache.compact import DueRequest
 from rkv_sglang.integration.runtime.drop import ways_of
-from rkv_sglang.integration.runtime.parts import Parts, Scored
+from rkv_sglang.integration.runtime.parts import Parts
 from rkv_sglang.integration.runtime.prefixes.judging import Verdict
 from rkv_sglang.integration.runtime.prompts.blocks import copying
 from rkv_sglang.integration.runtime.prompts.heads import compacting
-from rkv_sglang.integration.runtime.prompts.slots import sides_of
 from rkv_sglang.kernels.transfer import sent
 from rkv_sglang.sizes.prompt_plan import PrefixPlan
 
 
-def copy_heads(
+def keep_heads(
     parts: Parts,
     plan: PrefixPlan,
     verdict: Verdict,
@@ -42,7 +39,6 @@ def copy_heads(
     """
     scored = parts.scored
     assert scored is not None, "what every head keeps is chosen by scores"
-    scored.follow_scales()
     kept: torch.Tensor | None = compacting(parts.scheduler.tree_cache)(
         scored.buffers,
         [DueRequest(plan, slots, plan.resident_len, wants_indices=wants_indices)],
@@ -56,7 +52,7 @@ def copy_heads(
     return kept
 
 
-def copy_blocks(
+def keep_blocks(
     parts: Parts,
     plan: PrefixPlan,
     verdict: Verdict,
@@ -67,14 +63,12 @@ def copy_blocks(
     wants_indices: bool,
     block: int,
 ) -> torch.Tensor | None:
-    """Copy what all layers and heads keep, on the current stream; as ``copy_heads``, and ``[1, 1, plan.budget]``."""
-    scheduler: Any = parts.scheduler
-    ways, of_blocks = ways_of(scheduler.tree_cache), plan.of_blocks(window, block)
+    """Copy what all layers and heads keep, on the current stream; as ``keep_heads``, and ``[1, 1, plan.budget]``."""
+    ways, of_blocks = ways_of(parts.scheduler.tree_cache), plan.of_blocks(window, block)
     if parts.scored is None:
         (choice,) = ways.choose_by_place([(of_blocks, plan.resident_len, None)], verdict.policy, window)
     else:
-        scored: Scored = parts.scored
-        scored.follow_scales()
+        scored = parts.scored
         (choice,) = ways.choose_by_scores(
             scored.buffers,
             [DueRequest(of_blocks, slots, plan.resident_len)],
@@ -86,6 +80,5 @@ def copy_blocks(
         )
     # The task stays in the slots where it is.
     kept = sent(kept_tokens(of_blocks, choice)[: plan.budget], slots.device)
-    sides = [layer for side in sides_of(scheduler.token_to_kv_pool_allocator.get_kvcache()) for layer in side]
-    copying(scheduler.tree_cache)(sides, slots[kept], new_slots)
+    copying(parts)(slots[kept], new_slots)
     return kept[None, None] if wants_indices else None

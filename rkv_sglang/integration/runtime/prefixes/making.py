@@ -17,7 +17,7 @@ from rkv_sglang.cache.trace import pack_compaction
 from rkv_sglang.config import PREFIX_FIELD
 from rkv_sglang.integration.runtime.jobs import on_forward_stream
 from rkv_sglang.integration.runtime.parts import Parts
-from rkv_sglang.integration.runtime.prefixes.copying import copy_blocks, copy_heads
+from rkv_sglang.integration.runtime.prefixes.copying import keep_blocks, keep_heads
 from rkv_sglang.integration.runtime.prefixes.named import INFO_ATTRIBUTE, MADE_ATTRIBUTE, Prefix, made_by
 from rkv_sglang.integration.runtime.prompts.slots import alloc_slots
 from rkv_sglang.integration.runtime.requests import DOCUMENT_TRACE_ATTRIBUTE, trace_of
@@ -99,9 +99,11 @@ def _make(parts: Parts, policy: Policy, req: Any, prefix: Prefix) -> None:
         for tensor in (slots, new_slots) if stream is not None else ():
             if tensor.is_cuda:
                 tensor.record_stream(stream)
-        copy = copy_heads if prefix.block is None else partial(copy_blocks, block=prefix.block)
+        if parts.scored is not None:
+            parts.scored.follow_scales()
+        keep = keep_heads if prefix.block is None else partial(keep_blocks, block=prefix.block)
         wants_indices = trace_of(req) is not None
-        kept = copy(parts, plan, verdict, slots, new_slots, prefix.window, wants_indices=wants_indices)
+        kept = keep(parts, plan, verdict, slots, new_slots, prefix.window, wants_indices=wants_indices)
         if kept is not None:
             record = pack_compaction(kept.cpu(), resident_len=prefix.length, evicted_before=0)
             setattr(req, DOCUMENT_TRACE_ATTRIBUTE, record)

@@ -69,26 +69,30 @@ def _copy(
     stream: Any,
 ) -> None:
     """Copy what stays, on the current stream; record it for those who asked."""
-    pool: Any = parts.scheduler.token_to_kv_pool_allocator.get_kvcache()
-    sides = [layer for side in sides_of(pool) for layer in side]
     # All of them are views of one tensor.
     tensors = [slots[0], *new_slots]
     for tensor in tensors if stream is not None else ():
         if tensor.is_cuda:
             tensor.record_stream(stream)
-    copy = copying(parts.scheduler.tree_cache)
+    copy = copying(parts)
     for job, choice, own, new in zip(jobs, choices, slots, new_slots, strict=True):
         kept = sent(kept_tokens(job.plan, choice), own.device)
-        copy(sides, own[kept], new)
+        copy(own[kept], new)
         if job.wants_trace:
             job.record_prompt_trace(kept[: job.state.prompt_len - job.plan.evicted_tokens][None, None])
 
 
-def copying(tree_cache: Any) -> Callable[..., None]:
-    """Return what copies, with what it does checked if a server was started so, the radix tree's slots too."""
+def copying(parts: Parts) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """Return what copies the KV of slots into others, of all layers, on the current stream.
+
+    With what it does checked if a server was started so, the radix tree's slots too.
+    """
+    pool: Any = parts.scheduler.token_to_kv_pool_allocator.get_kvcache()
+    layers = [layer for side in sides_of(pool) for layer in side]
     if not is_verifying():
-        return copy_slots
+        return partial(copy_slots, layers)
     # Here, so that other servers do not load it.
     from rkv_sglang.cache.verify.prompt import copy_slots_and_verify
 
-    return partial(copy_slots_and_verify, copy_slots, tree_cache.all_values_flatten().long())
+    tree_cache: Any = parts.scheduler.tree_cache
+    return partial(copy_slots_and_verify, copy_slots, tree_cache.all_values_flatten().long(), layers)
