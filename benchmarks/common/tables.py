@@ -422,6 +422,7 @@ MUTATIONS = Table(
         Column("pool_machine", int, "", "1: the pool machine found it; 0: it did not; -1: it was not run"),
         Column("pool_problem", str, "", "what the pool machine said"),
         Column("schedules", int, "", "that the fuzzer needed; 0: not found within the bound; -1: it was not run"),
+        Column("most_schedules", int, "", "the bound; -1: it was not run"),
         Column("seed", int, "", "of the schedule that failed; -1: none"),
         Column("problem", str, "", "what the fuzzer said"),
         Column("seconds", float, "s", "that all of it took"),

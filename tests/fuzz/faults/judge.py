@@ -33,6 +33,7 @@ NOTHING: Mapping[str, Any] = {
     "pool_machine": NOT_ASKED,
     "pool_problem": "",
     "schedules": NOT_ASKED,
+    "most_schedules": NOT_ASKED,
     "seed": NOT_ASKED,
     "problem": "",
 }
@@ -111,7 +112,7 @@ def ask(part: str, mutant: Mutant, *, schedules: int, steps: int) -> dict[str, A
         found = answer["status"] != "ok"
         return {"pool_machine": int(found), "pool_problem": _short(answer.get("message", ""))}
     needed, seed, problem = _search(schedules)
-    return {"schedules": needed, "seed": seed, "problem": _short(problem)}
+    return {"schedules": needed, "most_schedules": schedules, "seed": seed, "problem": _short(problem)}
 
 
 def _short(text: object) -> str:
