@@ -124,7 +124,7 @@ def prefix_of(server: ServerConfig, maker: FuzzRequest) -> Prefix:
 
 @lru_cache(maxsize=64)
 def _prefix_of(server: ServerConfig, ids: tuple[int, ...], length: int, budget: int, judge: str) -> Prefix:
-    own = Setting(server.budget, server.buffer, policy=server.policy).score
+    own = Setting(server.budget, server.buffer, policy=server.policy, block=server.block).score
     policy = partial(own, **policy_parameters(server))
     return dense_prefix(
         tiny_model_path(server.model),

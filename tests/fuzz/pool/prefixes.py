@@ -14,6 +14,7 @@ from rkv_sglang.integration.runtime.prefixes.asked import Asked
 from rkv_sglang.integration.runtime.prefixes.making import make_prefixes
 from rkv_sglang.integration.runtime.prefixes.named import Prefix, made_by, used_by
 from tests.fuzz.pool.checks import kept_of
+from tests.fuzz.pool.drops import check_blocks, scores_of
 from tests.fuzz.pool.held import Wrong
 from tests.fuzz.pool.pools import HEAD_DIM, NUM_KV_HEADS, NUM_QO_HEADS, Pools
 
@@ -85,28 +86,44 @@ class NamedPrefixes:
         assert prefix is not None and prefix.judging is not None
         places = torch.arange(first, len(numbers), dtype=torch.float32)
         queries = places.view(-1, 1, 1).expand(-1, NUM_QO_HEADS, HEAD_DIM)
-        for layer in range(self._pools.num_layers):
+        for layer in range(self._pools.num_layers) if self._parts.scored is not None else ():
             prefix.judging.see(layer, queries, first)
         forward_mode = SimpleNamespace(is_extend=lambda: True)
         make_prefixes(self._parts, self._pools.runtime.policy, SimpleNamespace(forward_mode=forward_mode, reqs=[req]))
         if not prefix.is_made:
             raise Wrong(f"the prefix of {req.rid} was not made: {req.to_finish}")
-        rows = numbers[: prefix.length].repeat(self._pools.num_layers * NUM_KV_HEADS, 1)
-        num_best = prefix.budget - NUM_FIRST_KEPT - prefix.window
-        kept = kept_of(rows, NUM_FIRST_KEPT, prefix.length - prefix.window, num_best)
-        shared = Shared(prefix, kept, self._pools.fresh())
+        shared = Shared(prefix, self._kept(prefix, numbers), self._pools.fresh())
         self.all[prefix.name] = self._roots[prefix.key] = shared
         self.check(shared)
 
-    def check(self, shared: Shared) -> None:
-        """Check that a prefix is in the tree, locked, with what it must hold."""
-        prefix = shared.prefix
+    def _kept(self, prefix: Prefix, numbers: torch.Tensor) -> torch.Tensor:
+        """Return what must have been kept of a document; in blocks what was, once it is seen to be right.
+
+        Args:
+            numbers: Of the tokens of document and task, ``[tokens]``, int64.
+        """
+        rows = numbers.repeat(self._pools.num_layers * NUM_KV_HEADS, 1)
+        length, block, last = prefix.length, prefix.block, prefix.length - prefix.window
+        if block is None:
+            return kept_of(rows[:, :length], NUM_FIRST_KEPT, last, prefix.budget - NUM_FIRST_KEPT - prefix.window)
+        scores = scores_of(self._pools, rows, len(numbers))[:length]
+        droppable = range(-(-NUM_FIRST_KEPT // block), last // block)
+        found = self._pools.read(self._slots_of(prefix))
+        check_blocks(f"prefix {prefix.name!r}", found, rows[:, :length], scores, block=block, droppable=droppable)
+        return found
+
+    def _slots_of(self, prefix: Prefix) -> torch.Tensor:
+        """Return the slots that the tree has for a prefix."""
         found = self._pools.tree.match_prefix(MatchPrefixParams(key=RadixKey(prefix.ids, prefix.key)))
         slots = self._pools.tree.path_device_indices(found.last_device_node)[: found.device_prefix_len].long()
         if len(slots) != prefix.budget:
             raise Wrong(f"of prefix {prefix.name!r} the tree has {len(slots)} of {prefix.budget} slots")
-        if not torch.equal(self._pools.read(slots), shared.numbers):
-            raise Wrong(f"prefix {prefix.name!r} holds the KV of other tokens")
+        return slots
+
+    def check(self, shared: Shared) -> None:
+        """Check that a prefix is in the tree, locked, with what it must hold."""
+        if not torch.equal(self._pools.read(self._slots_of(shared.prefix)), shared.numbers):
+            raise Wrong(f"prefix {shared.prefix.name!r} holds the KV of other tokens")
 
     def check_all(self) -> None:
         """Check all that are there, and that no others are known."""

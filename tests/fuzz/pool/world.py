@@ -18,14 +18,14 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from rkv_sglang.config import HEAD, PolicyConfig
+from rkv_sglang.config import PolicyConfig
 from rkv_sglang.integration.hooks import restore as hooks
 from rkv_sglang.integration.runtime.prefixes.named import gap_of, made_by, used_by
 from rkv_sglang.integration.runtime.requests import CONFIG_ATTRIBUTE, state_of
 from rkv_sglang.integration.runtime.restore import host_copy_of, len_after_prefill, restore_waiting
 from rkv_sglang.sizes.pages import ceil_to_page
 from tests.fuzz.pool.checks import check_all, check_copy, check_found, check_held, take_compactions
-from tests.fuzz.pool.drops import nothing_moves, own_settings
+from tests.fuzz.pool.drops import nothing_moves, own_settings, sizes_of_prefix
 from tests.fuzz.pool.held import Held, PolicyReq, Wrong
 from tests.fuzz.pool.pools import MAX_REQUESTS, Pools
 from tests.fuzz.pool.prefixes import NamedPrefixes
@@ -65,7 +65,6 @@ class World:
         self._compactions = 0
         self.room = Room(self.pools, self.config)
         self.prefixes = NamedPrefixes(self.pools, self.config)
-        self.has_prefixes = self.radix and self.config.granularity == HEAD
         self._documents = [[self.rng.choice(TOKENS) for _ in range(40)] for _ in range(3)]
 
     # Steps.
@@ -87,16 +86,16 @@ class World:
 
     def make_prefix(self) -> bool:
         """Take in a request that makes a named prefix of the first tokens of its prompt."""
-        least = ceil_to_page(self.config.least_prompt_budget, self.page_size)
-        name, budget = self.rng.choice(NAMES), least + self.page_size * self.rng.randint(0, 2)
-        if not self.has_prefixes or name in self.prefixes.all or len(self.running) >= MAX_REQUESTS:
+        name = self.rng.choice(NAMES)
+        if not self.radix or name in self.prefixes.all or len(self.running) >= MAX_REQUESTS:
             return False
-        length = budget + self.rng.randint(1, 20)
-        tokens = (self.rng.choice(self._documents) * 3)[: length + self.config.window + self.rng.randint(0, 3)]
+        length, budget = sizes_of_prefix(self.rng, self.config, self.page_size)
+        tokens = (self.rng.choice(self._documents) * 5)[: length + self.config.window + self.rng.randint(0, 3)]
         req = self._request(tokens, self.config, self.rng.choice([1, 30]))
         self.pools.scheduler.waiting_queue = [held.req for held in self.waiting]
         self.pools.scheduler.running_batch.reqs = [held.req for held in self.running]
-        has_room = self.room.has(self.room.most_held(req) + 1 + budget, self.running)
+        # Of whole blocks up to a block more stays.
+        has_room = self.room.has(self.room.most_held(req) + budget + self.config.block, self.running)
         if has_room and self.prefixes.reserve(req, name, length, budget):
             self._prefill(Held(req))
             return True
