@@ -49,9 +49,13 @@ def has_gpu() -> bool:
 def server_environment(model: str) -> dict[str, str]:
     """Return the environment of a server; a model in a folder needs no hub, and its own warm-up request no proxy."""
     offline = {"HF_HUB_OFFLINE": "1"} if Path(model).is_dir() else {}
+    return {**offline, **({} if has_gpu() else CPU_ENVIRONMENT), **os.environ, **past_proxies()}
+
+
+def past_proxies() -> dict[str, str]:
+    """Return the variables with which whatever a process uses for HTTP reaches this machine without a proxy."""
     direct = ",".join(filter(None, (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1,localhost")))
-    proxies = {"no_proxy": direct, "NO_PROXY": direct}
-    return {**offline, **({} if has_gpu() else CPU_ENVIRONMENT), **os.environ, **proxies}
+    return {"no_proxy": direct, "NO_PROXY": direct}
 
 
 def importing_from(folder: Path) -> dict[str, str]:

@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from devtools.launch import past_proxies
+
+# Tests talk to servers on this machine, by clients that ask the environment.
+os.environ.update(past_proxies())
 # The models are tiny, and servers run beside the tests: more threads would only wait for each other.
 torch.set_num_threads(1)
 # What is imported stays: looking through it while more is imported takes a sixth of the time that a collection takes.

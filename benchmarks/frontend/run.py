@@ -1,10 +1,13 @@
 """Run a program of SGLang's frontend language and record every request that it makes of the server."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
+
+from devtools.launch import past_proxies
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class RecordingEndpoint(RuntimeEndpoint):
     """SGLang's own backend of the frontend, which also keeps what the server says of each request."""
 
     def __init__(self, url: str) -> None:
+        # SGLang's own client asks the environment.
+        os.environ.update(past_proxies())
         super().__init__(url)
         self.calls: list[Call] = []
 

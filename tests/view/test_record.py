@@ -62,6 +62,8 @@ def test_a_server_on_this_machine_is_reached_past_any_proxy(server, trace, monke
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         monkeypatch.setenv(variable, f"http://127.0.0.1:{probe.getsockname()[1]}")
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
         server.say("/server_info", server_info(trace))
         server.stream(*events(trace, []))
         assert recorded(server) == trace

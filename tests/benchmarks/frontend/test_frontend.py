@@ -1,8 +1,11 @@
 """What the comparison of frontend programs counts as the same structure, on hand-made runs."""
 
+import json
 import re
 from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ from benchmarks.common.tables import FRONTEND
 from benchmarks.frontend.programs import all_programs
 from benchmarks.frontend.report import markdown, plot
 from benchmarks.frontend.rows import frontend_rows
-from benchmarks.frontend.run import Call, ProgramRun, compared_hits, structure_differences
+from benchmarks.frontend.run import Call, ProgramRun, RecordingEndpoint, compared_hits, structure_differences
 
 CHOICES = {"mood": ("good", "bad")}
 
@@ -114,3 +117,28 @@ def test_a_row_has_the_hits_of_its_own_server() -> None:
 def test_half_of_the_programs_are_compacted() -> None:
     names = [program.name for program in all_programs(64, 16)]
     assert len(set(names)) == 6 and sum(name.endswith("_long") for name in names) == 3
+
+
+class Model(BaseHTTPRequestHandler):
+    """Answers with a model's name."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"model_path": "a-model"}).encode())
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def test_the_server_is_reached_without_the_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        # To be set, and put back.
+        monkeypatch.setenv(name, "elsewhere")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with HTTPServer(("127.0.0.1", 0), Model) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            assert RecordingEndpoint(f"http://127.0.0.1:{server.server_port}").get_model_name() == "a-model"
+        finally:
+            server.shutdown()
