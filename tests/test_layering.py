@@ -56,6 +56,11 @@ def layer_of(module: str) -> str:
     return parts[1] if len(parts) > 1 else ""
 
 
+def called_name(call: ast.Call) -> str:
+    """Return the last name of what is called: ``b`` of ``b()`` and of ``a.b()``; empty if it has none."""
+    return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+
+
 def imported_modules(module: str, source: str) -> list[tuple[int, str]]:
     """Return (line, dotted name) of every import, at any depth, relative ones resolved, literal dynamic ones included.
 
@@ -71,9 +76,9 @@ def imported_modules(module: str, source: str) -> list[tuple[int, str]]:
             prefix = ".".join([*base, *([node.module] if node.module else [])])
             found += [(node.lineno, f"{prefix}.{alias.name}") for alias in node.names]
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if name in IMPORT_FUNCTIONS and isinstance(node.args[0].value, str):
-                found.append((node.lineno, node.args[0].value.replace(":", ".")))
+            target = node.args[0].value
+            if called_name(node) in IMPORT_FUNCTIONS and isinstance(target, str):
+                found.append((node.lineno, target.replace(":", ".")))
     return found
 
 
@@ -143,12 +148,12 @@ def circle(sources: dict[str, str]) -> list[str]:
 
 
 def modules_that_make_hooks(sources: dict[str, str]) -> set[str]:
-    """Return the modules that call ``Hook``."""
+    """Return the modules that call ``Hook``, by that name or as an attribute of its module."""
     calls = {
         module: [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
         for module, source in sources.items()
     }
-    return {module for module, nodes in calls.items() if any(getattr(n.func, "id", "") == "Hook" for n in nodes)}
+    return {module for module, nodes in calls.items() if any(called_name(node) == "Hook" for node in nodes)}
 
 
 def top_level_names(source: str) -> tuple[set[str], set[str], set[str]]:
@@ -218,6 +223,8 @@ def test_what_goes_to_a_device_goes_where_it_is_seen_to_be_pinned():
 def test_every_hook_is_made_in_the_room_of_hooks():
     makers = modules_that_make_hooks(package_sources())
     assert makers and all(module.startswith(f"{PACKAGE}.integration.hooks.") for module in makers)
+    calls = {"bare": "Hook(1)", "dotted": "hook.Hook(1)", "deep": "x = [a.b.Hook(1)]", "none": "Hook; hook.Hooks(1)"}
+    assert modules_that_make_hooks(calls) == {"bare", "dotted", "deep"}
 
 
 def test_all_holds_exactly_the_public_names():
@@ -258,6 +265,9 @@ def test_the_pins_of_sglang_agree():
     pins |= {("patches", path.parent.name) for path in (ROOT / "patches").glob("*/*.patch")}
     assert {name for name, _ in pins} >= {"pyproject.toml", "requirements-cpu-nodeps.txt", "setup.py", "patches"}
     assert {version for _, version in pins} == set(SUPPORTED_SGLANG)
+    # What pip may take: no release after it.
+    *major, patch = map(int, max(SUPPORTED_SGLANG).split("."))
+    assert f',<{".".join(map(str, [*major, patch + 1]))}"' in files[0].read_text()
 
 
 def heavy_imports(statement: str) -> tuple[str, int]:
@@ -282,7 +292,8 @@ def test_the_arithmetic_of_sizes_imports_no_engine_and_no_gpu_code():
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["doctor", "--help"], ["view", "--help"], ["prefix", "--help"], ["--version"]]
+    "argv",
+    [["--help"], ["doctor", "--help"], ["patch", "--help"], ["view", "--help"], ["prefix", "--help"], ["--version"]],
 )
 def test_the_command_shows_its_help_without_engine_and_gpu_code(argv: list[str]):
     assert heavy_imports(f"from rkv_sglang.cli import main; main({argv})") == ("[]", 0)

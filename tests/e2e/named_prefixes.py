@@ -15,6 +15,8 @@ MODEL = tiny_model_path("llama-gqa")
 FLAGS = ["--model-path", str(MODEL)]
 LENGTH, BUDGET = 90, 32
 NUM_TOKENS = 60
+# What four of the prompts begin with.
+SHARED_LEN = 37
 NAME = "a handbook"
 # Between a document and its repeat.
 INSTRUCTION = [9, 8, 7, 6, 5]
@@ -62,7 +64,7 @@ def answer_behind(
 def texts(seed: int = 7) -> tuple[list[int], list[int], list[list[int]]]:
     """Return a document, a task, and six prompts, of which four begin alike."""
     rng = random.Random(seed)
-    shared = random_ids(rng, 37)
+    shared = random_ids(rng, SHARED_LEN)
     prompts = [[*shared, *random_ids(rng, length)] for length in (3, 9, 26, 1)]
     prompts += [random_ids(rng, length) for length in (1, 47)]
     return random_ids(rng, LENGTH), random_ids(rng, 21), prompts

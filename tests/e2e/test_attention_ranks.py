@@ -33,6 +33,7 @@ def test_tokens_are_those_of_one_rank_though_one_idles_and_the_other_is_preempte
     flags += ["--max-total-tokens", "90", *setting.flags]
     env = ON_A_CPU | {"SGLANG_CPU_OMP_THREADS_BIND": "|".join("0101"[:tp_size])}
     result = run_scheduler(flags, requests, controls=controls, env=env, timeout=120)
+    result.assert_clean()
     restores = outputs_at_restores(result, rid_of(0))
     assert len(restores) == 1
     for i, (prompt, length, output) in enumerate(zip(prompts, LENGTHS, result.outputs, strict=True)):

@@ -39,6 +39,21 @@ CASES = [
     ("random_attention", "qwen3", 16, 0, 0, 0),
     ("random_attention", "qwen3", 64, 1, 1, 0),
 ]
+# The same of all other policies together; the two of each differ in everything.
+OTHER_CASES = [
+    ("streaming_llm", "llama-gqa", 1, 0, 0, 0),
+    ("streaming_llm", "qwen3", 16, 1, 1, 1),
+    ("random", "llama-gqa", 16, 0, 1, 1),
+    ("random", "qwen3", 64, 1, 0, 0),
+    ("rkv", "llama-gqa", 64, 1, 0, 1),
+    ("rkv", "qwen3", 1, 0, 1, 0),
+    ("snapkv", "llama-gqa", 64, 0, 1, 0),
+    ("snapkv", "qwen3", 16, 1, 0, 1),
+    ("h2o", "llama-gqa", 16, 1, 1, 0),
+    ("h2o", "qwen3", 1, 0, 0, 1),
+    ("keydiff", "llama-gqa", 1, 1, 1, 1),
+    ("keydiff", "qwen3", 64, 0, 0, 0),
+]
 # What an answer of so many tokens comes out of.
 LONG = [(1000, 300, Setting(budget=128, buffer=32, window=64, policy="random_attention", block=16))]
 if FULL_MATRIX:
@@ -47,13 +62,15 @@ if FULL_MATRIX:
         *itertools.product(("random_attention", *OTHERS), MODELS, *SERVERS),
         *itertools.product(("random_attention",), [name for name in TINY_MODELS if name not in MODELS], *SERVERS),
     ]
+    OTHER_CASES = []
     LONG.append((2000, 600, Setting(budget=256, buffer=64, window=64, policy="random_attention", block=16)))
 
 
 def setting_of(policy: str, page_size: int = 1) -> Setting:
-    """Two blocks of 16 go at a time, or one of a larger page."""
+    """Two blocks of 16 go at a time, or one of a larger page; of two at least that might go, wherever a prompt ends."""
     block = max(16, page_size)
-    return Setting(budget=75, buffer=32 if block == 16 else block, window=9, policy=policy, block=block)
+    sizes = {"budget": 75, "buffer": 32} if block == 16 else {"budget": 11 + 2 * block, "buffer": block}
+    return Setting(**sizes, window=9, policy=policy, block=block)
 
 
 def enough_tokens(setting: Setting) -> int:
@@ -84,12 +101,13 @@ def assert_as_the_oracle(
     assert len(result.probe.compactions) == num_compactions
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", [*CASES, *OTHER_CASES], ids=lambda case: "-".join(map(str, case)))
 def test_tokens_equal_the_dense_oracle_alone_and_in_company(case):
     policy, model, page_size, no_overlap, no_radix, chunks = case
     setting = setting_of(policy, page_size)
     num_tokens = enough_tokens(setting)
-    prompts = [six_prompts()[2], *six_prompts()]
+    company = six_prompts()[2:5] if case in OTHER_CASES else six_prompts()
+    prompts = [six_prompts()[2], *company]
     requests = [greedy(prompt, num_tokens, when_idle=i == 1) for i, prompt in enumerate(prompts)]
     flags = ["--page-size", str(page_size), *[NO_OVERLAP] * no_overlap, *[NO_RADIX] * no_radix]
     if chunks:
@@ -100,26 +118,21 @@ def test_tokens_equal_the_dense_oracle_alone_and_in_company(case):
     assert ("side buffers 0.0 MiB (0 query rows)" in result.log) == (policy not in BY_KEYS)
     if not no_radix:
         # The repeated prompt is found again up to its last whole page.
-        assert result.outputs[3].cached_tokens == (len(prompts[0]) - 1) // page_size * page_size
+        again = result.outputs[1 + company.index(prompts[0])]
+        assert again.cached_tokens == (len(prompts[0]) - 1) // page_size * page_size
 
 
-@pytest.mark.parametrize("policy", OTHERS)
-def test_every_other_policy_equals_its_oracle(policy):
-    number = OTHERS.index(policy)
-    model, page_size = MODELS[number % 2], (1, 16, 16)[number % 3]
-    setting = setting_of(policy, page_size)
-    num_tokens = enough_tokens(setting)
-    prompts = list(six_prompts()[1:5])
-    flags = ["--page-size", str(page_size), *[NO_OVERLAP] * (number % 4 == 1)]
-    result = run(model, setting, [greedy(prompt, num_tokens) for prompt in prompts], *flags)
-    assert_as_the_oracle(result, model, setting, prompts, num_tokens)
-    assert ("(0 query rows)" in result.log) == (policy not in BY_KEYS)
-
-
-def test_every_policy_that_can_is_tried():
-    assert {*OTHERS, "random_attention"} == {
+def test_every_policy_that_can_is_tried_and_every_two_values_of_a_server_meet():
+    assert {policy for policy, *_ in [*CASES, *OTHER_CASES]} == {
         name for name, policy in POLICIES.items() if "request" in granularities_of(policy)
     }
+    for cases in filter(None, (CASES, OTHER_CASES)):
+        _, *columns = zip(*cases, strict=True)
+        assert [len(set(column)) for column in columns[1:]] == [3, 2, 2, 2]
+        for first, second in itertools.combinations(columns, 2):
+            assert len(set(zip(first, second, strict=True))) == len(set(first)) * len(set(second))
+    for one, other in zip(OTHER_CASES[::2], OTHER_CASES[1::2], strict=True):
+        assert [a == b for a, b in zip(one, other, strict=True)] == [True, *[False] * 5]
 
 
 def test_settings_of_requests_and_head_starts_decide_with_their_tokens():

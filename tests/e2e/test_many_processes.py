@@ -1,6 +1,7 @@
 """One server with as many processes as there can be: two tokenizer workers, two replicas.
 
-Its launcher made the record of arguments with no plugin loaded; nothing but the environment switches the policy on.
+Its launcher made the record of arguments with no plugin loaded and spawned the process that serves, as trainers do;
+nothing but the environment switches the policy on.
 """
 
 import shlex
@@ -71,7 +72,7 @@ def test_all_answers_are_the_oracles_and_the_replicas_counters_add_up(server):
     assert [state["settings"]["budget"] for state in after] == [SETTING.budget] * 2
 
 
-def test_there_are_two_workers_of_whom_each_answered(server):
+def test_there_are_two_tokenizer_workers(server):
     assert server._process is not None
     titles = [" ".join(p.cmdline()) for p in psutil.Process(server._process.pid).children(recursive=True)]
     assert sum("tokenizer_worker" in title for title in titles) == 2, titles

@@ -7,7 +7,18 @@ import pytest
 
 from devtools.tiny_models import SLIDING_WINDOW, tiny_model_path
 from rkv_sglang.cache.trace import unpack_kept
-from tests.e2e.named_prefixes import FLAGS, MODEL, NAME, NUM_TOKENS, answer_behind, asking, behind, refusal_of, texts
+from tests.e2e.named_prefixes import (
+    FLAGS,
+    MODEL,
+    NAME,
+    NUM_TOKENS,
+    SHARED_LEN,
+    answer_behind,
+    asking,
+    behind,
+    refusal_of,
+    texts,
+)
 from tests.e2e.workload import (
     Setting,
     assert_same_tokens,
@@ -57,7 +68,7 @@ def test_requests_that_share_it_answer_as_the_oracle_says(policy, judge, page_si
     requests = [
         greedy(whole, 2),
         asking(create, whole, when_idle=True),
-        *[asking(NAME, prompt, NUM_TOKENS, when_idle=i == 0) for i, prompt in enumerate(prompts)],
+        *[asking(NAME, prompt, NUM_TOKENS, when_idle=i < 2) for i, prompt in enumerate(prompts)],
         asking(NAME, prompts[2], NUM_TOKENS, when_idle=True),
         greedy(whole, 8),
         asking({"delete": NAME}, [5], when_idle=True),
@@ -81,12 +92,16 @@ def test_requests_that_share_it_answer_as_the_oracle_says(policy, judge, page_si
         assert_same_tokens(output.output_ids, expected, f"request {i}")
         assert output.info["kv_compactions"] == 2
         assert output.info["kv_prompt_tokens"] == kept + len(request.input_ids)
+    shared = (kept + SHARED_LEN) // page_size * page_size
+    assert [output.cached_tokens >= shared for output in result.outputs[2:6]] == [False, True, True, True]
     assert result.outputs[8].cached_tokens >= kept + len(prompts[2]) - page_size
     assert result.outputs[9].cached_tokens >= len(whole) - page_size
-    assert [idle["protected"] for idle in result.probe.idles][-5:] == [0, kept, kept, kept, 0]
+    assert [idle["protected"] for idle in result.probe.idles][-6:] == [0, *[kept] * 4, 0]
 
 
-@pytest.mark.parametrize(("policy", "pool", "interval"), [("rkv", 176, 130), ("random_attention", 500, 30)])
+@pytest.mark.parametrize(
+    ("policy", "pool", "interval"), [("rkv", 176, 130), ("random_attention", 176, 130), ("random_attention", 500, 30)]
+)
 def test_a_preempted_request_comes_back_behind_it(policy, pool, interval, rng):
     """What it had kept is restored where the pool does not hold all that it has seen; else it is computed again."""
     setting, length, num_tokens = setting_of(policy), 64, 190 if pool < 200 else 100

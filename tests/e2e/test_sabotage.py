@@ -17,11 +17,13 @@ PROMPTS = (*six_prompts()[4:], six_prompts()[0])
 NUM_TOKENS = 200
 
 
-def run(pool: int, num_requests: int, sabotage: str, *controls: Control, setting: Setting = SETTING) -> RunResult:
+def run(
+    pool: int, num_requests: int, sabotage: str, *controls: Control, setting: Setting = SETTING, **env: str
+) -> RunResult:
     requests = [greedy(prompt, NUM_TOKENS) for prompt in PROMPTS[:num_requests]]
     requests.append(greedy(PROMPTS[0], NUM_TOKENS, when_idle=True))
     flags = ["--model-path", str(MODEL), "--max-total-tokens", str(pool), *setting.flags]
-    return run_scheduler(flags, requests, controls=controls, env={"RKV_SABOTAGE": sabotage})
+    return run_scheduler(flags, requests, controls=controls, env={"RKV_SABOTAGE": sabotage, **env})
 
 
 def paused_after(num_tokens: int) -> list[Control]:
@@ -50,6 +52,33 @@ def test_a_compaction_that_fails_ends_the_worker_before_a_wrong_token_is_sent(ki
         assert output.finish_reason is None
         # SGLang sends what it has after every 50 tokens; the fifth compaction comes after more than a hundred.
         assert_right_so_far(output, prompt, 50, setting)
+
+
+# What a server that verifies says of each, and the compaction that is spoilt.
+SPOILT = [
+    (SETTING, 5, r"compaction of 40 generated tokens to 24 after a prompt of \d+: the values moved are not those kept"),
+    (BY_PLACE, 5, r"compaction of 40 .* after a prompt of \d+, in blocks of 16: the row is not what stays of it"),
+    (
+        replace(SETTING, prompt_budget=40),
+        1,
+        r"compaction of a prompt of \d+ tokens to 40: the values copied are not those kept",
+    ),
+    (replace(BY_PLACE, prompt_budget=40), 1, "what stays of a prompt was not copied as it was"),
+]
+
+
+@pytest.mark.parametrize(("setting", "first", "line"), SPOILT, ids=["gather", "drop", "prompt", "prompt-blocks"])
+def test_a_server_that_verifies_ends_at_a_difference_that_changes_no_token(setting, first, line):
+    with pytest.raises(SchedulerFailed, match=f"CompactionDiffersError: {line}; please report this") as caught:
+        run(1024, 3, f"spoil@{first}", setting=setting, RKV_SGLANG_VERIFY="1")
+    assert caught.value.exit_code
+    for output, prompt in zip(caught.value.outputs[:3], PROMPTS, strict=True):
+        assert output.finish_reason is None
+        if first == 1:
+            # Prompts are compacted before anything is sent.
+            assert output.output_ids == []
+        else:
+            assert_right_so_far(output, prompt, 50, setting)
 
 
 def test_a_copy_for_which_there_is_no_memory_ends_its_request_alone():

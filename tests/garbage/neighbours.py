@@ -20,6 +20,14 @@ TEXTS = (
     *("", " ", "none", "None", "rkv", "1", "-1", "1.0", "true", "null", "{}", "[]", "kv_policy", "x" * 10_000),
     *("a\nb", "a\r\nb", "\0", "\ufeff1", "\u2028", "\u202e", "\U0001f31f", "\ud83d", "\u0661", "%s", "{0}", "../x"),
 )
+# What requests may say in ``kv_prefix``.
+PREFIX_WISHES: tuple[Any, ...] = (
+    "a",
+    {"create": "a", "length": 100, "budget": 32},
+    {"create": "a", "length": 100, "budget": 32, "judge": "repeat"},
+    {"delete": "a"},
+    {"list": True},
+)
 
 
 def nested(depth: int, value: Any = None) -> Any:
@@ -91,6 +99,14 @@ def mutated(rng: random.Random, document: Any, most: int = 3) -> Any:
             container[key] = neighbour(rng, container[key])
     # Only what JSON can hold has keys of text.
     return json.loads(json.dumps(found, skipkeys=True))
+
+
+def with_wish(rng: random.Random, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a request's settings as they are, or with a wish about named prefixes instead of those of its prompt."""
+    if rng.random() < 0.5:
+        return settings
+    others = {name: value for name, value in settings.items() if not name.startswith("kv_prompt_")}
+    return {**others, "kv_prefix": rng.choice(PREFIX_WISHES)}
 
 
 def damaged(rng: random.Random, content: bytes) -> bytes:

@@ -13,12 +13,13 @@ from rkv_sglang import policy_names
 from rkv_sglang.config import ARGS_VARIABLE, MOST_TOKENS, PolicyConfig
 from rkv_sglang.integration.doctor.arguments import read_arguments, server_parser
 from rkv_sglang.integration.doctor.command_line import read_launch
+from rkv_sglang.integration.runtime.prefixes.asked import asked_of, refuse_other_repeat, refuse_sizes
 from rkv_sglang.integration.runtime.requests import config_for, marked_prompt_len, wants_trace
 from rkv_sglang.integration.startup import environment
 from rkv_sglang.integration.startup.errors import RefusedError
 from rkv_sglang.integration.startup.server_args import RKVServerArgs, config_from_args, read_config
 from rkv_sglang.policies import POLICIES, make_policy
-from tests.garbage.neighbours import any_value, assert_flat, assert_one_line, damaged, mutated, nested
+from tests.garbage.neighbours import any_value, assert_flat, assert_one_line, damaged, mutated, nested, with_wish
 
 SERVER = PolicyConfig(budget=32, buffer=16, trace=True)
 POOL = 4096
@@ -59,19 +60,27 @@ def asked(custom_params: Any) -> None:
         assert_settings(config_for(custom_params, SERVER, POOL))
         assert isinstance(wants_trace(custom_params, SERVER), bool)
         assert 1 <= marked_prompt_len(custom_params, 10) <= 10
+        wish = asked_of(custom_params)
+        if wish is not None and wish.action == "create":
+            refuse_sizes(wish, 200, SERVER, page_size=1)
+            refuse_other_repeat(wish, range(200))
     except ValueError as error:
         assert_one_line(str(error))
 
 
 def test_a_request_gets_its_settings_or_one_line(rng: random.Random) -> None:
     def some() -> None:
-        asked(any_value(rng) if rng.random() < 0.2 else mutated(rng, REQUEST))
+        asked(any_value(rng) if rng.random() < 0.2 else mutated(rng, with_wish(rng, REQUEST)))
 
     assert_flat(some)
     for value in OBJECTS:
         asked(value)
-        for field in REQUEST:
+        for field in (*REQUEST, "kv_prefix"):
             asked({field: value})
+        asked({"kv_prefix": {"create": "a", "length": value, "budget": value}})
+        asked({"kv_prefix": {"create": value, "length": 100, "budget": 32, "judge": value}})
+        asked({"kv_prefix": {"delete": value}})
+        asked({"kv_prefix": {"list": value}})
         asked({"kv_policy": "none", "kv_x": value})
 
 

@@ -173,6 +173,13 @@ ENTRIES = (
         ("tests/e2e/test_sabotage.py", "-k", "choose"),
     ),
     Mutant(
+        "verification is off",
+        "integration/startup/verify_switch.py",
+        "return os.environ.get(VERIFY_VARIABLE) == _ON",
+        "return False",
+        ("tests/e2e/test_sabotage.py", "-k", "verifies and gather"),
+    ),
+    Mutant(
         "a batch stays full though slots were freed",
         _RUNTIME,
         "batch.batch_is_full = False",

@@ -20,7 +20,7 @@ from rkv_sglang.integration.hooking.definitions import Definitions
 from rkv_sglang.integration.hooking.releases import SUPPORTED_SGLANG, judge
 from rkv_sglang.integration.hooking.shapes import bare_parameters, body_hash, parameters_differ
 from rkv_sglang.integration.hooking.sources import Sources, without_collector
-from rkv_sglang.integration.hooks import steps
+from rkv_sglang.integration.hooks import processes, steps
 from rkv_sglang.integration.hooks.table import HOOKS
 from rkv_sglang.integration.startup.errors import RefusedError
 from rkv_sglang.integration.startup.server_args import RKVServerArgs
@@ -391,6 +391,20 @@ def test_a_server_with_another_sglang_is_refused_before_its_flags_are_looked_at(
     with pytest.raises(RefusedError, match=r"lacks 1 thing .*first: missing sglang\.a\.b"):
         steps.refuse_early(args, lambda args: None)
     steps.refuse_early(RKVServerArgs(model_path="dummy"), lambda args: None)
+
+
+@pytest.mark.parametrize("process", ["scheduler", "tokenizer", "launcher"])
+def test_with_another_sglang_no_process_applies_a_hook(monkeypatch: pytest.MonkeyPatch, process: str):
+    monkeypatch.setattr(releases, "findings_in", lambda folder: (GONE,))
+    monkeypatch.setattr(processes, "install", lambda hooks: pytest.fail("a hook was applied"))
+    args = RKVServerArgs(model_path="dummy", kv_policy="rkv")
+    start = {
+        "scheduler": lambda: processes.start_scheduler(lambda *given: pytest.fail("it was built"), None, args),
+        "tokenizer": processes.install_answer_hooks,
+        "launcher": processes.check_before_launch,
+    }[process]
+    with pytest.raises((RuntimeError, RefusedError), match=r"lacks 1 thing .*first: missing sglang\.a\.b"):
+        start()
 
 
 def test_what_reads_otherwise_is_warned_of_and_served_if_the_user_says_so(

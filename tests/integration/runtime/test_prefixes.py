@@ -20,6 +20,7 @@ from rkv_sglang.integration.runtime.prefixes.asked import (
     refuse_other_repeat,
     refuse_sizes,
 )
+from rkv_sglang.integration.runtime.prefixes.named import Prefix, made_by, used_by
 from rkv_sglang.integration.runtime.prefixes.reading import read_prefix
 from rkv_sglang.sizes.compaction_plan import block_of_pages
 from rkv_sglang.sizes.prompt_plan import PrefixPlan
@@ -40,6 +41,8 @@ def parts_of(*, is_disabled: bool = False, attention_window: int = 0, is_latent:
     scheduler: Any = SimpleNamespace(
         tree_cache=SimpleNamespace(disable=is_disabled),
         waiting_queue=[],
+        running_batch=SimpleNamespace(reqs=[]),
+        chunked_req=None,
         max_total_num_tokens=4096,
         page_size=1,
         token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
@@ -47,8 +50,20 @@ def parts_of(*, is_disabled: bool = False, attention_window: int = 0, is_latent:
     return Parts(scheduler=scheduler, scored=None, metrics=None, attention_window=attention_window)
 
 
-def request(value: Any) -> Any:
-    return SimpleNamespace(sampling_params=SimpleNamespace(custom_params={"kv_prefix": value}))
+def request(value: Any, **fields: Any) -> Any:
+    """A request as far as is looked at it: of 120 tokens, and plain but for these fields."""
+    plain = ("lora_id", "input_embeds", "positional_embed_overrides", "multimodal_inputs", "session", "beam_group")
+    own = {
+        "rid": "r",
+        "sampling_params": SimpleNamespace(custom_params={"kv_prefix": value}, max_new_tokens=1),
+        "origin_input_ids": array("q", range(3, 123)),
+        "output_ids": [],
+        "to_finish": None,
+        "finished": lambda: False,
+        **dict.fromkeys(plain),
+    }
+    assert fields.keys() <= own.keys()
+    return SimpleNamespace(**{**own, **fields})
 
 
 def test_whatever_is_asked_is_taken_or_refused_in_one_line(rng: random.Random):
@@ -146,7 +161,64 @@ def test_servers_without_named_prefixes_say_so(monkeypatch, server, parts, paral
         read_prefix(parts_of(**parts), request(value), server)
 
 
-def test_a_tree_that_is_never_asked_has_no_prefixes(monkeypatch):
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime_context, "get_parallel", lambda: SimpleNamespace(tp_size=1, dp_size=1, attn_tp_size=1))
+
+
+def make(parts: Parts, name: str) -> Prefix:
+    """Make a prefix, as its request's prefill would."""
+    maker = request({"create": name, "length": 100, "budget": 32})
+    read_prefix(parts, maker, SERVER)
+    prefix = made_by(maker)
+    assert prefix is not None and not prefix.is_made
+    parts.prefixes.made(prefix, maker.rid, lock=object())
+    return prefix
+
+
+# What no request may have that makes a prefix or goes on from one, and what the line calls it.
+BESIDE = [
+    ("lora_id", "a", "LoRA adapters"),
+    ("input_embeds", [[0.5]], "input_embeds"),
+    ("positional_embed_overrides", object(), "input_embeds"),
+    ("multimodal_inputs", object(), "images"),
+    ("session", object(), "sessions"),
+    ("beam_group", object(), "beam searches"),
+]
+
+
+@pytest.mark.parametrize(("field", "thing", "named"), BESIDE, ids=[row[0] for row in BESIDE])
+@pytest.mark.usefixtures("one_rank")
+def test_what_does_not_go_with_a_prefix_is_refused_in_one_line_and_changes_nothing(field, thing, named):
+    parts = parts_of()
+    made = make(parts, "a")
+    for value in ("a", *({"create": "b", "length": 100, "budget": 32, "judge": judge} for judge in JUDGES)):
+        req = request(value, **{field: thing})
+        with pytest.raises(ValueError, match=f"^kv_prefix does not go with {named}: leave one of them out$"):
+            read_prefix(parts, req, SERVER)
+        assert used_by(req) is None and made_by(req) is None and len(req.origin_input_ids) == 120
+        assert parts.prefixes.all() == parts.prefixes.all_made() == [made]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_of_several_answers_to_one_prompt_one_alone_may_make_a_prefix():
+    """With ``n`` above 1 SGLang sends the prompt once more, to cache it, and then each time as a request of its own."""
+    parts, value = parts_of(), {"create": "a", "length": 100, "budget": 32}
+    first, *others = (request(value, rid=f"r{number}") for number in range(3))
+    read_prefix(parts, first, SERVER)
+    (prefix,) = parts.prefixes.all()
+    assert made_by(first) is prefix
+    for state in ("is being made", "is there already"):
+        for other in others:
+            line = f"^kv_prefix 'a' {state}: take another name, or delete it first \\(kv_prefix: {{'delete': NAME}}\\)$"
+            with pytest.raises(ValueError, match=line):
+                read_prefix(parts, other, SERVER)
+            assert made_by(other) is None and parts.prefixes.all() == [prefix]
+        if not prefix.is_made:
+            parts.prefixes.made(prefix, first.rid, lock=object())
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_tree_that_is_never_asked_has_no_prefixes():
     with envs.SGLANG_RADIX_FORCE_MISS.override(True), pytest.raises(ValueError, match="SGLANG_RADIX_FORCE_MISS"):
         read_prefix(parts_of(), request("a"), SERVER)

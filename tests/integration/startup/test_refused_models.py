@@ -73,16 +73,29 @@ def test_latent_attention_is_served_where_nothing_of_the_cache_is_looked_at(tmp_
     assert "is MLA" in message_of(refuse_model, model_config_of(args), args)
 
 
+# Of the reasons, those that a policy that looks at places alone does not mind where one choice is made for all.
+NOT_MINDED_IN_BLOCKS = ("is MLA", "number of their query heads")
+
+
+@pytest.mark.parametrize("granularity", ["head", "request"])
 @pytest.mark.parametrize(
     ("architecture", "config", "why"), REFUSED_MODELS, ids=[f"{row[0]}-{row[2]}" for row in REFUSED_MODELS]
 )
-def test_models_of_another_kind_are_refused(tmp_path: Path, architecture: str, config: Any, why: str) -> None:
+def test_models_of_another_kind_are_refused(
+    tmp_path: Path, architecture: str, config: Any, why: str, granularity: str
+) -> None:
     path = tiny_config_dir(tmp_path, config, architecture)
-    args = RKVServerArgs(model_path=path, kv_policy="rkv")
-    keep_in_one_pool(args)
-    message = message_of(refuse_model, model_config_of(args), args)
-    assert message.startswith(f"--model-path {path} ({architecture}) cannot be served with a --kv-policy: ")
-    assert why in message and message.endswith("; serve it with --kv-policy none")
+    for policy in ("rkv", BLIND_NAMES[0]):
+        # A window as long as the longest that slides, but for Gemma 2's.
+        args = RKVServerArgs(model_path=path, kv_policy=policy, kv_granularity=granularity, kv_window=16)
+        keep_in_one_pool(args)
+        if granularity == "request" and policy in BLIND_NAMES and why in NOT_MINDED_IN_BLOCKS:
+            refuse_model(model_config_of(args), args)
+            continue
+        message = message_of(refuse_model, model_config_of(args), args)
+        assert message.startswith(f"--model-path {path} ({architecture}) cannot be served with a --kv-policy: ")
+        expected = why if granularity == "head" else why.replace("--kv-budget", "--kv-window")
+        assert expected in message and message.endswith("; serve it with --kv-policy none")
 
 
 def attention_layer(layer_id: int, **settings: Any) -> RadixAttention:

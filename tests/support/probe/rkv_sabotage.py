@@ -8,6 +8,7 @@ fails without it.
 ``save``     a copy to host memory: the device has no room to gather the tokens
 ``keep``     a copy to host memory: the host has no memory for it
 ``restore``  a restore: the pool has no slots
+``spoil``    nothing; but a bit of what a compaction moved or copied is another one, or two tokens of a row are swapped
 """
 
 import multiprocessing
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-KINDS = ("choose", "move", "save", "keep", "restore")
+KINDS = ("choose", "move", "save", "keep", "restore", "spoil")
 MESSAGE = "sabotaged on purpose"
 
 
@@ -127,3 +128,54 @@ def _restore(countdown: _Countdown) -> None:
         return original(batch, shared, saved_len)
 
     restore.alloc_slots = fail
+
+
+def _spoil(countdown: _Countdown) -> None:
+    from rkv_sglang.integration.runtime import drop, gather
+    from rkv_sglang.integration.runtime.prompts import blocks, heads
+
+    for module, name, spoil in (
+        (gather, "compact_requests", _flip_moved),
+        (drop, "drop_blocks", _swap_in_row),
+        (heads, "compact_prompts", _flip_copied),
+        (blocks, "copy_slots", _flip_copied_token),
+    ):
+        _spoil_behind(module, name, countdown, spoil)
+
+
+def _spoil_behind(module: Any, name: str, countdown: _Countdown, spoil: Callable[..., None]) -> None:
+    original = getattr(module, name)
+
+    def spoilt(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if countdown.is_due():
+            spoil(*args)
+        return result
+
+    setattr(module, name, spoilt)
+
+
+def _flip_moved(buffers: Any, requests: Any, *others: Any) -> None:
+    _flip(buffers.values.tensors[-1].flatten(0, 1), requests[0].slots[requests[0].plan.kept_len - 1])
+
+
+def _flip_copied(buffers: Any, requests: Any, new_slots: Any, *others: Any) -> None:
+    _flip(buffers.values.tensors[-1].flatten(0, 1), new_slots[0][-1])
+
+
+def _flip_copied_token(layers: Any, slots: Any, new_slots: Any) -> None:
+    _flip(layers[-1], new_slots[-1])
+
+
+def _flip(layer: Any, slot: Any) -> None:
+    """Change a number by its lowest bit, for which no token becomes another one."""
+    import torch
+
+    layer[int(slot)].view(torch.uint8)[0, 0] ^= 1
+
+
+def _swap_in_row(req_to_token: Any, rows: Any, plans: Any, *others: Any) -> None:
+    """Swap the last two tokens of a row, which attention does not mind."""
+    last = plans[0].kept_len - 1
+    row = req_to_token[rows[0]]
+    row[[last - 1, last]] = row[[last, last - 1]]
