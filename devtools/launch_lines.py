@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from devtools.model_shapes import SHAPES
+from rkv_sglang.integration.doctor.hardware import AMD, HARDWARE
 from rkv_sglang.integration.doctor.launch import check_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +24,7 @@ KINDS = {
     "MI350X": "MI350X, MI355X",
 }
 # What SGLang chooses by itself there, and what may be chosen instead.
-INSTEAD = dict.fromkeys(("MI300X", "MI350X"), "--attention-backend triton")
+INSTEAD = dict.fromkeys(AMD, "--attention-backend triton")
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,9 @@ def _ask(flags: str, shape: str, hardware: str) -> tuple[str, ...]:
 
 
 def _reason(line: str) -> str:
-    """Return what of a refusal is of no one model alone."""
-    return re.sub(r"^--model-path \S+ \(\w+\) cannot", "This model cannot", line)
+    """Return what of a refusal is of no one model and no one GPU alone."""
+    line = re.sub(r"^--model-path \S+ \(\w+\) cannot", "This model cannot", line)
+    return re.sub(rf"\bon ({'|'.join(HARDWARE)}) the", "there the", line)
 
 
 def render() -> str:
