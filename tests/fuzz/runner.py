@@ -10,6 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+
 from tests.fuzz.schedule import Schedule
 from tests.fuzz.server import THOUGHTS, ServerConfig
 from tests.support.harness.environment import child_environment, device_flags, with_defaults
@@ -38,8 +41,7 @@ def run_schedules(schedules: Sequence[Schedule], *, env: dict[str, str] | None =
 def policy_parameters(server: ServerConfig) -> dict[str, Any]:
     """Return what the oracle's score of a server's policy must be told of the model."""
     if server.policy == "triattention":
-        (path,) = _cache_home(server.model).glob("rkv_sglang/query_statistics/*.safetensors")
-        return {"statistics": path, "theta": ROPE_THETA}
+        return {"statistics": _statistics_of(server), "theta": ROPE_THETA}
     if server.policy == "thinkv":
         return {**THOUGHTS, "buffer": server.buffer}
     return {"theta": ROPE_THETA} if server.policy == "beaconkv" else {}
@@ -51,6 +53,23 @@ def _cache_home(model: str) -> Path:
     folder = Path(tempfile.mkdtemp(prefix=f"rkv-fuzz-{model}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+def _statistics_of(server: ServerConfig) -> Path:
+    """Return the file of what a server's start measured of its model's queries; of several ranks put together."""
+    home, num_ranks = _cache_home(server.model), server.tp_size // server.attn_dp_size
+    paths = [
+        path
+        for rank in range(num_ranks)
+        for path in home.glob(f"rkv_sglang/query_statistics/*-{rank}of{num_ranks}.safetensors")
+    ]
+    assert len(paths) == num_ranks, paths
+    if num_ranks == 1:
+        return paths[0]
+    whole, parts = home / f"of-{num_ranks}-ranks.safetensors", [load_file(path) for path in paths]
+    # Each rank has heads of its own.
+    save_file({name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}, whole)
+    return whole
 
 
 def _run_process(schedules: list[Schedule], env: dict[str, str]) -> list[Record]:
