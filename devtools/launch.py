@@ -54,7 +54,9 @@ def server_environment(model: str) -> dict[str, str]:
 
 def past_proxies() -> dict[str, str]:
     """Return the variables with which whatever a process uses for HTTP reaches this machine without a proxy."""
-    direct = ",".join(filter(None, (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1,localhost")))
+    given = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",")
+    # Each once, however often this process asks.
+    direct = ",".join(dict.fromkeys(filter(None, [*given, "127.0.0.1", "localhost"])))
     return {"no_proxy": direct, "NO_PROXY": direct}
 
 
