@@ -1,6 +1,10 @@
 """Faults that are planted are faults of the package as it is."""
 
+import subprocess
+import sys
+
 import pytest
+from _pytest.mark.expression import Expression
 
 from tests.fuzz.faults import judge
 from tests.fuzz.faults.catalogue import MUTANTS
@@ -12,6 +16,19 @@ def test_every_fault_still_fits_its_file_and_its_test_is_there():
     for mutant in MUTANTS:
         compile(judge.with_fault(PROJECT_ROOT, mutant), mutant.file, "exec")
         assert (PROJECT_ROOT / mutant.test[0]).is_file()
+
+
+def test_every_fault_names_a_test_that_is_run():
+    files = sorted({mutant.test[0] for mutant in MUTANTS})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *files]
+    collected = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, check=True).stdout.lower()
+    run_nothing = set()
+    for file, *chosen in {mutant.test for mutant in MUTANTS}:
+        words = Expression.compile(chosen[1]) if chosen else None
+        tests = [line for line in collected.splitlines() if line.startswith(f"{file}::")]
+        if not any(words is None or words.evaluate(lambda word, test=test: word.lower() in test) for test in tests):
+            run_nothing.add((file, *chosen))
+    assert not run_nothing
 
 
 def test_a_checkout_that_is_no_copy_is_never_changed():

@@ -7,7 +7,7 @@ _GATHER, _DISPATCH, _MOVE = "integration/runtime/gather.py", "kernels/dispatch.p
 _WINDOW = "cache/query_window.py"
 _ORACLE = ("tests/e2e/test_oracle.py", "-k", "qwen3-page16-no-overlap-no-radix")
 _FACTORS = ("tests/e2e/test_fp8.py", "-k", "factors_follow")
-_SLIDING = ("tests/e2e/test_sliding_windows.py", "-k", "olmo3-gather and not sliding-gather")
+_SLIDING = ("tests/e2e/test_sliding_windows.py", "-k", "mellum-gather")
 _SLIDING_BLOCKS = ("tests/e2e/test_sliding_windows.py", "-k", "olmo3-drop")
 
 ENTRIES = (
