@@ -33,6 +33,7 @@ from tests.fuzz.faults.judge import (
     is_found,
     is_judged,
     planted,
+    still_answers,
 )
 from tests.fuzz.report import plot_mutations
 from tests.support.harness.environment import PROJECT_ROOT
@@ -101,7 +102,7 @@ def main() -> int:
     answers = {row["fault"]: row for row in (read_table(out, MUTATIONS) if known else [])}
     rows: list[Row] = []
     for mutant in mutants:
-        row: Row = {**NOTHING, "seconds": 0.0, **answers.get(mutant.name, {})}
+        row: Row = {**NOTHING, "seconds": 0.0, **still_answers(answers.get(mutant.name, {}), mutant)}
         rows.append({**row, "fault": mutant.name, "file": mutant.file, "test": " ".join(mutant.test)})
     place = {row["fault"]: number for number, row in enumerate(rows)}
     open_rows = [row for row in rows if not is_judged(row, tuple(options.parts), first_catch=options.first_catch)]

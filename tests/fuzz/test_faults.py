@@ -31,6 +31,15 @@ def test_every_fault_names_a_test_that_is_run():
     assert not run_nothing
 
 
+def test_an_answer_of_another_test_is_asked_for_again():
+    mutant = MUTANTS[0]
+    row = {**judge.NOTHING, "test": " ".join(mutant.test), "test_fails": 1, "test_problem": "found", "pool_machine": 0}
+    assert judge.still_answers(row, mutant) == row
+    kept = judge.still_answers({**row, "test": "tests/another.py"}, mutant)
+    assert not judge.is_judged(kept, (judge.TEST,), first_catch=False) and not judge.is_found(kept)
+    assert judge.is_judged(kept, (judge.POOL,), first_catch=False) and kept["test_problem"] == ""
+
+
 def test_a_checkout_that_is_no_copy_is_never_changed():
     before = {mutant.file: (PROJECT_ROOT / "rkv_sglang" / mutant.file).read_text() for mutant in MUTANTS}
     for mutant in MUTANTS[:3]:

@@ -100,6 +100,12 @@ def is_judged(answers: Mapping[str, Any], parts: tuple[str, ...], *, first_catch
     return (first_catch and is_found(answers)) or all(answers[ANSWERS[part]] != NOT_ASKED for part in parts)
 
 
+def still_answers(row: Mapping[str, Any], mutant: Mutant) -> dict[str, Any]:
+    """Return what an earlier row says of a fault; nothing of its test if that was another one."""
+    same = row.get("test") == " ".join(mutant.test)
+    return {**row} if same else {**row, "test_fails": NOT_ASKED, "test_problem": ""}
+
+
 def ask(part: str, mutant: Mutant, *, schedules: int, steps: int) -> dict[str, Any]:
     """Return one part's answer, by column, on a fault that is planted in this checkout, a copy."""
     if part == TEST:
