@@ -28,7 +28,7 @@ from benchmarks.common.drawing import load_pyplot
 from benchmarks.common.schema import Row, Value, hardware_folder, read_table, run_info, write_table
 from benchmarks.common.settings import STOCK_ENVIRONMENT, Setting, policy_setting
 from benchmarks.common.tables import FIRST_TOKEN, IDLE_COST
-from devtools.launch import Server, ServerError, exit_on_sigterm, launched_server
+from devtools.launch import Server, ServerError, exit_on_first_signal, launched_server
 from devtools.tiny_models import BENCHMARK_MODEL, VOCAB_SIZE, tiny_model_path
 from rkv_sglang.config import PolicyConfig
 
@@ -173,7 +173,7 @@ def main() -> int:
         vars(args).update(SMOKE, out=args.out or Path(".cache/idle_cost"))
     if args.rounds < 2:
         parser.error("--rounds must be at least 2 for quartiles")
-    exit_on_sigterm()
+    exit_on_first_signal()
     out = args.out or hardware_folder()
     info = run_info(model="llama-gqa (tiny, random)", rounds=args.rounds, num_tokens=args.num_tokens)
     try:

@@ -26,7 +26,7 @@ from benchmarks.common.drawing import load_pyplot
 from benchmarks.common.schema import Row, hardware_folder, read_table, run_info, write_table
 from benchmarks.common.settings import as_file_name, parse_setting
 from benchmarks.common.tables import MEMORY
-from devtools.launch import Server, ServerError, exit_on_sigterm, launched_server
+from devtools.launch import Server, ServerError, exit_on_first_signal, launched_server
 from devtools.tiny_models import BENCHMARK_MODEL, VOCAB_SIZE, tiny_model_path
 from rkv_sglang.config import NO_POLICY
 
@@ -144,7 +144,7 @@ def main() -> int:
         options.settings = [parse_setting(text) for text in options.settings.split(",")]
     except ValueError as error:
         parser.error(str(error))
-    exit_on_sigterm()
+    exit_on_first_signal()
     out = options.out or hardware_folder()
     try:
         rows = measure(options, Path(".cache/logs"))

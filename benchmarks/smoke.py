@@ -21,7 +21,7 @@ import psutil
 from benchmarks.common.asking import ended_with_its_processes
 from benchmarks.common.registry import BENCHMARKS, PLOTS, Benchmark
 from benchmarks.common.schema import Table, read_table
-from devtools.launch import end_process_tree, exit_on_sigterm
+from devtools.launch import end_process_trees, exit_on_first_signal
 
 # A step takes one or two minutes on two idle cores; a busy machine may take much longer.
 TIMEOUT_S = 1200
@@ -40,7 +40,7 @@ def run_command(command: list[str], log_path: Path, timeout_s: float) -> str | N
     except psutil.TimeoutExpired:
         return f"not done after {timeout_s:.0f} s"
     finally:
-        end_process_tree(process)
+        end_process_trees(process)
     return f"exit status {status}" if status else None
 
 
@@ -120,7 +120,7 @@ def main() -> int:
     unknown = set(wanted) - set(names)
     if unknown:
         parser.error(f"no step {', '.join(sorted(unknown))}: choose from {', '.join(names)}")
-    exit_on_sigterm()
+    exit_on_first_signal()
     return 1 if run_steps(tuple(step for step in BENCHMARKS if step.name in wanted), options.out, options.jobs) else 0
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from devtools.chat import chat_ids
-from devtools.launch import Server, ServerError, exit_on_sigterm, has_gpu, launched_server
+from devtools.launch import Server, ServerError, exit_on_first_signal, has_gpu, launched_server
 from rkv_sglang.user_files import read_text, reason
 
 LOG_DIR = Path(".cache/logs")
@@ -140,7 +140,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = parse_arguments()
-    exit_on_sigterm()
+    exit_on_first_signal()
     if Path(options.model).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoTokenizer

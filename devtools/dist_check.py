@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from devtools.launch import ServerError, exit_on_sigterm, launched_server
+from devtools.launch import ServerError, exit_on_first_signal, launched_server
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"
@@ -53,7 +53,7 @@ def check(wheel: Path) -> str:
 
 def main(argv: list[str]) -> int:
     """Check a wheel, or the only one in ``dist/``; returns the exit status."""
-    exit_on_sigterm()
+    exit_on_first_signal()
     wheels = [Path(name) for name in argv] or sorted((ROOT / "dist").glob("*.whl"))
     if len(wheels) != 1:
         print(f"{len(wheels)} wheels in dist/: name one, or build it with `make dist`", file=sys.stderr)

@@ -153,15 +153,17 @@ class Server:
             raise ServerError(f"the request failed ({error}); the server's log: {self.log_path}") from error
 
 
-def end_process_tree(process: psutil.Process, grace_s: float = 15) -> None:
-    """End a process and its descendants: first ask, then kill what is left."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        family = [*process.children(recursive=True), process]
-        for send in (psutil.Process.terminate, psutil.Process.kill):
-            for member in family:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    send(member)
-            _, family = psutil.wait_procs(family, timeout=grace_s)
+def end_process_trees(*processes: psutil.Process, grace_s: float = 15) -> None:
+    """End processes and their descendants, all at the same time: first ask, then kill what is left."""
+    family: list[psutil.Process] = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family += [*process.children(recursive=True), process]
+    for send in (psutil.Process.terminate, psutil.Process.kill):
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                send(member)
+        _, family = psutil.wait_procs(family, timeout=grace_s)
 
 
 def _wait_until_ready(server: Server, timeout_s: float) -> None:
@@ -218,12 +220,26 @@ def launched_server(
         _wait_until_ready(server, startup_timeout_s)
         yield server
     finally:
-        end_process_tree(process)
+        end_process_trees(process)
 
 
-def exit_on_sigterm() -> None:
-    """Turn SIGTERM into ``SystemExit``, so that ``with`` blocks end their servers."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+def exit_on_first_signal() -> None:
+    """Turn the first SIGTERM or Ctrl-C into ``SystemExit``, so that ``with`` blocks end their servers.
+
+    Further ones are ignored: they would break off just that. ``timeout`` sends two at once, one of them to its group.
+    """
+    taken = (signal.SIGTERM, signal.SIGINT)
+
+    def leave(number: int, frame: object) -> None:
+        for each in taken:
+            # Unlike SIG_IGN, a function is not passed on to processes that are started yet.
+            signal.signal(each, lambda number, frame: None)
+        sys.exit(128 + number)
+
+    for each in taken:
+        # A shell that starts a job in the background has it ignore Ctrl-C.
+        if signal.getsignal(each) != signal.SIG_IGN:
+            signal.signal(each, leave)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -50,7 +50,7 @@ from benchmarks.common.arguments import add_model_arguments, benchmark_parser, r
 from benchmarks.common.schema import hardware_folder, run_info, write_table
 from benchmarks.common.settings import Setting, parse_setting
 from benchmarks.common.tables import ACCURACY
-from devtools.launch import ServerError, exit_on_sigterm, has_gpu
+from devtools.launch import ServerError, exit_on_first_signal, has_gpu
 from rkv_sglang.config import NO_POLICY
 
 SETTINGS = "none,rkv:1024:128"
@@ -219,7 +219,7 @@ def main() -> int:
     if options.plot_only:
         print(plot(options.plot_only))
         return 0
-    exit_on_sigterm()
+    exit_on_first_signal()
     try:
         problems = load_problems(options.problems, options.split, options.subset)[: options.limit]
         with Judge() as judge:

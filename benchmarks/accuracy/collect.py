@@ -31,7 +31,7 @@ from benchmarks.common.arguments import SMALL_MODEL, benchmark_parser, refuse_le
 from benchmarks.common.asking import ask_side_by_side, ended_with_its_processes
 from benchmarks.common.schema import hardware_folder, run_info
 from benchmarks.common.settings import Setting, parse_setting
-from devtools.launch import ServerError, exit_on_sigterm, has_gpu
+from devtools.launch import ServerError, exit_on_first_signal, has_gpu
 
 FILE_NAME = "accuracy_answers.jsonl.gz"
 SMOKE: dict[str, Any] = {
@@ -137,7 +137,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Run from the command line."""
     options = parse_arguments()
-    exit_on_sigterm()
+    exit_on_first_signal()
     try:
         problems = load_problems(options.problems)[: options.limit]
         groups = by_server(options.parsed)

@@ -1,17 +1,20 @@
-"""Many requests at a time, of which none keeps a process from ending."""
+"""Many requests or servers at a time, of which none keeps a process from ending."""
 
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import psutil
 
-from devtools.launch import end_process_tree
+from devtools.launch import end_process_trees
 
 Job = TypeVar("Job")
+Key = TypeVar("Key")
+Entered = TypeVar("Entered")
 
 
 def ask_side_by_side(ask: Callable[[Job], Any], jobs: Sequence[Job], concurrency: int) -> Iterator[tuple[Job, Any]]:
@@ -59,6 +62,24 @@ def ended_with_its_processes(pool: ThreadPoolExecutor) -> Iterator[None]:
         yield
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
-        for child in psutil.Process().children():
-            end_process_tree(child)
+        end_process_trees(*psutil.Process().children())
         raise
+
+
+@contextlib.contextmanager
+def entered_side_by_side(contexts: Mapping[Key, AbstractContextManager[Entered]]) -> Iterator[dict[Key, Entered]]:
+    """Enter contexts at the same time, and leave them so too: of servers, which take a while to start and to end.
+
+    Raises:
+        Exception: What the first of them raised that could not be entered.
+    """
+    with ThreadPoolExecutor(len(contexts)) as starters, ThreadPoolExecutor(len(contexts)) as enders:
+        entering = {key: starters.submit(context.__enter__) for key, context in contexts.items()}
+        try:
+            with ended_with_its_processes(starters):
+                wait(entering.values())
+                yield {key: entered.result() for key, entered in entering.items()}
+        finally:
+            # One that could not be entered has been left by itself.
+            whole = [context for key, context in contexts.items() if entering[key].exception() is None]
+            list(enders.map(lambda context: context.__exit__(None, None, None), whole))

@@ -28,7 +28,7 @@ from benchmarks.frontend.programs import Program, all_programs
 from benchmarks.frontend.report import markdown, plot
 from benchmarks.frontend.rows import frontend_rows
 from benchmarks.frontend.run import ProgramRun, run_program, structure_differences
-from devtools.launch import ServerError, exit_on_sigterm, launched_server
+from devtools.launch import ServerError, exit_on_first_signal, launched_server
 
 SMOKE = {"budget": 32, "buffer": 8}
 
@@ -62,7 +62,7 @@ def main() -> int:
         vars(options).update(
             SMOKE, model=str(tiny_model_path(BENCHMARK_MODEL)), out=options.out or Path(".cache/frontend")
         )
-    exit_on_sigterm()
+    exit_on_first_signal()
     programs = all_programs(options.budget, options.buffer)
     try:
         runs = measure(options, programs)

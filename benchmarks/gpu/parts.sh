@@ -33,7 +33,7 @@ part() {
   shift 2
   [ -z "$REHEARSE" ] || limit=1500
   echo "== $name (at most $limit s)" | tee -a "$LOG"
-  timeout -k 20 "$limit" "$@" 2>&1 | tee -a "$LOG" || status=$?
+  timeout -k 40 "$limit" "$@" 2>&1 | tee -a "$LOG" || status=$?
   [ $status = 0 ] || failed=$((failed + 1))
   case $status in 0) word=ok ;; 124 | 137) word="out of time" ;; *) word="FAILED ($status)" ;; esac
   summary+=("$(printf '%-16s %5d s  %s' "$name" $((SECONDS - start)) "$word")")

@@ -38,7 +38,7 @@ from benchmarks.gpu.decode_log import figures_of, read_steps
 from benchmarks.gpu.llama_shape import VOCAB_SIZE, served_model
 from benchmarks.gpu.races import Race, racing_settings
 from benchmarks.gpu.side_by_side import groups_that_fit, servers_side_by_side
-from devtools.launch import Server, ServerError, exit_on_sigterm, has_gpu
+from devtools.launch import Server, ServerError, exit_on_first_signal, has_gpu
 from rkv_sglang.config import NO_POLICY
 
 # Tiny model and sizes, with or without a GPU.
@@ -235,7 +235,7 @@ def main() -> int:
     if options.smoke:
         refuse_to_overwrite(parser, options)
         vars(options).update(SMOKE, work=options.out / "work")
-    exit_on_sigterm()
+    exit_on_first_signal()
     try:
         options.policies = [
             parse_setting(text) for text in options.settings or (SMOKE_SETTINGS if options.smoke else SETTINGS)

@@ -2,9 +2,9 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
+from benchmarks.common.asking import entered_side_by_side
 from benchmarks.common.settings import Setting
 from devtools.launch import Server, has_gpu, launched_server
 
@@ -40,18 +40,11 @@ def servers_side_by_side(
     """
     # Servers whose turn it is not would take the cores of a small machine.
     shared = [*(() if has_gpu() else ("--sleep-on-idle",)), *flags]
-    with ThreadPoolExecutor(len(logs)) as pool, contextlib.ExitStack() as stack:
-        starting = {}
-        for setting, log_path in logs.items():
-            variables = {**environment, **setting.environment}
-            context = launched_server(model, *shared, *setting.flags, log_path=log_path, environment=variables)
-            starting[setting] = pool.submit(context.__enter__)
-            # One that did not start has been ended by itself.
-            stack.callback(
-                lambda started=starting[setting], end=context.__exit__: started.exception() or end(*_NOTHING)
-            )
-        wait(starting.values())
-        yield {setting: started.result() for setting, started in starting.items()}
-
-
-_NOTHING = (None, None, None)
+    contexts = {
+        setting: launched_server(
+            model, *shared, *setting.flags, log_path=log_path, environment={**environment, **setting.environment}
+        )
+        for setting, log_path in logs.items()
+    }
+    with entered_side_by_side(contexts) as servers:
+        yield servers

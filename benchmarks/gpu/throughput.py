@@ -34,7 +34,7 @@ from benchmarks.common.tables import THROUGHPUT
 from benchmarks.gpu.decode_log import read_steps
 from benchmarks.gpu.llama_shape import VOCAB_SIZE, served_model
 from benchmarks.gpu.side_by_side import groups_that_fit, servers_side_by_side
-from devtools.launch import Server, ServerError, exit_on_sigterm, has_gpu
+from devtools.launch import Server, ServerError, exit_on_first_signal, has_gpu
 from rkv_sglang.config import NO_POLICY
 from rkv_sglang.sizes.stagger import head_start
 
@@ -184,7 +184,7 @@ def main() -> int:
             f"{len(options.servers)} servers of {SERVER_GIB:.0f} GiB do not fit on this GPU side by side: name "
             f"{len(fitting) - 1} --settings"
         )
-    exit_on_sigterm()
+    exit_on_first_signal()
     folder = options.out or hardware_folder()
     try:
         problems = run_all(folder, options)

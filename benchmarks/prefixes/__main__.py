@@ -32,7 +32,7 @@ from benchmarks.common.tables import PREFIX_LOAD, PREFIX_RECALL
 from benchmarks.prefixes import load, recall
 from benchmarks.prefixes.report import markdown, plot
 from benchmarks.prefixes.servers import Servers
-from devtools.launch import ServerError, exit_on_sigterm
+from devtools.launch import ServerError, exit_on_first_signal
 
 PARTS = ("load", "recall")
 NUMBERS = {
@@ -128,7 +128,7 @@ def main() -> int:
     if options.plot_only:
         print(plot(options.plot_only))
         return 0
-    exit_on_sigterm()
+    exit_on_first_signal()
     if options.model is None:
         from devtools.tiny_models import BENCHMARK_MODEL, tiny_model_path
 

@@ -26,7 +26,6 @@ distributions take num_prompts * num_tokens * vocabulary * 4 bytes there until t
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
@@ -41,6 +40,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common.arguments import add_model_arguments, benchmark_parser
+from benchmarks.common.asking import entered_side_by_side
 from benchmarks.common.prompts import PROMPTS, load_prompts
 from benchmarks.common.schema import hardware_folder, run_info, write_table
 from benchmarks.common.statistics import compactions_before
@@ -51,7 +51,7 @@ from benchmarks.quality.run import Study, buffer_of, policy_server, run_part
 from benchmarks.quality.statistics import first_compacted_step
 from benchmarks.quality.texts import RECALL_FORMS, RECALL_QUESTION, recall_text
 from devtools.chat import chat_ids
-from devtools.launch import Server, ServerError, exit_on_sigterm
+from devtools.launch import Server, ServerError, exit_on_first_signal
 from rkv_sglang.config import NO_POLICY
 
 PARTS = ("forced", "free", "recall")
@@ -179,7 +179,8 @@ def measure(study: Study, policies: Sequence[str], parts: Sequence[str]) -> None
     """Run what is missing, a server a policy and ``num_servers`` of them at a time; first what all others need."""
     missing = missing_parts(study, policies, parts)
     uncompressed = missing.pop(NO_POLICY, [])
-    if uncompressed and study.num_servers == 1:
+    waits = study.num_servers > 1 and any(part == "reference" for _, part in uncompressed)
+    if uncompressed and not waits:
         # No other server waits for it, so the first one goes on with its own parts: one start less.
         missing = {policies[0]: [*uncompressed, *missing.pop(policies[0], [])], **missing}
     elif uncompressed:
@@ -201,8 +202,10 @@ def _run_servers(study: Study, todo: dict[str, list[tuple[str, str]]]) -> None:
 
     print(f"{', '.join(todo)}: starting ...", flush=True)
     # The servers end before the pool waits for its threads, so that an error or a signal ends them all.
-    with ThreadPoolExecutor(len(todo)) as pool, contextlib.ExitStack() as stack:
-        servers = {policy: stack.enter_context(policy_server(study, policy)) for policy in todo}
+    with (
+        ThreadPoolExecutor(len(todo)) as pool,
+        entered_side_by_side({policy: policy_server(study, policy) for policy in todo}) as servers,
+    ):
         for done in as_completed([pool.submit(run_all, servers[policy], runs) for policy, runs in todo.items()]):
             done.result()
 
@@ -231,7 +234,7 @@ def main() -> int:
     if options.plot_only:
         print(plot(options.plot_only))
         return 0
-    exit_on_sigterm()
+    exit_on_first_signal()
     try:
         study = make_study(options)
         for budget in study.budgets:

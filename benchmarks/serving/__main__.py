@@ -34,7 +34,7 @@ from benchmarks.serving.report import plot, summary
 from benchmarks.serving.run import make_bench, measure, trace_spec
 from benchmarks.serving.servers import parse_setting
 from benchmarks.serving.trace import ARRIVALS
-from devtools.launch import ServerError, exit_on_sigterm, has_gpu
+from devtools.launch import ServerError, exit_on_first_signal, has_gpu
 
 SMOKE: dict[str, Any] = {
     "pools": "768",
@@ -121,7 +121,7 @@ def main() -> int:
     if options.plot_only:
         print(f"{summary(read_table(options.plot_only, SERVING))}\n\n{plot(options.plot_only)}")
         return 0
-    exit_on_sigterm()
+    exit_on_first_signal()
     out = options.out or hardware_folder()
     try:
         bench = make_bench(options)

@@ -33,7 +33,7 @@ from benchmarks.common.tables import SOAK
 from benchmarks.soak.load import WAYS, Load, ask_alone, make_cases
 from benchmarks.soak.report import IDLE, LOAD, leaked_tokens, plot, summary
 from benchmarks.soak.watch import memory_mib, metrics
-from devtools.launch import Server, ServerError, exit_on_sigterm, launched_server
+from devtools.launch import Server, ServerError, exit_on_first_signal, launched_server
 from devtools.tiny_models import BENCHMARK_MODEL, tiny_model_path
 
 SMOKE = {"minutes": 0.3, "clients": 6, "cases": 7, "interval": 2.0, "cycle": 6.0}
@@ -114,7 +114,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Run the benchmark from the command line."""
     options = parse_arguments()
-    exit_on_sigterm()
+    exit_on_first_signal()
     setting = policy_setting(options.policy, options.budget, options.buffer)
     flags = ("--max-total-tokens", str(options.pool), "--enable-metrics", "--kv-trace", "--sleep-on-idle")
     flags = (*flags, *setting.flags, *shlex.split(options.server_args))

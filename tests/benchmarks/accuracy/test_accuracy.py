@@ -519,9 +519,9 @@ from benchmarks.accuracy.judge import Judge
 from benchmarks.accuracy.problems import Problem
 from benchmarks.accuracy.run import Sampling, run_samples
 from benchmarks.accuracy.store import SampleStore
-from devtools.launch import Server, exit_on_sigterm
+from devtools.launch import Server, exit_on_first_signal
 
-exit_on_sigterm()
+exit_on_first_signal()
 server = Server(url=sys.argv[1], process=None, log_path=Path("log"))
 sampling = Sampling(instruction="", temperature=0, top_p=1, max_tokens=1, seed=0)
 todo = [(Problem(f"say {i} now", "3"), 0) for i in range(9)]
