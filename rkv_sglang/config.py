@@ -59,7 +59,7 @@ class PolicyConfig:
     buffer: int = 128
     block: int = 1
     window: int = 8
-    mix_lambda: float = 0.1
+    mix_lambda: float = 0.5
     kernel_size: int = 7
     similarity_threshold: float = 0.5
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)

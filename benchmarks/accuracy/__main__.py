@@ -27,7 +27,8 @@ meant for greedy answers: of two that are drawn, the full cache's own differ, to
 all settings in its file or of ``--settings``, and what is said of the run is what was said there.
 
 Writes ``accuracy.csv`` (one row a setting; columns in ``common/tables.py``), ``accuracy.json`` and ``accuracy.png``,
-and prints the table.
+and prints the table. Where a variant of a policy and its control have several budgets in common, it also writes
+``accuracy_pooled.csv``, of each problem the mean over these: budgets tell more together than each alone.
 """
 
 import argparse
@@ -41,15 +42,16 @@ from typing import Any
 from benchmarks.accuracy.answer_file import judge_answers, read_answers
 from benchmarks.accuracy.judge import Judge
 from benchmarks.accuracy.kept import compare_answers
+from benchmarks.accuracy.pooled import pooled_rows
 from benchmarks.accuracy.problems import DRY_RUN_PROBLEMS, Problem, load_problems
-from benchmarks.accuracy.report import markdown, plot
+from benchmarks.accuracy.report import markdown, plot, pooled_markdown
 from benchmarks.accuracy.rows import ByProblem, accuracy_rows
 from benchmarks.accuracy.run import INSTRUCTION, Sampling, run_samples, setting_server
 from benchmarks.accuracy.store import SampleStore
 from benchmarks.common.arguments import add_model_arguments, benchmark_parser, refuse_less_than_one
 from benchmarks.common.schema import hardware_folder, run_info, write_table
 from benchmarks.common.settings import Setting, parse_setting
-from benchmarks.common.tables import ACCURACY
+from benchmarks.common.tables import ACCURACY, ACCURACY_POOLED
 from devtools.launch import ServerError, exit_on_first_signal, has_gpu
 from rkv_sglang.config import NO_POLICY
 
@@ -211,6 +213,10 @@ def write_results(
     out = options.out or hardware_folder()
     write_table(out, ACCURACY, rows, info)
     print(f"\n{markdown(rows, info['device_of_an_hour'])}\n\n{plot(out)}")
+    over_budgets = pooled_rows(dataset, results, kept, options.control) if kept else []
+    if over_budgets:
+        write_table(out, ACCURACY_POOLED, over_budgets, info)
+        print(f"\n{pooled_markdown(over_budgets)}")
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.common.drawing import load_pyplot
 from benchmarks.common.schema import Row, read_table
+from benchmarks.common.settings import without_sizes
 from benchmarks.common.tables import ACCURACY
 from rkv_sglang.config import NO_POLICY
 
@@ -57,6 +58,27 @@ def markdown(rows: Sequence[Row], device: str) -> str:
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", what, *notes])
 
 
+def pooled_markdown(rows: Sequence[Row]) -> str:
+    """Return the rows of ``ACCURACY_POOLED`` as a table."""
+    lines = [["over several budgets", "sizes", "kept", "less control", "right", "less control", "held", "control"]]
+    lines.append(["---"] * len(lines[0]))
+    for row in rows:
+        of_control = row["variant"] == row["control"]
+        lines.append(
+            [
+                str(row["variant"]),
+                str(row["sizes"]),
+                _interval(row, "kept"),
+                "" if of_control else _interval(row, "kept_less_control"),
+                _interval(row, "pass_at_1"),
+                "" if of_control else _interval(row, "pass_less_control"),
+                f"{row['held']:.0%}",
+                str(row["control"]),
+            ]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def _control(rows: Sequence[Row]) -> str:
     named = {str(row["control"]) for row in rows if row["policy"] == NO_POLICY} - {""}
     return named.pop() if named else "random_attention of the same budget"
@@ -88,7 +110,7 @@ def plot(folder: Path) -> Path:
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 6), layout="constrained")
     lines: dict[str, list[Row]] = {}
     for row in rows:
-        lines.setdefault(_without_sizes(str(row["setting"])), []).append(row)
+        lines.setdefault(without_sizes(str(row["setting"])), []).append(row)
     colours = pyplot.get_cmap("tab20")
     for number, (label, of_one) in enumerate(lines.items()):
         of_one.sort(key=lambda row: float(row["held"]))
@@ -112,11 +134,6 @@ def plot(folder: Path) -> Path:
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return path
-
-
-def _without_sizes(setting: str) -> str:
-    policy, *words = setting.split(":")
-    return ":".join([policy, *words[2:]])
 
 
 def _errors(rows: Sequence[Row], column: str) -> Any:

@@ -78,11 +78,11 @@ def accuracy_rows(
             {
                 **_row(dataset, setting, by_problem, full),
                 "control": control.name if control else "",
-                **_columns("pass_less_control", paired(right, control and pass_at_1(results[control])), 4),
-                **_columns("kept", mean_interval(shares), 4),
+                **columns("pass_less_control", paired(right, control and pass_at_1(results[control])), 4),
+                **columns("kept", mean_interval(shares), 4),
                 "kept_neither": _share(kept.get(setting), NEITHER),
                 "not_compared": _share(kept.get(setting), UNJUDGED),
-                **_columns("kept_less_control", paired(shares, control and shares and kept_shares(kept[control])), 4),
+                **columns("kept_less_control", paired(shares, control and shares and kept_shares(kept[control])), 4),
             }
         )
     return rows
@@ -117,7 +117,7 @@ def _row(dataset: str, setting: Setting, by_problem: ByProblem, full: ByProblem 
         "buffer": setting.buffer,
         "problems": len(by_problem),
         "samples": len(samples) // len(by_problem),
-        **_columns("pass_at_1", mean_interval(pass_at_1(by_problem)), 4),
+        **columns("pass_at_1", mean_interval(pass_at_1(by_problem)), 4),
         "no_answer": round(statistics.mean(sample.outcome == "none" for sample in samples), 4),
         "unjudged": round(statistics.mean(sample.outcome == UNJUDGED for sample in samples), 4),
         "tokens_mean": round(statistics.mean(tokens), 1),
@@ -129,8 +129,8 @@ def _row(dataset: str, setting: Setting, by_problem: ByProblem, full: ByProblem 
         "seconds": round(seconds, 2),
         "devices": devices,
         "correct_per_hour": round(sum(s.outcome == "right" for s in samples) * 3600 / (seconds * devices), 3),
-        **_columns("pass_diff", paired(pass_at_1(by_problem), full and pass_at_1(full)), 4),
-        **_columns("tokens_diff", paired(_mean_tokens(by_problem), full and _mean_tokens(full)), 1),
+        **columns("pass_diff", paired(pass_at_1(by_problem), full and pass_at_1(full)), 4),
+        **columns("tokens_diff", paired(_mean_tokens(by_problem), full and _mean_tokens(full)), 1),
         "note": _note(samples, "" if is_full or compressed >= 0.5 else _little(compressed)),
     }
 
@@ -148,7 +148,8 @@ def _mean_tokens(by_problem: ByProblem) -> list[float]:
     return [statistics.mean(sample.output_tokens for sample in samples) for samples in by_problem.values()]
 
 
-def _columns(name: str, estimate: Estimate, digits: int) -> dict[str, float]:
+def columns(name: str, estimate: Estimate, digits: int) -> dict[str, float]:
+    """Return an estimate as the three columns of a table: ``name``, and with ``_low`` and ``_high`` behind it."""
     return {
         name: round(estimate.mean, digits),
         f"{name}_low": round(estimate.low, digits),

@@ -58,6 +58,12 @@ def as_file_name(setting_name: str) -> str:
     return setting_name.replace(":", "-").replace(", ", "-").replace(" ", "-")
 
 
+def without_sizes(setting_name: str) -> str:
+    """Return a setting's name without budget and buffer: the variant of a policy, over several of them."""
+    policy, *words = setting_name.split(":")
+    return ":".join([policy, *words[2:]])
+
+
 def no_policy() -> Setting:
     """Return the setting of a server without a policy."""
     return Setting(NO_POLICY)

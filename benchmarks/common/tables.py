@@ -245,6 +245,22 @@ ACCURACY = Table(
         Column("note", str, "", "what forbids to conclude from this row; often empty"),
     ),
 )
+ACCURACY_POOLED = Table(
+    "accuracy_pooled",
+    "one variant of a policy over the budgets that it shares with its control, two or more; a problem counts once",
+    (
+        Column("dataset", str, "", "file or data set of the problems"),
+        Column("variant", str, "", "POLICY, with NAME=VALUE behind it"),
+        Column("sizes", str, "tokens", "BUDGET:BUFFER of each"),
+        Column("problems", int, "", "problems asked"),
+        Column("held", float, "", "share of all generated tokens that were still held when their answer ended"),
+        *_interval("pass_at_1", "", "share of a problem's samples that are right, mean over sizes", "problems"),
+        *_interval("kept", "", "share with the final answer of none's, or with none like that one", "problems"),
+        Column("control", str, "", "the variant of --control, or random_attention, if possible of this granularity"),
+        *_interval("pass_less_control", "", "pass_at_1 less that of the control, problem by problem", "problems"),
+        *_interval("kept_less_control", "", "kept less that of the control, problem by problem", "problems"),
+    ),
+)
 FRONTEND = Table(
     "frontend",
     "one frontend program on one server; both servers of a program in two rows, none first",
@@ -504,6 +520,6 @@ DROP_COST = Table(
 TABLES: tuple[Table, ...] = (
     *(MEMORY, DROP_COST, IDLE_COST, FIRST_TOKEN, SCORING, SCORING_RANDOM, KERNELS, SERVE_CHECK, RACES, THROUGHPUT),
     *(QUALITY_FORCED, QUALITY_POSITION, QUALITY_FREE, QUALITY_RECALL),
-    *(ACCURACY, FRONTEND, SERVING, SOAK, PREFIX_LOAD, PREFIX_RECALL),
+    *(ACCURACY, ACCURACY_POOLED, FRONTEND, SERVING, SOAK, PREFIX_LOAD, PREFIX_RECALL),
     *(FUZZ, POOL_MACHINE, MUTATIONS),
 )

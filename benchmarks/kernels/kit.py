@@ -27,7 +27,7 @@ from rkv_sglang.sizes.compaction_plan import plan_compaction
 NUM_LAYERS, NUM_KV_HEADS, NUM_QO_HEADS, HEAD_DIM = (2, 1, 2, 32) if REHEARSAL else (32, 8, 32, 128)
 WINDOW, BUFFER = 8, 128
 KV_BYTES_PER_TOKEN = 2 * NUM_LAYERS * NUM_KV_HEADS * HEAD_DIM * 2
-SETTINGS: dict[str, Any] = {"mix_lambda": 0.1, "kernel_size": 7, "similarity_threshold": 0.5}
+SETTINGS: dict[str, Any] = {"mix_lambda": 0.5, "kernel_size": 7, "similarity_threshold": 0.5}
 NUM_CLUSTERS = 32
 
 

@@ -10,7 +10,7 @@ from rkv_sglang.algorithm.rope import Rope
 from rkv_sglang.config import PolicyConfig
 from rkv_sglang.policies import Policy, make_policy
 
-RKV_DEFAULTS = {"mix_lambda": 0.1, "kernel_size": 7, "similarity_threshold": 0.5}
+RKV_DEFAULTS = {"mix_lambda": 0.5, "kernel_size": 7, "similarity_threshold": 0.5}
 THINKV_DEFAULTS = {
     "buffer": 128,
     "negligible": 0.01,

@@ -54,7 +54,7 @@ _HELP = {
     "memory and compact more often. A policy may have a default of its own. Unit: tokens.",
     "kv_window": "Most recent generated tokens: always kept, and their queries judge the others. Must be smaller than "
     "the budget. A policy may have a default of its own. Unit: tokens.",
-    "rkv_mix_lambda": "Weight of importance (attention received) against redundancy (likeness to other keys), 0 to 1.",
+    "rkv_mix_lambda": "Weight, 0 to 1, of attention received against redundancy (likeness to other keys); R-KV's: 0.1.",
     "rkv_kernel_size": "Odd number over which the max-pool spreads importance; 1 turns it off. Unit: tokens.",
     "rkv_similarity_threshold": "Cosine similarity, from -1 to 1, above which two keys count as near-duplicates.",
     "kv_prompt_budget": "Tokens kept of a longer prompt, once --kv-window tokens were generated; its first 4 and last "

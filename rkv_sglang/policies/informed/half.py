@@ -30,7 +30,7 @@ class Half:
         seed: Chooses the draw, in [0, 2^32).
     """
 
-    mix_lambda: float = 0.1
+    mix_lambda: float = 0.5
     kernel_size: int = 7
     similarity_threshold: float = 0.5
     seed: int = 0

@@ -167,7 +167,7 @@ def dense_generate(
     budget: int,
     buffer: int,
     window: int = 8,
-    mix_lambda: float = 0.1,
+    mix_lambda: float = 0.5,
     kernel_size: int = 7,
     similarity_threshold: float = 0.5,
     eos_token_ids: Collection[int] = (),

@@ -105,7 +105,7 @@ def _gkv(
 def _half(
     inputs: ScoreInputs,
     *,
-    mix_lambda: float = 0.1,
+    mix_lambda: float = 0.5,
     kernel_size: int = 7,
     similarity_threshold: float = 0.5,
     seed: int = 0,
@@ -279,7 +279,7 @@ def _scored_positions(inputs: ScoreInputs) -> torch.Tensor:
 
 
 _SCORES: dict[str, Callable[..., torch.Tensor]] = {
-    "rkv": partial(rkv_scores, mix_lambda=0.1, kernel_size=7, similarity_threshold=0.5),
+    "rkv": partial(rkv_scores, mix_lambda=0.5, kernel_size=7, similarity_threshold=0.5),
     "snapkv": _snapkv,
     "h2o": _h2o,
     "streaming_llm": _streaming_llm,

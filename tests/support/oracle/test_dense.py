@@ -189,7 +189,7 @@ def compare_choice(
             expected = loop_rkv_scores(
                 keys[head, resident],
                 queries[head * group : (head + 1) * group, resident_end - window : resident_end],
-                mix_lambda=0.1,
+                mix_lambda=0.5,
                 kernel_size=7,
                 similarity_threshold=0.5,
             )

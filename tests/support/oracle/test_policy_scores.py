@@ -14,7 +14,7 @@ from tests.support.oracle.policy_scores import score_function
 from tests.support.oracle.scores import ScoreInputs
 
 CASES: list[tuple[str, dict[str, Any]]] = [
-    ("rkv", {"mix_lambda": 0.1, "kernel_size": 7, "similarity_threshold": 0.5}),
+    ("rkv", {"mix_lambda": 0.5, "kernel_size": 7, "similarity_threshold": 0.5}),
     ("snapkv", {"kernel_size": 5}),
     ("h2o", {}),
     ("streaming_llm", {"num_sinks": 4}),
