@@ -27,8 +27,8 @@ meant for greedy answers: of two that are drawn, the full cache's own differ, to
 all settings in its file or of ``--settings``, and what is said of the run is what was said there.
 
 Writes ``accuracy.csv`` (one row a setting; columns in ``common/tables.py``), ``accuracy.json`` and ``accuracy.png``,
-and prints the table. Where a variant of a policy and its control have several budgets in common, it also writes
-``accuracy_pooled.csv``, of each problem the mean over these: budgets tell more together than each alone.
+and prints the table. Where a variant of a policy has several budgets, it also writes ``accuracy_pooled.csv``, of each
+problem the mean over them, and its picture: budgets tell more together than each alone.
 """
 
 import argparse
@@ -44,13 +44,13 @@ from benchmarks.accuracy.judge import Judge
 from benchmarks.accuracy.kept import compare_answers
 from benchmarks.accuracy.pooled import pooled_rows
 from benchmarks.accuracy.problems import DRY_RUN_PROBLEMS, Problem, load_problems
-from benchmarks.accuracy.report import markdown, plot, pooled_markdown
+from benchmarks.accuracy.report import markdown, plot, plot_pooled, pooled_markdown
 from benchmarks.accuracy.rows import ByProblem, accuracy_rows
 from benchmarks.accuracy.run import INSTRUCTION, Sampling, run_samples, setting_server
 from benchmarks.accuracy.store import SampleStore
 from benchmarks.common.arguments import add_model_arguments, benchmark_parser, refuse_less_than_one
 from benchmarks.common.schema import hardware_folder, run_info, write_table
-from benchmarks.common.settings import Setting, parse_setting
+from benchmarks.common.settings import Setting, parse_setting, without_sizes
 from benchmarks.common.tables import ACCURACY, ACCURACY_POOLED
 from devtools.launch import ServerError, exit_on_first_signal, has_gpu
 from rkv_sglang.config import NO_POLICY
@@ -58,7 +58,7 @@ from rkv_sglang.config import NO_POLICY
 SETTINGS = "none,rkv:1024:128"
 # What one of the hours is an hour of, by whether there is an accelerator.
 DEVICE = {True: "GPU", False: "machine"}
-SMOKE = {"settings": "none,rkv:24:8", "limit": 3, "samples": 2, "max_tokens": 64, "concurrency": 6}
+SMOKE = {"settings": "none,rkv:24:8,rkv:32:8", "limit": 3, "samples": 2, "max_tokens": 64, "concurrency": 6}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -70,7 +70,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--subset", help="of a data set of the hub, such as main")
     parser.add_argument("--limit", type=int, help="ask only the first so many problems")
     parser.add_argument("--settings", help=f"comma-separated, default {SETTINGS}; with --collected: all of the file")
-    parser.add_argument("--control", help="setting to hold all others against, default random_attention as above")
+    parser.add_argument(
+        "--control",
+        default="",
+        help="setting to hold all others against, or one without budget and buffer, such as rkv:window=32, which is "
+        "then taken at the budget and buffer of each; default: random_attention with the same budget, "
+        "if possible of the same granularity and window",
+    )
     parser.add_argument("--samples", type=int, default=4, help="of every problem, default %(default)s")
     parser.add_argument("--max-tokens", type=int, default=16384, help="of an answer, default %(default)s")
     parser.add_argument("--temperature", type=float, default=0.6, help="default %(default)s")
@@ -92,15 +98,22 @@ def parse_arguments() -> argparse.Namespace:
         options.settings = "" if options.collected else SETTINGS
     try:
         options.settings = list(dict.fromkeys(parse_setting(text) for text in options.settings.split(",") if text))
-        options.control = parse_setting(options.control) if options.control else None
         options.server_args = shlex.split(options.server_args)
     except ValueError as error:
         parser.error(str(error))
     if options.collected and options.out is None:
         parser.error("--collected needs --out: this machine is not where the answers are from")
-    if options.control is not None and options.settings and options.control not in options.settings:
-        parser.error(f"--control {options.control.name} must be one of --settings")
+    if options.settings and (problem := _control_problem(options.control, options.settings)):
+        parser.error(problem)
     return options
+
+
+def _control_problem(control: str, settings: Collection[Setting]) -> str | None:
+    """Return one line on what is wrong with ``--control``, for which these are all settings."""
+    known = {name for setting in settings for name in (setting.name, without_sizes(setting.name))}
+    if not control or control in known - {NO_POLICY}:
+        return None
+    return f"--control {control} must be one of --settings, with or without its budget and buffer"
 
 
 def make_store(options: argparse.Namespace, setting: Setting, sampling: Sampling) -> SampleStore:
@@ -179,6 +192,8 @@ def judge_collected(
     wanted = options.settings or sorted(answers, key=_place)
     if missing := [setting.name for setting in wanted if setting not in answers]:
         raise ValueError(f"{options.collected} has no answers of {', '.join(missing)}: leave them out of --settings")
+    if problem := _control_problem(options.control, wanted):
+        raise ValueError(problem)
     return judge_answers({setting: answers[setting] for setting in wanted}, problems, judge), info
 
 
@@ -204,7 +219,6 @@ def write_results(
         # Servers shared the GPU, and settings a server.
         rows = [{**row, "seconds": math.nan, "correct_per_hour": math.nan} for row in rows]
     settings = {**vars(options), "settings": [setting.name for setting in results]}
-    settings["control"] = options.control.name if options.control else ""
     settings["problems"] = dataset
     info = run_info(**{name: str(v) if isinstance(v, Path) else v for name, v in settings.items()})
     if asked is not None:
@@ -212,11 +226,11 @@ def write_results(
     info["device_of_an_hour"] = DEVICE[has_gpu() or asked is not None]
     out = options.out or hardware_folder()
     write_table(out, ACCURACY, rows, info)
-    print(f"\n{markdown(rows, info['device_of_an_hour'])}\n\n{plot(out)}")
+    print(f"\n{markdown(rows, info['device_of_an_hour'], options.control)}\n\n{plot(out)}")
     over_budgets = pooled_rows(dataset, results, kept, options.control) if kept else []
     if over_budgets:
         write_table(out, ACCURACY_POOLED, over_budgets, info)
-        print(f"\n{pooled_markdown(over_budgets)}")
+        print(f"\n{pooled_markdown(over_budgets)}\n\n{plot_pooled(out)}")
 
 
 def main() -> int:
@@ -224,6 +238,8 @@ def main() -> int:
     options = parse_arguments()
     if options.plot_only:
         print(plot(options.plot_only))
+        if (options.plot_only / "accuracy_pooled.csv").exists():
+            print(plot_pooled(options.plot_only))
         return 0
     exit_on_first_signal()
     try:

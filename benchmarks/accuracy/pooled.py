@@ -5,7 +5,7 @@ from itertools import chain
 from statistics import mean
 
 from benchmarks.accuracy.kept import Comparisons
-from benchmarks.accuracy.rows import CONTROL, ByProblem, columns, held_share, kept_shares, paired, pass_at_1
+from benchmarks.accuracy.rows import CONTROL, ByProblem, columns, held_share, kept_shares, paired, pass_at_1, unlikeness
 from benchmarks.common.schema import Row
 from benchmarks.common.settings import Setting, without_sizes
 from benchmarks.common.statistics import mean_interval
@@ -19,17 +19,17 @@ def pooled_rows(
     dataset: str,
     results: Mapping[Setting, ByProblem],
     kept: Mapping[Setting, Comparisons],
-    named_control: Setting | None = None,
+    named_control: str = "",
 ) -> list[Row]:
-    """Return one row for each variant that has two budgets or more in common with its control.
+    """Return one row for each variant that has two budgets or more, of those that its control has, too.
 
     A problem counts once, by its mean over those budgets, for what it gives at one tells of what it gives at another.
 
     Args:
         results: Of every setting, the same problems in the same order.
         kept: Of every setting, how its answers compare with the full cache's.
-        named_control: A setting of the variant to hold all others against; None: of ``random_attention``, if possible
-            one of the same granularity.
+        named_control: The variant to hold all others against, or a setting of it; empty: the nearest one of
+            ``random_attention`` (``unlikeness``).
     """
     variants: dict[str, BySize] = {}
     for setting in results:
@@ -37,11 +37,11 @@ def pooled_rows(
             variants.setdefault(without_sizes(setting.name), {})[setting.budget, setting.buffer] = setting
     rows = []
     for name, by_size in variants.items():
-        found = _control_of(by_size, variants, named_control)
-        if found is None:
+        control, sizes = _control_of(by_size, variants, named_control)
+        if len(sizes) < FEWEST_SIZES:
             continue
-        control, sizes = found
-        ours, theirs = ([one[size] for size in sizes] for one in (by_size, variants[control]))
+        ours = [by_size[size] for size in sizes]
+        theirs = [variants[control][size] for size in sizes] if control else []
         right, right_theirs = (_means([pass_at_1(results[one]) for one in several]) for several in (ours, theirs))
         same, same_theirs = (_means([kept_shares(kept[one]) for one in several]) for several in (ours, theirs))
         rows.append(
@@ -61,26 +61,22 @@ def pooled_rows(
     return rows
 
 
-def _control_of(
-    by_size: BySize, variants: Mapping[str, BySize], named: Setting | None
-) -> tuple[str, list[tuple[int, int]]] | None:
-    if named is not None:
-        wanted = [without_sizes(named.name)]
+def _control_of(by_size: BySize, variants: Mapping[str, BySize], named: str) -> tuple[str, list[tuple[int, int]]]:
+    """Return a variant's control and the budgets and buffers of both; an empty name and its own if it has none."""
+    if named:
+        wanted = [named if named in variants else without_sizes(named)]
     else:
-        granularity = _granularity(by_size)
-        draws = [name for name, sizes in variants.items() if next(iter(sizes.values())).policy == CONTROL]
-        wanted = sorted(draws, key=lambda name: _granularity(variants[name]) != granularity)
+        draws = {name: _any(sizes) for name, sizes in variants.items() if _any(sizes).policy == CONTROL}
+        wanted = sorted(draws, key=lambda name: unlikeness(_any(by_size), draws[name]))
     for name in wanted:
         sizes = sorted(by_size.keys() & variants.get(name, {}).keys())
         if len(sizes) >= FEWEST_SIZES:
             return name, sizes
-    return None
+    return "", sorted(by_size)
 
 
-def _granularity(by_size: BySize) -> str:
-    config = next(iter(by_size.values())).config
-    assert config is not None
-    return config.granularity
+def _any(by_size: BySize) -> Setting:
+    return next(iter(by_size.values()))
 
 
 def _means(of_each: Sequence[Sequence[float]]) -> list[float]:

@@ -1,4 +1,4 @@
-"""The accuracy of a results folder as a Markdown table and as ``accuracy.png``."""
+"""The accuracy of a results folder as a Markdown table and in pictures."""
 
 import math
 from collections.abc import Sequence
@@ -8,12 +8,17 @@ from typing import Any
 from benchmarks.common.drawing import load_pyplot
 from benchmarks.common.schema import Row, read_table
 from benchmarks.common.settings import without_sizes
-from benchmarks.common.tables import ACCURACY
+from benchmarks.common.tables import ACCURACY, ACCURACY_POOLED
 from rkv_sglang.config import NO_POLICY
 
 
-def markdown(rows: Sequence[Row], device: str) -> str:
-    """Return the rows as a table; ``device`` says what an hour is an hour of, where the rows have times."""
+def markdown(rows: Sequence[Row], device: str, control: str = "") -> str:
+    """Return the rows as a table.
+
+    Args:
+        device: What an hour is an hour of, where the rows have times.
+        control: The one that was named; empty without.
+    """
     # Answers that shared a GPU have no time of their own.
     has_times = not math.isnan(float(rows[0]["seconds"]))
     head = (
@@ -52,8 +57,8 @@ def markdown(rows: Sequence[Row], device: str) -> str:
     notes = [f"{row['setting']}: {row['note']}." for row in rows if row["note"]]
     what = (
         f"{first['dataset']}: {first['problems']} problems, {first['samples']} samples each. Brackets: 95 % percentile "
-        f"bootstrap interval over problems. Control: {_control(rows)}. Kept: the final answer of "
-        f"none's sample, which in {_neither(rows):.0%} of them is that there is none."
+        f"bootstrap interval over problems. Control: {control or 'random_attention of the same budget'}. Kept: the "
+        f"final answer of none's sample, which in {_neither(rows):.0%} of them is that there is none."
     )
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", what, *notes])
 
@@ -77,11 +82,6 @@ def pooled_markdown(rows: Sequence[Row]) -> str:
             ]
         )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _control(rows: Sequence[Row]) -> str:
-    named = {str(row["control"]) for row in rows if row["policy"] == NO_POLICY} - {""}
-    return named.pop() if named else "random_attention of the same budget"
 
 
 def _neither(rows: Sequence[Row]) -> float:
@@ -131,6 +131,34 @@ def plot(folder: Path) -> Path:
         "problems"
     )
     path = folder / "accuracy.png"
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
+
+
+def plot_pooled(folder: Path) -> Path:
+    """Draw ``accuracy_pooled.png`` from its CSV in ``folder``: each variant less its control over budgets."""
+    pyplot = load_pyplot()
+    rows = read_table(folder, ACCURACY_POOLED)
+    rows.sort(key=lambda row: float(row["kept_less_control"]))
+    figure, axes = pyplot.subplots(
+        1, 2, figsize=(13, 1.8 + 0.3 * len(rows)), layout="constrained", sharey=True, squeeze=True
+    )
+    panels = (("kept_less_control", "kept, less the control's"), ("pass_less_control", "right, less the control's"))
+    for place, (column, title) in zip(axes, panels, strict=True):
+        means = [float(row[column]) for row in rows]
+        place.errorbar(means, range(len(rows)), xerr=_errors(rows, column), fmt="o", capsize=3)
+        place.axvline(0, color="grey", linewidth=1)
+        place.set_title(title, fontsize=10)
+        place.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(rows)), [f"{row['variant']}  ({row['sizes']})" for row in rows], fontsize=8)
+    controls = ", ".join(sorted({str(row["control"]) for row in rows} - {""})) or "none"
+    figure.suptitle(
+        f"{rows[0]['dataset']}: each of {rows[0]['problems']} problems by its mean over budgets; 95 % intervals over "
+        f"problems\ncontrol: {controls}",
+        fontsize=10,
+    )
+    path = folder / "accuracy_pooled.png"
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return path

@@ -8,7 +8,7 @@ from benchmarks.accuracy.checker import NEITHER, UNJUDGED
 from benchmarks.accuracy.kept import Comparisons, is_kept
 from benchmarks.accuracy.store import Sample
 from benchmarks.common.schema import Row
-from benchmarks.common.settings import Setting
+from benchmarks.common.settings import Setting, without_sizes
 from benchmarks.common.statistics import Estimate, mean_interval
 from rkv_sglang.config import NO_POLICY
 
@@ -60,19 +60,19 @@ def accuracy_rows(
     dataset: str,
     results: Mapping[Setting, ByProblem],
     kept: Mapping[Setting, Comparisons] | None = None,
-    named_control: Setting | None = None,
+    named_control: str = "",
 ) -> list[Row]:
     """Return one row a setting; all settings have the same problems, in the same order.
 
     Args:
         kept: Of every setting, how its answers compare with the full cache's; None without a setting none.
-        named_control: What every setting is held against; None: see ``control_of``.
+        named_control: What every setting is held against; see ``control_of``.
     """
     kept = kept or {}
     full = next((by for setting, by in results.items() if setting.policy == NO_POLICY), None)
     rows = []
     for setting, by_problem in results.items():
-        control = named_control or control_of(setting, list(results))
+        control = control_of(setting, list(results), named_control)
         right, shares = pass_at_1(by_problem), kept_shares(kept[setting]) if setting in kept else []
         rows.append(
             {
@@ -88,13 +88,28 @@ def accuracy_rows(
     return rows
 
 
-def control_of(setting: Setting, settings: Sequence[Setting]) -> Setting | None:
-    """Return the setting of ``CONTROL`` that another is held against: of its budget, if possible of its granularity."""
+def control_of(setting: Setting, settings: Sequence[Setting], named: str = "") -> Setting | None:
+    """Return what a setting is held against, None if there is no such setting.
+
+    Args:
+        named: A setting by name, or a variant (``without_sizes``), of which it is the one with the same budget and
+            buffer. Empty: that of ``CONTROL`` with its budget that is nearest to it (``unlikeness``).
+    """
+    if named:
+        sizes = (setting.budget, setting.buffer)
+        variant = (s for s in settings if without_sizes(s.name) == named and (s.budget, s.buffer) == sizes)
+        return next((s for s in settings if s.name == named), None) or next(variant, None)
     if setting.config is None:
         return None
     of_budget = [other for other in settings if other.policy == CONTROL and other.budget == setting.budget]
-    alike = [other for other in of_budget if other.config and other.config.granularity == setting.config.granularity]
-    return next(iter([*alike, *of_budget]), None)
+    return min(of_budget, key=lambda other: unlikeness(setting, other), default=None)
+
+
+def unlikeness(setting: Setting, control: Setting) -> tuple[bool, bool]:
+    """Return how unlike a control is, to be compared: in granularity, and in the latest tokens that are always kept."""
+    ours, its = setting.config, control.config
+    assert ours is not None and its is not None
+    return ours.granularity != its.granularity, ours.window != its.window
 
 
 def _share(comparisons: Comparisons | None, wanted: str) -> float:

@@ -4,7 +4,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -62,7 +62,13 @@ def ended_with_its_processes(pool: ThreadPoolExecutor) -> Iterator[None]:
         yield
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
+        waiting = threading.Thread(target=pool.shutdown)
+        waiting.start()
         end_process_trees(*psutil.Process().children())
+        while waiting.is_alive():
+            # Again, because a thread may just have been about to start one.
+            waiting.join(0.2)
+            end_process_trees(*psutil.Process().children())
         raise
 
 
@@ -74,12 +80,14 @@ def entered_side_by_side(contexts: Mapping[Key, AbstractContextManager[Entered]]
         Exception: What the first of them raised that could not be entered.
     """
     with ThreadPoolExecutor(len(contexts)) as starters, ThreadPoolExecutor(len(contexts)) as enders:
-        entering = {key: starters.submit(context.__enter__) for key, context in contexts.items()}
+        entering: dict[Key, Future[Entered]] = {}
         try:
             with ended_with_its_processes(starters):
+                for key, context in contexts.items():
+                    entering[key] = starters.submit(context.__enter__)
                 wait(entering.values())
                 yield {key: entered.result() for key, entered in entering.items()}
         finally:
             # One that could not be entered has been left by itself.
-            whole = [context for key, context in contexts.items() if entering[key].exception() is None]
+            whole = [contexts[key] for key, entered in entering.items() if entered.exception() is None]
             list(enders.map(lambda context: context.__exit__(None, None, None), whole))

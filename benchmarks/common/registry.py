@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks.common.schema import Table, read_table
 from benchmarks.common.tables import (
     ACCURACY,
+    ACCURACY_POOLED,
     DROP_COST,
     FIRST_TOKEN,
     FRONTEND,
@@ -97,7 +98,10 @@ class Benchmark:
 
 _WORK = ("--work", "{out}/work")
 _QUALITY = (QUALITY_FORCED, QUALITY_POSITION, QUALITY_FREE, QUALITY_RECALL)
-_ACCURACY = (Plot("benchmarks.accuracy.report:plot", (ACCURACY,)),)
+_ACCURACY = (
+    Plot("benchmarks.accuracy.report:plot", (ACCURACY,)),
+    Plot("benchmarks.accuracy.report:plot_pooled", (ACCURACY_POOLED,)),
+)
 # The longest smoke run first, so that side by side they end together.
 BENCHMARKS = (
     Benchmark("quality", "benchmarks.quality", (Plot("benchmarks.quality.report:plot", _QUALITY),), _WORK),

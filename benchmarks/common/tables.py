@@ -234,7 +234,7 @@ ACCURACY = Table(
         Column("correct_per_hour", float, "1/h", "right samples over seconds times devices"),
         *_interval("pass_diff", "", "pass_at_1 less that of none, problem by problem; NaN without none", "problems"),
         *_interval("tokens_diff", "tokens", "output tokens less those of none; NaN without none", "problems"),
-        Column("control", str, "", "--control, or random_attention with this budget, if possible this granularity"),
+        Column("control", str, "", "of --control, or random_attention with this budget: the most like it"),
         *_interval("pass_less_control", "", "pass_at_1 less that of the control, problem by problem", "problems"),
         *_interval(
             "kept", "", "share of samples with the final answer of none's, or with none like that one", "problems"
@@ -256,7 +256,7 @@ ACCURACY_POOLED = Table(
         Column("held", float, "", "share of all generated tokens that were still held when their answer ended"),
         *_interval("pass_at_1", "", "share of a problem's samples that are right, mean over sizes", "problems"),
         *_interval("kept", "", "share with the final answer of none's, or with none like that one", "problems"),
-        Column("control", str, "", "the variant of --control, or random_attention, if possible of this granularity"),
+        Column("control", str, "", "the variant of --control, or of random_attention: the most like it"),
         *_interval("pass_less_control", "", "pass_at_1 less that of the control, problem by problem", "problems"),
         *_interval("kept_less_control", "", "kept less that of the control, problem by problem", "problems"),
     ),

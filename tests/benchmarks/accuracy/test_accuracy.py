@@ -249,11 +249,11 @@ def test_settings_are_read_and_become_flags() -> None:
 
 
 def test_a_setting_may_name_all_that_a_server_takes() -> None:
-    text = "rkv:64:16:window=32:mix_lambda=0.5:stagger=true"
+    text = "rkv:64:16:window=32:mix_lambda=0.25:stagger=true"
     setting = parse_setting(text)
     assert setting.name == text and setting.config is not None
-    assert (setting.config.window, setting.config.mix_lambda, setting.config.stagger) == (32, 0.5, True)
-    assert setting.flags[6:] == ("--kv-window", "32", "--rkv-mix-lambda", "0.5", "--kv-stagger")
+    assert (setting.config.window, setting.config.mix_lambda, setting.config.stagger) == (32, 0.25, True)
+    assert setting.flags[6:] == ("--kv-window", "32", "--rkv-mix-lambda", "0.25", "--kv-stagger")
     seeded = parse_setting("random:64:16:seed=7")
     assert seeded.flags[6:] == ("--kv-policy-config", '{"seed": 7}')
     # What a policy has of its own accord needs no flag, and is known.
@@ -394,9 +394,9 @@ def test_every_problem_counts_for_the_answers_that_are_kept(judge: Judge) -> Non
     assert (ours["control"], control["control"], control["kept_less_control"]) == (CONTROL.name, CONTROL.name, 0)
     assert full["control"] == "" and math.isnan(float(full["kept_less_control"]))
     assert [row["held"] for row in (full, ours, control)] == [1, 0.25, 0.5]
-    against_ours = accuracy_rows("some", results, kept, RKV)
+    against_ours = accuracy_rows("some", results, kept, RKV.name)
     assert [row["kept_less_control"] for row in against_ours] == [0.4, 0, -0.4]
-    assert f"Control: {RKV.name}." in markdown(against_ours, "GPU")
+    assert f"Control: {RKV.name}." in markdown(against_ours, "GPU", RKV.name)
     assert "Control: random_attention of the same budget." in markdown([full, ours, control], "GPU")
     unjudged = {setting: {key: ["unjudged"] for key in of_one} for setting, of_one in kept.items()}
     assert [(row["kept"], row["not_compared"]) for row in accuracy_rows("some", results, unjudged)] == [(0, 1)] * 3
@@ -408,7 +408,22 @@ def test_a_draw_of_the_same_budget_is_the_control() -> None:
     assert control_of(RKV, settings) == settings[1]
     assert control_of(parse_setting("rkv:64:16:granularity=request"), settings) == settings[2]
     assert control_of(RKV, [settings[0], settings[2]]) == settings[2]
+    other = parse_setting("random_attention:64:16:granularity=head:window=9")
+    assert control_of(RKV, [other, *settings]) == settings[1]
     assert control_of(settings[3], settings) is None and control_of(NONE, settings) is None
+
+
+def test_a_named_control_is_one_setting_or_a_variant_at_every_budget() -> None:
+    names = ("none", "rkv:64:16", "rkv:80:16", "rkv:64:16:window=9", "rkv:80:16:window=9", "rkv:80:32:window=9")
+    settings = dict(zip(names, map(parse_setting, names), strict=True))
+
+    def control(name: str, named: str) -> str | None:
+        found = control_of(settings[name], list(settings.values()), named)
+        return found and found.name
+
+    assert {control(name, "rkv:80:16") for name in names} == {"rkv:80:16"}
+    assert [control(name, "rkv:window=9") for name in names] == [None, *names[3:5], *names[3:]]
+    assert [control(name, "rkv") for name in names] == [None, *names[1:3], *names[1:3], None]
 
 
 def test_rows_say_when_they_prove_nothing(tmp_path: Path) -> None:

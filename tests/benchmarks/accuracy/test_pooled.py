@@ -1,5 +1,6 @@
 """Variants over several budgets: every problem counts once, and only budgets that both have are compared."""
 
+import math
 import random
 
 from benchmarks.accuracy.pooled import pooled_rows
@@ -61,21 +62,28 @@ def test_by_hand() -> None:
     table = pooled_markdown([ours, control])
     assert "| rkv | 64:32 128:32 | 0.625 [0.250, 1.000] | 0.250 [0.000, 0.750] |" in table
     # A named one of any budget stands for its variant.
-    against = pooled_rows("some", results, comparisons, DRAW[0])
+    against = pooled_rows("some", results, comparisons, DRAW[0].name)
     assert [row["kept_less_control"] for row in against] == [0.25, 0]
-    against = pooled_rows("some", results, comparisons, RKV[2])
+    against = pooled_rows("some", results, comparisons, "rkv")
     assert {row["variant"]: row["sizes"] for row in against}["rkv"] == "64:32 128:32 224:32"
 
 
-def test_a_control_of_the_same_granularity_comes_first() -> None:
-    settings = [*BLOCKS, *DRAW, *RKV, parse_setting("rkv:128:32:granularity=request"), *OTHER]
+def test_a_control_of_the_same_granularity_and_window_comes_first() -> None:
+    like_other = [parse_setting(f"random_attention:{size}:32:granularity=head:window=16") for size in (64, 128, 224)]
+    settings = [*BLOCKS, *like_other, *DRAW, *RKV, parse_setting("rkv:128:32:granularity=request"), *OTHER]
     results = {setting: samples("rr") for setting in settings}
     comparisons = {setting: kept("kk") for setting in settings}
     rows = {row["variant"]: (row["control"], row["sizes"]) for row in pooled_rows("some", results, comparisons)}
     head = "random_attention:granularity=head:window=8"
-    assert rows["rkv"] == rows["rkv:window=16"] == rows[head] == (head, "64:32 128:32")
+    assert rows["rkv"] == rows[head] == (head, "64:32 128:32")
+    assert rows["rkv:window=16"] == ("random_attention:granularity=head:window=16", "64:32 128:32")
     assert rows["random_attention"] == ("random_attention", "128:32 224:32")
     assert "rkv:granularity=request" not in rows
+    # Without one, a variant stands for itself.
+    alone = {setting: results[setting] for setting in RKV}
+    (row,) = pooled_rows("some", alone, {setting: comparisons[setting] for setting in RKV})
+    assert (row["control"], row["sizes"], row["kept"]) == ("", "64:32 128:32 224:32", 1)
+    assert math.isnan(float(row["kept_less_control"]))
 
 
 def test_one_budget_twice_is_that_budget_alone() -> None:
