@@ -228,6 +228,9 @@ def write_results(
     write_table(out, ACCURACY, rows, info)
     print(f"\n{markdown(rows, info['device_of_an_hour'], options.control)}\n\n{plot(out)}")
     over_budgets = pooled_rows(dataset, results, kept, options.control) if kept else []
+    for old in out.glob(f"{ACCURACY_POOLED.name}.*"):
+        # It may be of other settings.
+        old.unlink()
     if over_budgets:
         write_table(out, ACCURACY_POOLED, over_budgets, info)
         print(f"\n{pooled_markdown(over_budgets)}\n\n{plot_pooled(out)}")

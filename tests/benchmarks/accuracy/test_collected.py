@@ -1,5 +1,6 @@
 """Answers that another machine collected: what a cut-off file keeps, who shares a server, and what is judged."""
 
+import contextlib
 import gzip
 import json
 import random
@@ -19,7 +20,7 @@ from benchmarks.accuracy.run import Sampling
 from benchmarks.accuracy.store import Sample
 from benchmarks.common.schema import read_table
 from benchmarks.common.settings import parse_setting
-from benchmarks.common.tables import ACCURACY
+from benchmarks.common.tables import ACCURACY, ACCURACY_POOLED
 from tests.algorithm.cases import fresh_seed
 
 NONE, RKV, LARGE = (parse_setting(name) for name in ("none", "rkv:64:16", "rkv:128:32"))
@@ -152,6 +153,23 @@ def test_the_table_says_what_was_measured_elsewhere(
         and "--collected" in info["judged"]["command"]
     )
     assert "-hour" not in capsys.readouterr().out
+
+
+def test_variants_over_budgets_are_written_beside_the_table_and_never_left_from_another_run(
+    collected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, collected, "--out", str(tmp_path), "--control", "rkv") == 0
+    (row,) = read_table(tmp_path, ACCURACY_POOLED)
+    assert (row["variant"], row["sizes"], row["control"]) == ("rkv", "64:16 128:32", "rkv")
+    assert (row["kept"], row["pass_at_1"], row["held"], row["kept_less_control"]) == (0.75, 0.75, 0.625, 0)
+    assert "| rkv | 64:16 128:32 | 0.750" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("accuracy_pooled.*"))) == 3
+    assert run_main(monkeypatch, collected, "--out", str(tmp_path), "--settings", "none,rkv:64:16") == 0
+    assert not list(tmp_path.glob("accuracy_pooled.*"))
+    for given in ((), ("--settings", "none,rkv:64:16")):
+        with contextlib.suppress(SystemExit):
+            assert run_main(monkeypatch, collected, "--out", str(tmp_path), "--control", "rkv:window=9", *given) == 1
+        assert "--control rkv:window=9 must be one of --settings, with or without" in capsys.readouterr().err
 
 
 def test_settings_that_the_file_lacks_and_a_missing_folder_are_one_line(
