@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 # Processes stand in for servers: each must be killed after it was asked to end, and one is never ready.
 SCRIPT = """
-import contextlib, subprocess, sys, time
+import contextlib, signal, subprocess, sys, time
 import psutil
 from benchmarks.common.asking import entered_side_by_side
 from devtools.launch import end_process_trees, exit_on_first_signal
@@ -32,6 +32,8 @@ def deaf(is_ready):
     finally:
         end_process_trees(process)
 
+# Whoever runs this in the background has it ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 exit_on_first_signal()
 with entered_side_by_side({number: deaf(number or MODE == "running") for number in range(3)}) as entered:
     print("entered", flush=True)
