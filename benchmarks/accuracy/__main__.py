@@ -199,8 +199,7 @@ def judge_collected(
 
 def _place(setting: Setting) -> tuple[bool, str, str, int, int]:
     """Return where a setting stands in a table: policies by name, of each its variants, of these the smallest first."""
-    variant = ":".join(setting.name.split(":")[3:])
-    return setting.policy != NO_POLICY, setting.policy, variant, setting.budget, setting.buffer
+    return setting.policy != NO_POLICY, setting.policy, without_sizes(setting.name), setting.budget, setting.buffer
 
 
 def write_results(
@@ -241,7 +240,7 @@ def main() -> int:
     options = parse_arguments()
     if options.plot_only:
         print(plot(options.plot_only))
-        if (options.plot_only / "accuracy_pooled.csv").exists():
+        if (options.plot_only / f"{ACCURACY_POOLED.name}.csv").exists():
             print(plot_pooled(options.plot_only))
         return 0
     exit_on_first_signal()

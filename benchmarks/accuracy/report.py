@@ -68,15 +68,14 @@ def pooled_markdown(rows: Sequence[Row]) -> str:
     lines = [["over several budgets", "sizes", "kept", "less control", "right", "less control", "held", "control"]]
     lines.append(["---"] * len(lines[0]))
     for row in rows:
-        of_control = row["variant"] == row["control"]
         lines.append(
             [
                 str(row["variant"]),
                 str(row["sizes"]),
                 _interval(row, "kept"),
-                "" if of_control else _interval(row, "kept_less_control"),
+                _against_control(row, "kept_less_control", "variant"),
                 _interval(row, "pass_at_1"),
-                "" if of_control else _interval(row, "pass_less_control"),
+                _against_control(row, "pass_less_control", "variant"),
                 f"{row['held']:.0%}",
                 str(row["control"]),
             ]
@@ -88,8 +87,8 @@ def _neither(rows: Sequence[Row]) -> float:
     return next((float(row["no_answer"]) for row in rows if row["policy"] == NO_POLICY), 0.0)
 
 
-def _against_control(row: Row, name: str) -> str:
-    return "" if row["control"] == row["setting"] else _interval(row, name)
+def _against_control(row: Row, name: str, whose: str = "setting") -> str:
+    return "" if row["control"] == row[whose] else _interval(row, name)
 
 
 def _interval(row: Row, name: str) -> str:
@@ -141,9 +140,7 @@ def plot_pooled(folder: Path) -> Path:
     pyplot = load_pyplot()
     rows = read_table(folder, ACCURACY_POOLED)
     rows.sort(key=lambda row: float(row["kept_less_control"]))
-    figure, axes = pyplot.subplots(
-        1, 2, figsize=(13, 1.8 + 0.3 * len(rows)), layout="constrained", sharey=True, squeeze=True
-    )
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 1.8 + 0.3 * len(rows)), layout="constrained", sharey=True)
     panels = (("kept_less_control", "kept, less the control's"), ("pass_less_control", "right, less the control's"))
     for place, (column, title) in zip(axes, panels, strict=True):
         means = [float(row[column]) for row in rows]

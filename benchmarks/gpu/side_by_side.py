@@ -1,7 +1,7 @@
 """Servers that are started at the same time and run side by side on one GPU."""
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from benchmarks.common.asking import entered_side_by_side
@@ -23,10 +23,9 @@ def groups_that_fit(settings: Sequence[Setting], gib_each: float) -> list[list[S
     return [list(settings[start : start + at_once]) for start in range(0, len(settings), at_once)]
 
 
-@contextlib.contextmanager
 def servers_side_by_side(
     model: str, flags: Sequence[str], logs: Mapping[Setting, Path], environment: Mapping[str, str]
-) -> Iterator[dict[Setting, Server]]:
+) -> AbstractContextManager[dict[Setting, Server]]:
     """Run one server of each setting for the length of a ``with`` block; all have ended after it.
 
     Args:
@@ -46,5 +45,4 @@ def servers_side_by_side(
         )
         for setting, log_path in logs.items()
     }
-    with entered_side_by_side(contexts) as servers:
-        yield servers
+    return entered_side_by_side(contexts)

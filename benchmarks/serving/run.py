@@ -5,13 +5,13 @@ import contextlib
 import os
 import shlex
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.common.asking import entered_side_by_side
 from benchmarks.common.prompts import load_prompts
 from benchmarks.common.schema import Row, write_table
 from benchmarks.common.settings import Setting, as_file_name
@@ -137,8 +137,7 @@ def measure(bench: Bench, out: Path, info: dict[str, Any]) -> list[Row]:
     total = len(options.pools) * options.rounds * len(options.arrivals) * len(options.settings)
     with tqdm(total=total, desc="runs", unit="run") as progress:
         for pool, runs in sessions(options):
-            with contextlib.ExitStack() as stack:
-                servers = start_servers(bench, pool, list({run[2].name: run[2] for run in runs}.values()), stack)
+            with warm_servers(bench, pool, list({run[2].name: run[2] for run in runs}.values())) as servers:
                 for arrivals, round_index, setting in runs:
                     progress.set_postfix_str(f"pool {pool:g}, {arrivals}, round {round_index + 1}, {setting.name}")
                     rows.append(run_once(bench, servers[setting.name], setting, pool, arrivals, round_index))
@@ -154,21 +153,20 @@ def measure(bench: Bench, out: Path, info: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def start_servers(bench: Bench, pool: float, settings: list[Setting], stack: contextlib.ExitStack) -> dict[str, Server]:
-    """Start the servers of a pool side by side, warm them up, and end them with ``stack``."""
+@contextlib.contextmanager
+def warm_servers(bench: Bench, pool: float, settings: list[Setting]) -> Iterator[dict[str, Server]]:
+    """Run the servers of a pool, by the names of their settings, side by side; all have answered something."""
     most_running = MOST_RUNNING_ON_GPU if has_gpu() else MOST_RUNNING_ON_CPU
-    contexts = []
+    contexts = {}
     for setting in settings:
         flags = (*bench.server_flags, *setting.flags, *pool_flags(setting, pool, bench.shape, most_running))
         log_path = LOG_DIR / f"{as_file_name(setting.name)}_{pool:g}.log"
         environment = {**server_environment(), **setting.environment}
-        contexts.append(launched_server(bench.model, *flags, log_path=log_path, environment=environment))
-    with ThreadPoolExecutor(len(contexts)) as threads:
-        started = [threads.submit(stack.enter_context, context) for context in contexts]
-        servers = {setting.name: each.result() for setting, each in zip(settings, started, strict=True)}
-    for server in servers.values():
-        replay(server.url, bench.warm_up_trace(), timeout_s=bench.options.timeout)
-    return servers
+        contexts[setting.name] = launched_server(bench.model, *flags, log_path=log_path, environment=environment)
+    with entered_side_by_side(contexts) as servers:
+        for server in servers.values():
+            replay(server.url, bench.warm_up_trace(), timeout_s=bench.options.timeout)
+        yield servers
 
 
 def run_once(bench: Bench, server: Server, setting: Setting, pool: float, arrivals: str, round_index: int) -> Row:
