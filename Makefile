@@ -5,9 +5,10 @@
 #   make serve [MODEL=...] [ARGS="..."]        an SGLang server with --kv-policy rkv, in the foreground
 #   make compat SGLANG=0.5.x                   another release of SGLang, in an environment of its own: what of the
 #                                              contract differs there, then the tests that meet SGLang
+#   make compile TRITON=3.x.0                  every kernel, compiled by another release of Triton for three GPUs
 #   make dist                                  a source distribution and a wheel, in dist/
 #   make dist-check                            a server from that wheel in a fresh environment, and one request
-# Variables: PYTHON (3.11 or newer), DEVICE=cpu|gpu, TORCH_INDEX_URL, MODEL, PORT, ARGS, SGLANG.
+# Variables: PYTHON (3.11 or newer), DEVICE=cpu|gpu, TORCH_INDEX_URL, MODEL, PORT, ARGS, SGLANG, TRITON.
 
 PYTHON ?= python3
 PORT ?= 30000
@@ -20,7 +21,7 @@ PYTEST_FLAGS := -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 # Processes of the tests live for seconds; compiling this package anew is a good part of that.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test bench-smoke compat check serve dist dist-check clean distclean
+.PHONY: setup demo test bench-smoke compat compile check serve dist dist-check clean distclean
 
 setup:
 	@$(PYTHON) devtools/env/setup.py $(if $(DEVICE),--device $(DEVICE))
@@ -52,6 +53,13 @@ compat:
 	$(COMPAT)/rkv-sglang doctor --contract
 	$(COMPAT)/python -m pytest $(PYTEST_FLAGS) tests/integration tests/e2e \
 	  --ignore tests/integration/hooking/test_contract.py --ignore tests/integration/test_patches.py $(ARGS)
+
+# A release that the environment does not have; torch is its own. A few registers spilled cost next to nothing.
+compile: setup
+	@test -n "$(TRITON)" || { echo "name a release: make compile TRITON=3.x.0" >&2; exit 2; }
+	@test -d .cache/triton/$(TRITON)/triton || \
+	  $(BIN)/python -m pip install --quiet --no-deps --target .cache/triton/$(TRITON) triton==$(TRITON)
+	PYTHONPATH=.cache/triton/$(TRITON) $(BIN)/python -m tests.kernels.aot --jobs 2 --most-spilled 32
 
 # One of an older version would be taken for this one's.
 dist: setup

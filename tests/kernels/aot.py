@@ -1,8 +1,9 @@
 """Compile every kernel at its shipped configurations for GPUs that need not be here, and count what they use.
 
-    python -m tests.kernels.aot [--filter NAME] [--json FILE]
+    python -m tests.kernels.aot [--filter NAME] [--json FILE] [--jobs N] [--most-spilled BYTES]
 
-Prints one row per kernel, configuration and target. Triton's interpreter must be off.
+Prints one row per kernel, configuration and target, and ends with 1 if one does not compile, or if one spills more than
+it may. Triton's interpreter must be off.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import pkgutil
 import re
 import subprocess
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,29 +92,47 @@ def compile_case(case: tuple[str, Any, dict[str, Any], dict[str, Any], int, int]
     )
 
 
+def _compile_numbered(number: int, target: int) -> Usage | str:
+    """Return what a case uses, or in a line why it does not compile."""
+    case = shipped_cases()[number]
+    try:
+        return compile_case(case, target)
+    except Exception as error:
+        return f"{case[0]} does not compile for sm_{target}: {type(error).__name__}: {str(error).splitlines()[0]}"
+
+
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--filter", default="", help="only configurations whose name contains this")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--jobs", type=int, default=1, help="how many to compile at a time")
+    parser.add_argument("--most-spilled", type=int, help="bytes of local memory that a program may use")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set: unset it, there is nothing to compile under the interpreter")
-    usages = []
+    numbers = [number for number, case in enumerate(shipped_cases()) if args.filter in case[0]]
+    asked = [(number, target) for number in numbers for target in TARGETS]
+    usages, faults = [], []
+    print(f"Triton {triton.__version__}")
     print(f"{'kernel':56} {'sm':>4} {'warps':>5} {'regs':>5} {'shared':>7} {'spill':>6} {'widest':>6}")
-    for case in shipped_cases():
-        if args.filter not in case[0]:
-            continue
-        for target in TARGETS:
-            usage = compile_case(case, target)
+    with ProcessPoolExecutor(args.jobs) as executor:
+        for usage in executor.map(_compile_numbered, *zip(*asked, strict=True)):
+            if isinstance(usage, str):
+                faults.append(usage)
+                continue
             usages.append(usage)
             print(
                 f"{usage.name:56} {usage.target:4} {usage.num_warps:5} {usage.registers:5} {usage.shared_bytes:7} "
                 f"{usage.local_bytes:6} {usage.widest_access_bytes:6}",
                 flush=True,
             )
+            if args.most_spilled is not None and usage.local_bytes > args.most_spilled:
+                faults.append(f"{usage.name} spills {usage.local_bytes} bytes on sm_{usage.target}")
     if args.json:
         args.json.write_text(json.dumps([asdict(usage) for usage in usages]))
+    if faults:
+        raise SystemExit("\n".join(faults))
 
 
 if __name__ == "__main__":

@@ -242,7 +242,8 @@ def run_key_passes(
     )
     if threshold is not None:
         scanned = {name: value for name, value in shared.items() if name in scan_rows_kernel.arg_names}
-        scanned |= lists | scan_constants(constants, config) | key_shape | {"threshold": threshold}
+        scanned |= lists | scan_constants(constants, config) | key_shape
+        scanned |= {"prompt_lens_ptr": batch.prompt_lens, "threshold": threshold}
         scan_rows(scanned, grid, prompt_hits or [None] * num_requests, keys.device)
     reduce_blocks_kernel[(num_requests, num_heads)](
         token_indptr_ptr=batch.token_indptr,

@@ -36,7 +36,6 @@ def summarise_blocks_kernel(
     key_sums_ptr,
     logit_maxima_ptr,
     logit_sums_ptr,
-    prompt_lens_ptr,
     factors_ptr,
     left_ptr,
     newest_ptr,
@@ -75,7 +74,7 @@ def summarise_blocks_kernel(
     """Per block of keys: sum of the unit keys, maximum and sum of exp of the logits, and what is exempt in new columns.
 
     The last ``NUM_UNSCORED`` keys are left out of the softmax. Rows without a near-duplicate among the newest
-    ``FIRST_COLUMNS`` are listed in ``left``; ``newest`` is written for prompt tokens (see ``scan_rows_kernel``).
+    ``FIRST_COLUMNS`` are listed in ``left``; ``newest`` gets what each finds there, -1 without one.
     """
     request, layer_head, layer, head, first_column, kv_len, start = place_of_program(
         token_indptr_ptr, num_kv_heads, BLOCK
@@ -151,8 +150,11 @@ def summarise_blocks_kernel(
         first_row = layer_head * num_tokens + first_column
         tl.store(factors_ptr + first_row + tokens, factors, mask=inside)
         add_exempt(exempt_ptr, first_row + hit, similarity, inside & (hit >= 0))
-        prompt_len = tl.load(prompt_lens_ptr + request)
-        tl.store(newest_ptr + first_row + tokens, hit, mask=tokens < prompt_len)
+        tl.store(newest_ptr + first_row + tokens, hit, mask=inside)
+        # Read again, once all threads have written: Triton 3.6 compiles for Blackwell no second reduction of what a
+        # reduction of a product found.
+        tl.debug_barrier()
+        hit = tl.load(newest_ptr + first_row + tokens, mask=inside, other=0)
         count_ptr = counts_ptr + layer_head * tl.num_programs(1) + request
         append_rows(left_ptr + first_row, count_ptr, tokens, inside & (hit < 0))
 

@@ -227,15 +227,14 @@ def scan_lists(
             fp32: until it writes them, the lists lie there.
     """
     names = ("factors_ptr", "left_ptr", "newest_ptr", "counts_ptr", "exempt_ptr")
-    prompt_lens: dict[str, Tensor | None] = {"prompt_lens_ptr": batch.prompt_lens}
     if not with_redundancy:
-        return prompt_lens | dict.fromkeys(names)
+        return dict.fromkeys(names)
     # An even number of counts, so that what follows them is aligned as well.
     num_counts = 2 * attention.shape[0] * attention.shape[1] * batch.num_requests
     zeros = torch.zeros(num_counts + attention.numel(), dtype=torch.int64, device=attention.device)
     factors = torch.empty(attention.shape, dtype=torch.float32, device=attention.device)
     lists = (factors, attention.view(torch.int32), column_means.view(torch.int32), zeros[:num_counts])
-    return prompt_lens | dict(zip(names, (*lists, zeros[num_counts:]), strict=True))
+    return dict(zip(names, (*lists, zeros[num_counts:]), strict=True))
 
 
 def scan_rows(
