@@ -1,6 +1,6 @@
 """Compile every kernel at its shipped configurations for GPUs that need not be here, and count what they use.
 
-    python -m tests.kernels.aot [--filter NAME] [--json FILE] [--jobs N] [--most-spilled BYTES]
+    python -m tests.kernels.aot [--filter NAME] [--json FILE] [--jobs N] [--most-spilled BYTES] [--instructions]
 
 Prints one row per kernel, configuration and target, and ends with 1 if one does not compile, or if one spills more than
 it may. Triton's interpreter must be off.
@@ -28,12 +28,18 @@ import rkv_sglang.kernels
 # Shared memory that one program may have, in bytes.
 TARGETS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MAX_REGISTERS = 255
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+CUOBJDUMP, NVDISASM = (
+    Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name for name in ("cuobjdump", "nvdisasm")
+)
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What one program of a compiled kernel uses; bytes of local memory are registers spilled (or arrays indexed)."""
+    """What one program of a compiled kernel uses.
+
+    Bytes of local memory are registers spilled (or arrays indexed). Instructions, -1 if not counted, are those of the
+    listing, which a warp executes once each only where there are neither loops nor branches.
+    """
 
     name: str
     target: int
@@ -42,6 +48,7 @@ class Usage:
     shared_bytes: int
     local_bytes: int
     widest_access_bytes: int
+    instructions: int
 
 
 def shipped_cases() -> list[tuple[str, Any, dict[str, Any], dict[str, Any], int, int]]:
@@ -58,7 +65,14 @@ def _pointer_paths(index: int, given: Any) -> list[tuple[int, ...]]:
     return [(index,)] if given.startswith("*") else []
 
 
-def compile_case(case: tuple[str, Any, dict[str, Any], dict[str, Any], int, int], target: int) -> Usage:
+def _count_instructions(cubin: str) -> int:
+    listing = subprocess.run([NVDISASM, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    return len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", listing, re.MULTILINE))
+
+
+def compile_case(
+    case: tuple[str, Any, dict[str, Any], dict[str, Any], int, int], target: int, *, with_instructions: bool = False
+) -> Usage:
     """Compile for one target with pointers aligned as torch's allocator aligns them."""
     name, kernel, types, constexprs, num_warps, num_stages = case
     signature = {arg: types.get(arg, "constexpr") for arg in kernel.arg_names}
@@ -78,6 +92,7 @@ def compile_case(case: tuple[str, Any, dict[str, Any], dict[str, Any], int, int]
         dump = subprocess.run(
             [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
+        instructions = _count_instructions(file.name) if with_instructions else -1
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", dump)}
     vectors = re.findall(r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
     return Usage(
@@ -89,14 +104,15 @@ def compile_case(case: tuple[str, Any, dict[str, Any], dict[str, Any], int, int]
         shared_bytes=max(used["SHARED"], int(compiled.metadata.shared)),
         local_bytes=used["STACK"] + used["LOCAL"],
         widest_access_bytes=max((int(count or 1) * int(bits) // 8 for count, bits in vectors), default=0),
+        instructions=instructions,
     )
 
 
-def _compile_numbered(number: int, target: int) -> Usage | str:
+def _compile_numbered(number: int, target: int, with_instructions: bool) -> Usage | str:
     """Return what a case uses, or in a line why it does not compile."""
     case = shipped_cases()[number]
     try:
-        return compile_case(case, target)
+        return compile_case(case, target, with_instructions=with_instructions)
     except Exception as error:
         return f"{case[0]} does not compile for sm_{target}: {type(error).__name__}: {str(error).splitlines()[0]}"
 
@@ -108,14 +124,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--jobs", type=int, default=1, help="how many to compile at a time")
     parser.add_argument("--most-spilled", type=int, help="bytes of local memory that a program may use")
+    parser.add_argument("--instructions", action="store_true", help="count them, which takes longer than compiling")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set: unset it, there is nothing to compile under the interpreter")
     numbers = [number for number, case in enumerate(shipped_cases()) if args.filter in case[0]]
-    asked = [(number, target) for number in numbers for target in TARGETS]
+    asked = [(number, target, args.instructions) for number in numbers for target in TARGETS]
     usages, faults = [], []
     print(f"Triton {triton.__version__}")
-    print(f"{'kernel':56} {'sm':>4} {'warps':>5} {'regs':>5} {'shared':>7} {'spill':>6} {'widest':>6}")
+    print(f"{'kernel':56} {'sm':>4} {'warps':>5} {'regs':>5} {'shared':>7} {'spill':>6} {'widest':>6} {'instr':>6}")
     with ProcessPoolExecutor(args.jobs) as executor:
         for usage in executor.map(_compile_numbered, *zip(*asked, strict=True)):
             if isinstance(usage, str):
@@ -124,7 +141,7 @@ def main() -> None:
             usages.append(usage)
             print(
                 f"{usage.name:56} {usage.target:4} {usage.num_warps:5} {usage.registers:5} {usage.shared_bytes:7} "
-                f"{usage.local_bytes:6} {usage.widest_access_bytes:6}",
+                f"{usage.local_bytes:6} {usage.widest_access_bytes:6} {usage.instructions:6}",
                 flush=True,
             )
             if args.most_spilled is not None and usage.local_bytes > args.most_spilled:

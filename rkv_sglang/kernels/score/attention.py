@@ -265,6 +265,7 @@ def run_key_passes(
         **shared,
         key_totals_ptr=key_totals,
         logit_totals_ptr=logit_totals,
+        factors_ptr=lists["factors_ptr"],
         exempt_ptr=lists["exempt_ptr"],
         attention_ptr=attention,
         column_means_ptr=column_means if threshold is not None else None,

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from rkv_sglang.kernels.score.device import (
     BATCH_POINTERS,
+    NORM_EPS,
     VARYING_SIZES,
     block_of_program,
     key_rows,
@@ -169,6 +170,7 @@ def score_tokens_kernel(
     token_indptr_ptr,
     key_totals_ptr,
     logit_totals_ptr,
+    factors_ptr,
     exempt_ptr,
     attention_ptr,
     column_means_ptr,
@@ -250,12 +252,13 @@ def score_tokens_kernel(
     tl.store(attention_ptr + columns, tl.where(scored, attention, float("-inf")), mask=inside)
 
     if WITH_REDUNDANCY:
-        squares = squared_norms(keys)
-        factors = unit_factors(squares, scale)
+        factors = tl.load(factors_ptr + columns, mask=inside, other=0.0)
         key_total = tl.load(key_totals_ptr + total_row * BLOCK_D + tl.arange(0, BLOCK_D))
         column_sums = tl.sum(keys.to(tl.float32) * key_total[None, :], axis=1) * factors
         exempt = tl.load(exempt_ptr + columns, mask=inside, other=0).to(tl.float32) / EXEMPT_ONE
-        means = (column_sums - squares * factors * factors - exempt) / kv_len
+        # The length that ``unit_factors`` gives a key: a little below 1, and 0 where there is nothing but zeros.
+        length = 1.0 - NORM_EPS * (factors / scale)
+        means = (column_sums - length * length - exempt) / kv_len
         tl.store(column_means_ptr + columns, means, mask=inside)
         # Means of cosines are at most about 1: no maximum need be subtracted before exp.
         block_row = layer_head * num_blocks + first_column // BLOCK + request + tl.program_id(0)
