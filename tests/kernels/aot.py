@@ -1,6 +1,6 @@
 """Compile every kernel at its shipped configurations for GPUs that need not be here, and count what they use.
 
-    python -m tests.kernels.aot [--filter NAME] [--json FILE] [--jobs N] [--most-spilled BYTES] [--instructions]
+    python -m tests.kernels.aot [--filter NAME] [--json FILE] [--jobs N] [--instructions]
 
 Prints one row per kernel, configuration and target, and ends with 1 if one does not compile, or if one spills more than
 it may. Triton's interpreter must be off.
@@ -28,6 +28,8 @@ import rkv_sglang.kernels
 # Shared memory that one program may have, in bytes.
 TARGETS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MAX_REGISTERS = 255
+# By the release that the programs were sized with nothing is; by others a few registers, which costs next to nothing.
+MOST_SPILLED_BYTES = 0 if triton.__version__.startswith("3.8.") else 32
 CUOBJDUMP, NVDISASM = (
     Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name for name in ("cuobjdump", "nvdisasm")
 )
@@ -123,7 +125,6 @@ def main() -> None:
     parser.add_argument("--filter", default="", help="only configurations whose name contains this")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--jobs", type=int, default=1, help="how many to compile at a time")
-    parser.add_argument("--most-spilled", type=int, help="bytes of local memory that a program may use")
     parser.add_argument("--instructions", action="store_true", help="count them, which takes longer than compiling")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -144,7 +145,7 @@ def main() -> None:
                 f"{usage.local_bytes:6} {usage.widest_access_bytes:6} {usage.instructions:6}",
                 flush=True,
             )
-            if args.most_spilled is not None and usage.local_bytes > args.most_spilled:
+            if usage.local_bytes > MOST_SPILLED_BYTES:
                 faults.append(f"{usage.name} spills {usage.local_bytes} bytes on sm_{usage.target}")
     if args.json:
         args.json.write_text(json.dumps([asdict(usage) for usage in usages]))
