@@ -116,7 +116,7 @@ def _compile_numbered(number: int, target: int, with_instructions: bool) -> Usag
     try:
         return compile_case(case, target, with_instructions=with_instructions)
     except Exception as error:
-        return f"{case[0]} does not compile for sm_{target}: {type(error).__name__}: {str(error).splitlines()[0]}"
+        return f"{case[0]} does not compile for sm_{target}: {error!r:.200}"
 
 
 def main() -> None:
