@@ -206,8 +206,9 @@ def dense_generate(
             last output is fed again to the cache as it is, and decode queries are counted anew.
         restored_in_flight: At each of ``restore_at``, or at these of them, the next token was being computed, as under
             overlap scheduling: it is forgotten and computed once more, after a compaction if one was due.
-        evicted_at_restore: Of some of ``restore_at`` the tokens evicted since the last prefill by then. A compaction
-            that was due ran before the request was retracted, unless this says that fewer were evicted.
+        evicted_at_restore: Of some of ``restore_at`` the tokens evicted since the last prefill by then, without those
+            that ``prefix`` lacks. A compaction that was due ran before the request was retracted, unless this says
+            that fewer were evicted.
         forced_output_ids: Take these as outputs instead of the greedy ones: ``logprobs`` then judges a sampled answer,
             or one that went another way at a near-tie. Generation stops when they run out.
         score: The policy, such as ``policy_scores.score_function`` makes one; R-KV with the settings above when
@@ -313,8 +314,12 @@ def dense_generate(
                     due_len = num_carried + max_new_tokens
                 elif early is not None and is_whole and num_carried + num_outputs >= 16:
                     due_len -= early(prompt_ids, [*carried_ids, *result.output_ids][:16])
-                is_ahead = position + (is_dropped and not is_in_flight) - caches[0].length >= most_evicted
-                if num_resident_generated >= due_len and num_decoded_since_prefill >= window and not is_ahead:
+                num_evicted = position + (is_dropped and not is_in_flight) - gap - caches[0].length
+                if (
+                    num_resident_generated >= due_len
+                    and num_decoded_since_prefill >= window
+                    and num_evicted < most_evicted
+                ):
                     is_whole = False
                     if block is None:
                         _observe(caches, held_prompt_len, budget, decoder, score)

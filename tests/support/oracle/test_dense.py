@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from devtools.tiny_models import EOS_ID, PAD_ID, TINY_MODELS, VOCAB_SIZE, tiny_model_path
 from tests.support.oracle.decoder import load_model, one_thread
-from tests.support.oracle.dense import Compaction, DenseResult, dense_generate
+from tests.support.oracle.dense import Compaction, DenseResult, dense_generate, dense_prefix
 from tests.support.oracle.loop_scores import loop_rkv_scores
 from tests.support.oracle.masked_compact import masked_compact
 from tests.support.oracle.masked_forward import MaskedForward, masked_forward
@@ -297,6 +297,30 @@ def test_schedule_after_a_restore(
         assert result.resident_lens == undisturbed.resident_lens
     else:
         assert result.output_ids[: restores[0]] == undisturbed.output_ids[: restores[0]]
+
+
+@pytest.mark.parametrize("in_flight", [False, True])
+@pytest.mark.parametrize(("evicted", "compacted_at"), [(12, [33, 45]), (0, [38, 50])])
+@pytest.mark.parametrize("is_behind_prefix", [False, True])
+def test_what_was_evicted_by_a_restore_says_whether_a_due_compaction_ran(
+    is_behind_prefix: bool, evicted: int, compacted_at: list[int], in_flight: bool, rng: random.Random
+) -> None:
+    """Tokens that a named prefix had left out before are none of them."""
+    model = load_model(tiny_model_path("llama-gqa"))
+    settings = {"budget": 20, "buffer": 12, "window": 4}
+    score = score_function("rkv")
+    prefix = dense_prefix(model, random_prompt(rng, 40), random_prompt(rng, 6), 12, window=4, score=score)
+    result = dense_generate(
+        model,
+        random_prompt(rng, 11),
+        52,
+        **settings,
+        prefix=prefix if is_behind_prefix else None,
+        restore_at=(33,),
+        restored_in_flight=in_flight,
+        evicted_at_restore={33: evicted},  # type: ignore[arg-type]
+    )
+    assert [c.num_outputs for c in result.compactions] == compacted_at
 
 
 def test_stops_at_the_first_end_token(rng: random.Random) -> None:
