@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tests.fuzz.expected.answers import FP8_DTYPES, expected_of, kinds_of_marked
-from tests.fuzz.expected.history import History
+from tests.fuzz.expected.history import ENDED_BEFORE_ITS_GRAMMAR, History
 from tests.fuzz.expected.said import check_counters, check_info
 from tests.fuzz.inside.clean_up import FIRST_INDEX
 from tests.fuzz.schedule import FuzzRequest, Schedule, rid_of
@@ -20,8 +20,6 @@ ENDED_AFTER_PREEMPTION = (
 )
 ENDED_IN_THE_QUEUE = "Abort in waiting queue"
 ENDED_AS_ITS_TURN_CAME = "Aborted"
-# Said of a request that was ended while its grammar was made; SGLang then has it generate a token after another prompt.
-ENDED_BEFORE_ITS_GRAMMAR = "Aborted by AbortReq."
 LOGPROB_TOLERANCE = 1e-3
 # Scores of beaconkv are softmax weights near 1, which in fp32 lie 6e-8 apart.
 SCORE_TOLERANCES = {"beaconkv": 3e-7}

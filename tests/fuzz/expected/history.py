@@ -8,6 +8,8 @@ from tests.fuzz.schedule import FuzzRequest, Schedule, rid_of
 TAKEN = ("is there already: take another name", "is being made: take another name")
 UNKNOWN, UNMADE = "is unknown here", "is being made: ask again"
 GONE = "was deleted while the request waited"
+# Said of a request that was ended while its grammar was made; SGLang then has it generate a token after another prompt.
+ENDED_BEFORE_ITS_GRAMMAR = "Aborted by AbortReq."
 NO_ROOM = ("does not fit the KV pool of", "cannot be made: the KV pool is full", "and named prefixes hold")
 
 
@@ -94,7 +96,7 @@ class History:
     def _is_cut(self, index: int) -> bool:
         """Return whether a request was ended in another way than by being refused."""
         end = self._record["outputs"][self._rid(index)]["finish_reason"]
-        return end is None or (end["type"] == "abort" and not self._message(index))
+        return end is None or (end["type"] == "abort" and self._message(index) in ("", ENDED_BEFORE_ITS_GRAMMAR))
 
     def _has_ended(self, index: int, by: int) -> bool:
         """Return whether a request had ended when another was sent."""
