@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from tests.fuzz.check import follows_stand_in
 from tests.fuzz.expected.history import ENDED_BEFORE_ITS_GRAMMAR, History
 from tests.fuzz.schedule import FuzzRequest, Schedule, rid_of
 from tests.fuzz.test_fuzz import PROMPT, SERVER
@@ -45,3 +46,22 @@ def problems_of(end: dict[str, Any], info: dict[str, Any]) -> list[str]:
 )
 def test_an_answer_says_what_it_went_on_from_unless_it_was_ended_before(end: dict[str, Any], is_right: bool) -> None:
     assert bool(problems_of(end, {})) != is_right
+
+
+@pytest.mark.parametrize(
+    ("prefix", "prompt_len", "is_behind_one", "num_held", "is_stand_in"),
+    [
+        ("a", 5, False, 1, True),
+        ("a", 1, False, 1, True),
+        ("a", 1, True, 1, False),
+        (MADE, 20, False, 1, True),
+        (MADE, 20, False, 20, False),
+        (None, 1, False, 1, False),
+    ],
+)
+def test_what_was_refused_before_it_was_ended_follows_another_prompt(
+    prefix: Any, prompt_len: int, is_behind_one: bool, num_held: int, is_stand_in: bool
+) -> None:
+    request = FuzzRequest(prompt=PROMPT[:prompt_len], max_new_tokens=4, prefix=prefix)
+    maker = REQUESTS[0] if is_behind_one else None
+    assert follows_stand_in(request, maker, prompt_len, {"kv_prompt_tokens": num_held}) == is_stand_in
